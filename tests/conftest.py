@@ -1,0 +1,77 @@
+"""Tiny real models and collections that the tests share. Nothing here needs a network."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from transformers import BertConfig, BertModel, BertTokenizerFast
+
+WORDS = (
+    "a an the of in on is was who what where when which river lake mountain city country money bank language people "
+    "capital north south east west red blue green old new big small one two three four five six seven eight nine ten "
+    "cat dog horse bird fish tree flower bread water fire stone gold silver king queen war peace book song school"
+).split()
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def build_tiny_bert(folder: Path, *, seed: int = 0, layers: int = 2, dropout: float = 0.0) -> Path:
+    """Write a BERT of width 32 and its word-piece tokenizer to ``folder``; letters are in its vocabulary too."""
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)] + list("0123456789?.,-")
+    vocabulary = SPECIAL + list(dict.fromkeys(WORDS + letters + [f"##{letter}" for letter in letters]))
+    folder.mkdir(parents=True, exist_ok=True)
+    vocab_file = folder / "vocab.txt"
+    vocab_file.write_text("\n".join(vocabulary), encoding="utf-8")
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
+    BertModel(config).save_pretrained(folder)
+    BertTokenizerFast(vocab=str(vocab_file), model_max_length=64).save_pretrained(folder)
+    return folder
+
+
+def build_tiny_model(folder: Path, *, seed: int = 0, dropout: float = 0.0, normalize: bool = True) -> Path:
+    """Write a whole SentenceTransformer (Transformer, mean Pooling, Normalize) around the tiny BERT."""
+    transformer = Transformer(str(build_tiny_bert(folder / "bert", seed=seed, dropout=dropout)), max_seq_length=64)
+    modules = [transformer, Pooling(transformer.get_embedding_dimension(), "mean")]
+    model = SentenceTransformer(modules=[*modules, Normalize()] if normalize else modules, device="cpu")
+    model.save(str(folder / "model"))
+    return folder / "model"
+
+
+@pytest.fixture(scope="session")
+def tiny_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def tiny_model(tiny_model_path: Path) -> SentenceTransformer:
+    """A fresh tiny SentenceTransformer, on the CPU, without dropout; width 32, at most 64 tokens."""
+    return SentenceTransformer(str(tiny_model_path), device="cpu")
+
+
+@pytest.fixture
+def make_tiny_model(tmp_path: Path) -> Callable[..., SentenceTransformer]:
+    """Build a tiny model with other settings: ``make_tiny_model(seed=1, dropout=0.1, normalize=False)``."""
+
+    def make(**settings: float | bool) -> SentenceTransformer:
+        return SentenceTransformer(str(build_tiny_model(tmp_path / f"m{len(list(tmp_path.iterdir()))}", **settings)), device="cpu")
+
+    return make
