@@ -1,0 +1,7 @@
+"""Collections (documents, queries, judgments) and where they come from."""
+
+from st_clp.data.collection import Collection
+from st_clp.data.corpus import Corpus, Document, MemoryCorpus
+from st_clp.data.errors import CollectionError
+
+__all__ = ["Collection", "CollectionError", "Corpus", "Document", "MemoryCorpus"]

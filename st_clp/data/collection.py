@@ -1,0 +1,240 @@
+"""A collection: documents, queries and graded judgments of one split, wherever they come from."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from st_clp.data.corpus import Corpus, Document, MemoryCorpus
+from st_clp.data.errors import CollectionError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Collection:
+    """Documents, queries and graded judgments of one split.
+
+    Load one with :meth:`Collection.load`, or build one from dictionaries with :meth:`Collection.from_dict`.
+    Queries and judgments are held in memory; documents are streamed or fetched by id.
+
+    Attributes:
+        corpus: The documents.
+        queries: Query id to text; only queries that have a judgment in this split.
+        judgments: Query id to {document id: grade}. A grade above 0 means relevant.
+        name: What the collection was loaded as, such as ``"miracl/ko/dev"``.
+        language: ISO 639 code, or None where it is not known.
+        split: ``"train"``, ``"dev"`` …, or None where the source has no splits.
+        known_queries: Document id to further queries that this document answers (a training row's ``neg_q``).
+        judged_negatives: Whether the source names negatives on purpose (a training row's ``neg``), so that
+            documents of grade 0 should be used as negatives before any mined ones.
+        left_out: What reading left out, cause to count.
+    """
+
+    corpus: Corpus
+    queries: dict[str, str]
+    judgments: dict[str, dict[str, int]]
+    name: str = "collection"
+    language: str | None = None
+    split: str | None = None
+    known_queries: dict[str, list[str]] = field(default_factory=dict)
+    judged_negatives: bool = False
+    left_out: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def load(
+        cls,
+        source: str,
+        *,
+        split: str | None = None,
+        text_fields: Sequence[str] | None = None,
+        language: str | None = None,
+    ) -> Collection:
+        """Read a collection.
+
+        Args:
+            source: One of
+
+                - an ir_datasets id: ``"miracl/ko/train"``, or ``"miracl/ko"`` with ``split="train"``;
+                - a BEIR folder: ``corpus.jsonl``, ``queries.jsonl``, ``qrels/SPLIT.tsv``, each plain or ``.gz``;
+                - a JSON-lines file of training rows: ``{"query": …, "pos": […], "neg": […], "neg_q": […]}``;
+                - ``"embedded/ko"`` (``fa``, ``hi``, ``en``): the small collection that comes with st_clp.
+            split: Which split's judgments to read. None: the one that ``source`` names, or its only one.
+            text_fields: Fields of a document to join by a space. None: the title and text.
+            language: ISO 639 code, where the source does not tell it.
+
+        Raises:
+            CollectionError: An unknown source (with the nearest known ones), a split that is not there, a
+                broken file (with file and line), an empty corpus, or one id with two texts.
+        """
+        from st_clp.data.sources import load_collection
+
+        collection = load_collection(source, split=split, text_fields=text_fields)
+        if language is not None:
+            collection.language = language
+        collection.say_left_out()
+        return collection
+
+    @staticmethod
+    def splits(source: str) -> list[str]:
+        """The splits with judgments that ``source`` has, such as ``["dev", "train"]``; empty where it has none."""
+        from st_clp.data.sources import list_splits
+
+        return list_splits(source)
+
+    @classmethod
+    def from_dict(
+        cls,
+        documents: Mapping[str, str],
+        queries: Mapping[str, str],
+        judgments: Mapping[str, Mapping[str, int]],
+        *,
+        name: str = "collection",
+        corpus_name: str | None = None,
+        language: str | None = None,
+        split: str | None = None,
+    ) -> Collection:
+        """Build a collection from dictionaries: document id to text, query id to text, judgments.
+
+        Judgments that name a query or document that is not there are left out, counted in ``left_out`` and said.
+
+        Raises:
+            CollectionError: There are no documents.
+        """
+        if not documents:
+            raise CollectionError(f"{name}: the corpus is empty; give at least one document")
+        collection = cls.checked(
+            MemoryCorpus(corpus_name or name, dict(documents)),
+            queries,
+            judgments,
+            name=name,
+            language=language,
+            split=split,
+        ).without_missing_documents(documents)
+        collection.say_left_out()
+        return collection
+
+    @classmethod
+    def checked(
+        cls,
+        corpus: Corpus,
+        queries: Mapping[str, str],
+        judgments: Mapping[str, Mapping[str, int]],
+        *,
+        name: str,
+        language: str | None = None,
+        split: str | None = None,
+    ) -> Collection:
+        """A collection with only the judged queries, counting judgments whose query is missing or blank."""
+        left_out: dict[str, int] = {}
+        kept: dict[str, dict[str, int]] = {}
+        for query_id, grades in judgments.items():
+            if not grades:
+                continue
+            if query_id not in queries:
+                _count(left_out, "judgments of a query that is not there", len(grades))
+            elif not queries[query_id].strip():
+                _count(left_out, "judgments of a query without text", len(grades))
+            else:
+                kept[query_id] = dict(grades)
+        judged = {query_id: queries[query_id] for query_id in kept}
+        return cls(corpus, judged, kept, name=name, language=language, split=split, left_out=left_out)
+
+    @property
+    def corpus_name(self) -> str:
+        """The documents' name: collections that share it share their documents."""
+        return self.corpus.name
+
+    @cached_property
+    def num_documents(self) -> int:
+        """How many documents there are. The first time it may read the corpus through."""
+        if isinstance(self.corpus, MemoryCorpus):
+            return self.corpus.expected_size()
+        return sum(1 for _ in self.corpus)
+
+    def documents(self) -> Iterator[Document]:
+        """Stream the documents, always in the same order."""
+        return iter(self.corpus)
+
+    def get_documents(self, doc_ids: Iterable[str]) -> dict[str, Document]:
+        """The documents with these ids, by id; unknown ids are absent. Ask for many at once."""
+        return self.corpus.get(doc_ids)
+
+    def positives(self) -> dict[str, list[str]]:
+        """Query id to the ids of its relevant documents (grade above 0), for queries that have any."""
+        found = {
+            query_id: [doc_id for doc_id, grade in grades.items() if grade > 0]
+            for query_id, grades in self.judgments.items()
+        }
+        return {query_id: doc_ids for query_id, doc_ids in found.items() if doc_ids}
+
+    def require_positives(self) -> None:
+        """Refuse a collection that cannot train anything.
+
+        Raises:
+            CollectionError: No query has a relevant document.
+        """
+        if not self.positives():
+            raise CollectionError(
+                f"{self.name}: no query has a relevant document (a judgment above 0), so there is nothing to train "
+                f"on. It has {len(self.queries)} judged queries{self._left_out_text()}. Name a collection or split "
+                "with positive judgments."
+            )
+
+    def without_missing_documents(self, known_ids: Iterable[str]) -> Collection:
+        """A copy whose judgments name only documents in ``known_ids``; the others are counted in ``left_out``."""
+        known = known_ids if isinstance(known_ids, (set, frozenset, Mapping)) else set(known_ids)
+        judgments: dict[str, dict[str, int]] = {}
+        missing = 0
+        for query_id, grades in self.judgments.items():
+            kept = {doc_id: grade for doc_id, grade in grades.items() if doc_id in known}
+            missing += len(grades) - len(kept)
+            if kept:
+                judgments[query_id] = kept
+        if not missing:
+            return self
+        left_out = dict(self.left_out)
+        _count(left_out, "judgments of a document that is not there", missing)
+        queries = {query_id: text for query_id, text in self.queries.items() if query_id in judgments}
+        return replace(self, queries=queries, judgments=judgments, left_out=left_out)
+
+    def hold_out(self, share: float, seed: int, *, at_most: int = 1000) -> tuple[Collection, Collection]:
+        """Split the queries at random: (the rest, the held-out share), over the same documents.
+
+        Args:
+            share: Share of the queries to hold out, between 0 and 1.
+            seed: Seed of the choice.
+            at_most: Hold out no more queries than this.
+        """
+        query_ids = sorted(self.judgments)
+        number = min(at_most, max(1, round(len(query_ids) * share)))
+        held_out = set(random.Random(seed).sample(query_ids, number))
+        parts = []
+        for split, keep in (("train", False), ("dev", True)):
+            chosen = [query_id for query_id in self.judgments if (query_id in held_out) == keep]
+            parts.append(
+                replace(
+                    self,
+                    queries={query_id: self.queries[query_id] for query_id in chosen},
+                    judgments={query_id: self.judgments[query_id] for query_id in chosen},
+                    split=split,
+                )
+            )
+        return parts[0], parts[1]
+
+    def say_left_out(self) -> None:
+        """Log a warning that counts what reading left out, if anything."""
+        for cause, number in self.left_out.items():
+            logger.warning("%s: left out %d %s", self.name, number, cause)
+
+    def _left_out_text(self) -> str:
+        if not self.left_out:
+            return ""
+        return "; left out: " + ", ".join(f"{number} {cause}" for cause, number in self.left_out.items())
+
+
+def _count(counts: dict[str, int], cause: str, number: int) -> None:
+    counts[cause] = counts.get(cause, 0) + number

@@ -1,0 +1,115 @@
+"""A BEIR folder: ``corpus.jsonl``, ``queries.jsonl`` and ``qrels/SPLIT.tsv``, each plain or gzipped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+from st_clp.data.collection import Collection
+from st_clp.data.corpus import Document, FileCorpus
+from st_clp.data.errors import CollectionError
+from st_clp.data.files import find_file, read_jsonl, read_lines, text_field
+
+DEFAULT_FIELDS = ("title", "text")
+
+
+def recognises(source: str) -> bool:
+    return find_file(Path(source), "corpus.jsonl") is not None
+
+
+def known_names() -> list[str]:
+    return []
+
+
+def splits(source: str) -> list[str]:
+    return sorted(_split_files(Path(source)))
+
+
+def load(source: str, *, split: str | None, text_fields: Sequence[str] | None) -> Collection:
+    folder = Path(source)
+    corpus_file = find_file(folder, "corpus.jsonl")
+    queries_file = find_file(folder, "queries.jsonl")
+    if corpus_file is None or queries_file is None:
+        raise CollectionError(f"{folder}: a BEIR folder needs corpus.jsonl and queries.jsonl; one of them is missing")
+    split, judgments_file = _choose_split(folder, split)
+    corpus = FileCorpus(str(folder), corpus_file, partial(_read_documents, fields=tuple(text_fields or DEFAULT_FIELDS)))
+    # The user's own files are read through once, so that everything wrong in them is said before any work is done.
+    known_ids = {document.doc_id for document in corpus}
+    if not known_ids:
+        raise CollectionError(f'{corpus_file} has no documents; each line must be {{"_id": …, "title": …, "text": …}}')
+    collection = Collection.checked(
+        corpus, _read_queries(queries_file), _read_judgments(judgments_file), name=f"{folder}/{split}", split=split
+    ).without_missing_documents(known_ids)
+    if not collection.judgments:
+        causes = ", ".join(f"{number} {cause}" for cause, number in collection.left_out.items()) or "the file is empty"
+        raise CollectionError(
+            f"{judgments_file}: no judgment joins a query of {queries_file.name} to a document of {corpus_file.name} "
+            f"({causes}); its lines must be query-id, corpus-id, score"
+        )
+    if corpus.repeated:
+        collection.left_out["documents that came twice"] = corpus.repeated
+    return collection
+
+
+def _split_files(folder: Path) -> dict[str, Path]:
+    return {
+        path.name.removesuffix(".gz").removesuffix(".tsv"): path
+        for path in sorted((folder / "qrels").glob("*"))
+        if path.name.endswith((".tsv", ".tsv.gz"))
+    }
+
+
+def _choose_split(folder: Path, split: str | None) -> tuple[str, Path]:
+    files = _split_files(folder)
+    if not files:
+        raise CollectionError(
+            f"{folder}: there are no judgments; put them in {folder / 'qrels' / 'train.tsv'}, a line each of "
+            "query-id, corpus-id, score, separated by tabs, under a header line"
+        )
+    if split is None and len(files) == 1:
+        split = next(iter(files))
+    if split is None or split not in files:
+        asked = "name the split to read" if split is None else f"there is no split {split!r}"
+        raise CollectionError(f"{folder}: {asked}; it has {', '.join(files)}")
+    return split, files[split]
+
+
+def _read_documents(path: Path, fields: tuple[str, ...]) -> Iterator[tuple[int, Document]]:
+    for number, row in read_jsonl(path):
+        if not any(name in row for name in fields):
+            raise CollectionError(
+                f"{path}, line {number}: none of the fields {', '.join(fields)}; the line has {', '.join(row)}"
+            )
+        texts = [text_field(path, number, row, name, default="") for name in fields]
+        yield number, Document(text_field(path, number, row, "_id"), " ".join(text for text in texts if text))
+
+
+def _read_queries(path: Path) -> dict[str, str]:
+    queries: dict[str, str] = {}
+    for number, row in read_jsonl(path):
+        query_id, text = text_field(path, number, row, "_id"), text_field(path, number, row, "text")
+        if queries.setdefault(query_id, text) != text:
+            raise CollectionError(
+                f"{path}, line {number}: the query id {query_id!r} was there before with another text"
+            )
+    return queries
+
+
+def _read_judgments(path: Path) -> dict[str, dict[str, int]]:
+    judgments: dict[str, dict[str, int]] = {}
+    for number, line in read_lines(path):
+        parts = [part.strip() for part in line.split("\t")]
+        if number == 1 and len(parts) == 3 and not _is_grade(parts[2]):
+            continue  # the header
+        if len(parts) != 3 or not _is_grade(parts[2]):
+            raise CollectionError(
+                f"{path}, line {number}: expected query-id, corpus-id and a whole-number score separated by tabs, "
+                f"got {line[:80]!r}"
+            )
+        judgments.setdefault(parts[0], {})[parts[1]] = int(parts[2])
+    return judgments
+
+
+def _is_grade(text: str) -> bool:
+    return text.lstrip("-").isdigit()

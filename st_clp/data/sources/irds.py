@@ -1,0 +1,107 @@
+"""Collections of the ir_datasets catalogue, such as ``miracl/ko/train`` or ``beir/scifact``.
+
+ir_datasets downloads what it needs on first use, to the folder that ``IR_DATASETS_HOME`` names.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from st_clp.data.collection import Collection
+from st_clp.data.corpus import Corpus, Document
+from st_clp.data.errors import CollectionError
+
+
+class IrdsCorpus(Corpus):
+    """The documents of an ir_datasets dataset; ids are fetched through its document store."""
+
+    def __init__(self, dataset: Any, text_fields: Sequence[str] | None) -> None:
+        self.name = dataset.docs_namespace() or dataset.dataset_id()
+        self._dataset = dataset
+        self._fields = tuple(text_fields or ())
+        missing = [name for name in self._fields if name not in dataset.docs_cls()._fields]
+        if missing:
+            raise CollectionError(
+                f"{self.name}: its documents have no field {', '.join(missing)}; they have "
+                f"{', '.join(dataset.docs_cls()._fields)}"
+            )
+
+    def _text(self, document: Any) -> str:
+        if not self._fields:
+            return document.default_text()
+        return " ".join(text for name in self._fields if (text := str(getattr(document, name))))
+
+    def __iter__(self) -> Iterator[Document]:
+        return (Document(document.doc_id, self._text(document)) for document in self._dataset.docs_iter())
+
+    def get(self, doc_ids: Iterable[str]) -> dict[str, Document]:
+        found = self._dataset.docs_store().get_many(list(dict.fromkeys(doc_ids)))
+        return {doc_id: Document(doc_id, self._text(document)) for doc_id, document in found.items()}
+
+    def fingerprint(self) -> str:
+        # The files are verified by ir_datasets when they are downloaded; the id and the fields say which they are.
+        return f"ir_datasets:{self.name}:{','.join(self._fields)}:{self._home()}"
+
+    @staticmethod
+    def _home() -> str:
+        import ir_datasets
+
+        return str(ir_datasets.util.home_path())
+
+    def expected_size(self) -> int | None:
+        return self._dataset.docs_count()
+
+
+def recognises(source: str) -> bool:
+    if importlib.util.find_spec("ir_datasets") is None:
+        return False
+    return _registered(source)
+
+
+def known_names() -> list[str]:
+    if importlib.util.find_spec("ir_datasets") is None:
+        return []
+    import ir_datasets
+
+    return list(ir_datasets.registry._registered)
+
+
+def splits(source: str) -> list[str]:
+    prefix = f"{source}/"
+    children = [name for name in known_names() if name.startswith(prefix) and "/" not in name[len(prefix) :]]
+    return sorted(name[len(prefix) :] for name in children if _load(name).has_qrels())
+
+
+def load(source: str, *, split: str | None, text_fields: Sequence[str] | None) -> Collection:
+    dataset_id = source if split is None else f"{source}/{split}"
+    if not _registered(dataset_id):
+        raise CollectionError(f"{source}: there is no split {split!r}; it has {', '.join(splits(source)) or 'none'}")
+    dataset = _load(dataset_id)
+    if not (dataset.has_docs() and dataset.has_queries() and dataset.has_qrels()):
+        have = splits(source)
+        advice = f"name one of its splits: {', '.join(have)}" if have else "it has documents only"
+        raise CollectionError(f"{dataset_id}: there are no queries with judgments here; {advice}")
+    queries = {query.query_id: query.default_text() for query in dataset.queries_iter()}
+    judgments: dict[str, dict[str, int]] = {}
+    for judgment in dataset.qrels_iter():
+        judgments.setdefault(judgment.query_id, {})[judgment.doc_id] = int(judgment.relevance)
+    language = dataset.queries_lang() or dataset.docs_lang()
+    if split is None and _registered(dataset_id.rpartition("/")[0]):
+        split = dataset_id.rpartition("/")[2]
+    return Collection.checked(
+        IrdsCorpus(dataset, text_fields), queries, judgments, name=dataset_id, language=language, split=split
+    )
+
+
+def _registered(dataset_id: str) -> bool:
+    import ir_datasets
+
+    return dataset_id in ir_datasets.registry._registered
+
+
+def _load(dataset_id: str) -> Any:
+    import ir_datasets
+
+    return ir_datasets.load(dataset_id)

@@ -1,0 +1,109 @@
+"""Exact top-k over a stream of shards, by the model's own similarity function.
+
+The memory is that of one shard and of the best k so far, whatever the size of the corpus. Cosine and dot product go
+through FAISS's brute-force search, the fastest of its kind on a CPU; other functions through the model's own.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+
+from st_clp.encoding import EmbeddingStore
+
+QUERY_BLOCK = 256
+
+
+def search(
+    model: SentenceTransformer, query_embeddings: np.ndarray, store: EmbeddingStore, k: int
+) -> tuple[np.ndarray, list[list[str]]]:
+    """The k best documents of every query.
+
+    Args:
+        model: Says which similarity function is used (``model.similarity_fn_name``, cosine by default).
+        query_embeddings: (number of queries, dim), float32.
+        store: The documents' embeddings, of the same model.
+        k: How many documents; fewer come back where the corpus is smaller.
+
+    Returns:
+        Scores, (number of queries, min(k, documents)), best first, and the document ids in the same order. Of
+        documents with the same score, the one that comes first in the corpus is first.
+
+    Raises:
+        ValueError: k is below 1, the widths differ, or an embedding is not finite.
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    if query_embeddings.ndim != 2 or query_embeddings.shape[1] != store.dim:
+        raise ValueError(
+            f"query embeddings of shape {query_embeddings.shape} do not fit documents of {store.dim} dimensions"
+        )
+    queries = _prepare(model, query_embeddings, "queries")
+    best_scores = np.zeros((len(queries), 0), dtype=np.float32)
+    best_rows = np.zeros((len(queries), 0), dtype=np.int64)
+    begin = 0
+    for ids, embeddings in store.shards():
+        scores, rows = _top_k(model, queries, _prepare(model, embeddings, "documents"), min(k, len(ids)))
+        best_scores, best_rows = _merge(best_scores, best_rows, scores, rows + begin, k)
+        begin += len(ids)
+    return best_scores, [[store.ids[row] for row in rows] for rows in best_rows]
+
+
+def pair_scores(model: SentenceTransformer, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
+    """The similarity of each query to the document in the same row, by the model's own function.
+
+    Args:
+        model: Says which similarity function is used.
+        queries: (rows, dim).
+        documents: (rows, dim).
+
+    Returns:
+        (rows,), on the same scale as the scores of :func:`search`.
+    """
+    prepared = _prepare(model, queries, "queries"), _prepare(model, documents, "documents")
+    if _inner_product(model):
+        return np.einsum("nd,nd->n", *prepared)
+    return model.similarity_pairwise(*(torch.from_numpy(array) for array in prepared)).numpy()
+
+
+def _inner_product(model: SentenceTransformer) -> bool:
+    return str(model.similarity_fn_name) in ("cosine", "dot")
+
+
+def _prepare(model: SentenceTransformer, embeddings: np.ndarray, what: str) -> np.ndarray:
+    """float32, contiguous, of unit length where the similarity is cosine."""
+    embeddings = np.ascontiguousarray(embeddings, dtype=np.float32)
+    if not np.isfinite(embeddings).all():
+        row = int(np.flatnonzero(~np.isfinite(embeddings).all(axis=1))[0])
+        raise ValueError(f"the embedding of {what} row {row} is not finite (NaN or infinite): the model is broken")
+    if str(model.similarity_fn_name) == "cosine":
+        lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
+        embeddings = embeddings / np.maximum(lengths, 1e-12)
+    return embeddings
+
+
+def _top_k(
+    model: SentenceTransformer, queries: np.ndarray, documents: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    if _inner_product(model):
+        try:
+            import faiss
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError("searching needs FAISS: pip install faiss-cpu") from error
+        return faiss.knn(queries, documents, k, metric=faiss.METRIC_INNER_PRODUCT)
+    # The whole score matrix would not fit; a block of queries against one shard does.
+    blocks = [
+        torch.topk(model.similarity(block, torch.from_numpy(documents)), k, dim=1)
+        for block in torch.from_numpy(queries).split(QUERY_BLOCK)
+    ]
+    return tuple(torch.cat(part).cpu().numpy() for part in zip(*blocks, strict=True))  # type: ignore[return-value]
+
+
+def _merge(
+    scores: np.ndarray, rows: np.ndarray, new_scores: np.ndarray, new_rows: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The best k of two candidate lists for each query, equal scores by corpus order."""
+    scores, rows = np.concatenate([scores, new_scores], axis=1), np.concatenate([rows, new_rows], axis=1)
+    order = np.lexsort((rows, -scores), axis=1)[:, :k]
+    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
