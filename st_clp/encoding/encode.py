@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from sentence_transformers import SentenceTransformer
 
-CHUNK_SIZE = 4096  # texts sorted by length together; what is held in memory at once
+CHUNK_SIZE = 1024  # texts sorted by length together; what is held in memory at once
 
 
 def encode_queries(

@@ -25,13 +25,20 @@ def model_fingerprint(model: SentenceTransformer) -> str:
 
 
 def _settings(model: SentenceTransformer) -> dict[str, Any]:
-    tokenizer = model.tokenizer
-    backend = getattr(tokenizer, "backend_tokenizer", None)
     return {
         "modules": str(model),
         "max_seq_length": model.max_seq_length,
         "truncate_dim": model.truncate_dim,
         "prompts": model.prompts,
         "default_prompt_name": model.default_prompt_name,
-        "tokenizer": hashlib.blake2b(backend.to_str().encode()).hexdigest() if backend is not None else str(tokenizer),
+        "tokenizer": _tokenizer_settings(model.tokenizer),
     }
+
+
+def _tokenizer_settings(tokenizer: Any) -> Any:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return str(tokenizer)
+    settings = json.loads(backend.to_str())
+    # Every call sets these two to what it needs; they say nothing about the tokenizer.
+    return {key: value for key, value in settings.items() if key not in ("truncation", "padding")}

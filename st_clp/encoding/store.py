@@ -14,8 +14,8 @@ import numpy as np
 from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
-from st_clp.data import Collection, CollectionError, Document
-from st_clp.encoding.encode import CHUNK_SIZE, embedding_dimension, encode_documents
+from st_clp.data import Collection, CollectionError
+from st_clp.encoding.encode import embedding_dimension, encode_documents
 from st_clp.encoding.fingerprint import model_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -79,20 +79,14 @@ class EmbeddingStore:
         Raises:
             CollectionError: The corpus is empty.
         """
-        documents = tqdm(
-            collection.documents(),
-            total=collection.corpus.expected_size(),
-            desc=f"Encoding {collection.corpus_name}",
-            unit=" documents",
-            disable=not show_progress_bar,
-        )
+        chunks = _encode(model, collection, batch_size, show_progress_bar)
         if path is None:
-            ids, chunks = [], []
-            for chunk_ids, embeddings in _encode(model, documents, batch_size):
+            ids, embeddings = [], []
+            for chunk_ids, chunk in chunks:
                 ids += chunk_ids
-                chunks.append(embeddings)
+                embeddings.append(chunk)
             _require_documents(ids, collection)
-            return cls(ids, np.concatenate(chunks))
+            return cls(ids, np.concatenate(embeddings))
         folder = Path(path)
         manifest = {
             "model": model_fingerprint(model),
@@ -100,15 +94,14 @@ class EmbeddingStore:
             "corpus_fingerprint": collection.corpus.fingerprint(),
         }
         if (store := cls._open(folder, manifest)) is not None:
-            documents.close()
             return store
+        # Written beside and renamed: a folder of this name is always a whole store.
         beside = folder.with_name(folder.name + ".partial")
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
-        ids = _write_embeddings(beside / EMBEDDINGS, _encode(model, documents, batch_size), embedding_dimension(model))
+        ids = _write_embeddings(beside / EMBEDDINGS, chunks, embedding_dimension(model))
         _require_documents(ids, collection)
         (beside / IDS).write_text(json.dumps(ids, ensure_ascii=False), encoding="utf-8")
-        # The manifest is written last: a folder without it is never taken for a whole one.
         (beside / MANIFEST).write_text(json.dumps({**manifest, "documents": len(ids)}, indent=1), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         beside.rename(folder)
@@ -148,20 +141,27 @@ class EmbeddingStore:
 
 
 def _encode(
-    model: SentenceTransformer, documents: Iterable[Document], batch_size: int
+    model: SentenceTransformer, collection: Collection, batch_size: int, show_progress_bar: bool
 ) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Yield (ids, embeddings) chunk by chunk."""
+    """Yield (ids, embeddings) chunk by chunk, with a progress bar."""
     waiting: list[str] = []
 
     def texts() -> Iterator[str]:
-        for document in documents:
+        for document in collection.documents():
             waiting.append(document.doc_id)
             yield document.text
 
-    for embeddings in encode_documents(model, texts(), batch_size=batch_size, chunk_size=CHUNK_SIZE):
-        ids = waiting[: len(embeddings)]
-        del waiting[: len(embeddings)]
-        yield ids, embeddings
+    with tqdm(
+        total=collection.corpus.expected_size(),
+        desc=f"Encoding {collection.corpus_name}",
+        unit=" documents",
+        disable=not show_progress_bar,
+    ) as progress:
+        for embeddings in encode_documents(model, texts(), batch_size=batch_size):
+            ids = waiting[: len(embeddings)]
+            del waiting[: len(embeddings)]
+            progress.update(len(ids))
+            yield ids, embeddings
 
 
 def _write_embeddings(path: Path, chunks: Iterable[tuple[list[str], np.ndarray]], dim: int) -> list[str]:

@@ -1,0 +1,71 @@
+"""Which of the documents that a model ranks for a query may be its negatives, and why the others may not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A document that the model ranked for a query.
+
+    Attributes:
+        doc_id: Its id.
+        rank: Its place in the model's ranking, the query's relevant documents left out, from 0.
+        score: Its similarity to the query.
+    """
+
+    doc_id: str
+    rank: int
+    score: float
+
+
+@dataclass(frozen=True)
+class CandidateFilter:
+    """What a candidate must satisfy. The meanings are those of ``sentence_transformers.util.mine_hard_negatives``.
+
+    Attributes:
+        range_min: Skip this many of the best candidates.
+        range_max: Look no further than this rank.
+        absolute_margin: A negative must score at least this much below the positive.
+        relative_margin: A negative must score at most (1 - relative_margin) times the positive's score.
+        max_score: A negative must score at most this.
+        min_score: A negative must score at least this.
+    """
+
+    range_min: int = 0
+    range_max: int = 100
+    absolute_margin: float | None = None
+    relative_margin: float | None = None
+    max_score: float | None = None
+    min_score: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.range_min < self.range_max:
+            raise ValueError(
+                f"range_min must be at least 0 and below range_max, got range_min={self.range_min} "
+                f"and range_max={self.range_max}"
+            )
+        for name in ("absolute_margin", "relative_margin"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name} must be at least 0, got {value}")
+
+    def in_range(self, candidate: Candidate) -> bool:
+        """Whether its rank is within ``range_min`` and ``range_max``."""
+        return self.range_min <= candidate.rank < self.range_max
+
+    def reason(self, candidate: Candidate, positive_score: float) -> str | None:
+        """Why this candidate may not be a negative for its score; None where it may."""
+        if self.absolute_margin is not None and candidate.score > positive_score - self.absolute_margin:
+            return "within absolute_margin of the positive"
+        # The margin is a share of the positive's size, so that it points downwards for negative scores too.
+        if self.relative_margin is not None and candidate.score > positive_score - self.relative_margin * abs(
+            positive_score
+        ):
+            return "within relative_margin of the positive"
+        if self.max_score is not None and candidate.score > self.max_score:
+            return "above max_score"
+        if self.min_score is not None and candidate.score < self.min_score:
+            return "below min_score"
+        return None

@@ -1,0 +1,139 @@
+"""Choosing a query's negatives among what the model ranks for it."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+from st_clp.data import Collection, CollectionError
+from st_clp.mining.candidates import Candidate, CandidateFilter
+from st_clp.mining.ranking import Ranking
+
+SamplingStrategy = Literal["top", "random"]
+JudgedNegatives = Literal["rank", "first", "ignore"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A document that is to be a negative; ``source`` as in :class:`st_clp.mining.rows.Negative`."""
+
+    doc_id: str
+    rank: int | None
+    score: float | None
+    source: str
+
+    @classmethod
+    def of(cls, candidate: Candidate, source: str) -> Choice:
+        """The choice of a ranked candidate."""
+        return cls(candidate.doc_id, candidate.rank, candidate.score, source)
+
+
+class Chooser:
+    """Chooses each query's negatives. The arguments are those of :func:`st_clp.mining.mine_hard_negatives`.
+
+    Attributes:
+        refused: Query id to the candidates that the filters refused, reason to count.
+    """
+
+    def __init__(
+        self,
+        collection: Collection,
+        corpus_ids: list[str],
+        candidate_filter: CandidateFilter,
+        *,
+        num_negatives: int,
+        sampling_strategy: SamplingStrategy,
+        judged_negatives: JudgedNegatives,
+        seed: int,
+    ) -> None:
+        self._collection = collection
+        self._corpus_ids = corpus_ids
+        self._filter = candidate_filter
+        self._number = num_negatives
+        self._sampling_strategy = sampling_strategy
+        self._judged_negatives = judged_negatives
+        self._seed = seed
+        self.refused: dict[str, Counter[str]] = {}
+
+    def choose(self, query_id: str, ranking: Ranking) -> list[Choice]:
+        """Exactly ``num_negatives`` negatives of a query.
+
+        In this order: those judged not relevant (where they come first), candidates that pass the filters,
+        candidates that were refused, random documents.
+
+        Raises:
+            CollectionError: The corpus has too few other documents.
+        """
+        # Seeded by the query, so that its negatives do not depend on the other queries.
+        generator = random.Random(f"{self._seed}\0{query_id}")
+        candidates = ranking.candidates(query_id)
+        judged = {doc_id for doc_id, grade in self._collection.judgments[query_id].items() if grade <= 0}
+        judged -= ranking.excluded(query_id)
+        chosen: list[Choice] = []
+        if self._judged_negatives == "first":
+            chosen = _judged_first(candidates, judged)[: self._number]
+        taken = {choice.doc_id for choice in chosen}
+        best_positive = max(ranking.positive_scores[query_id].values())
+        passed, refused = self._sift(query_id, [c for c in candidates if c.doc_id not in taken], judged, best_positive)
+        missing = self._number - len(chosen)
+        if self._sampling_strategy == "random" and len(passed) > missing:
+            passed = sorted(generator.sample(passed, missing), key=lambda candidate: candidate.rank)
+        chosen += [Choice.of(candidate, "ranking") for candidate in passed]
+        # Of those refused for their score, the deepest are the least likely to be unjudged answers.
+        chosen += [Choice.of(candidate, "filtered") for candidate in reversed(refused)]
+        chosen = chosen[: self._number]
+        if len(chosen) < self._number:
+            chosen += self._fill(query_id, chosen, candidates, ranking, generator)
+        return chosen
+
+    def _sift(
+        self, query_id: str, candidates: list[Candidate], judged: set[str], positive_score: float
+    ) -> tuple[list[Candidate], list[Candidate]]:
+        """(candidates that may be negatives, those within range that were refused for their score), best first."""
+        passed, refused = [], []
+        reasons: Counter[str] = Counter()
+        # A margin guards against unjudged answers; a document that was judged needs no guard.
+        trusted = judged if self._judged_negatives != "ignore" else set()
+        for candidate in candidates:
+            if not self._filter.in_range(candidate):
+                continue
+            reason = None if candidate.doc_id in trusted else self._filter.reason(candidate, positive_score)
+            if reason is None:
+                passed.append(candidate)
+            else:
+                reasons[reason] += 1
+                refused.append(candidate)
+        self.refused[query_id] = reasons
+        return passed, refused
+
+    def _fill(
+        self,
+        query_id: str,
+        chosen: list[Choice],
+        candidates: list[Candidate],
+        ranking: Ranking,
+        generator: random.Random,
+    ) -> list[Choice]:
+        """Random documents for the places that are left; skipped candidates where the corpus has nothing else."""
+        missing = self._number - len(chosen)
+        taken = {choice.doc_id for choice in chosen}
+        taboo = taken | ranking.excluded(query_id) | {candidate.doc_id for candidate in candidates}
+        sample = generator.sample(self._corpus_ids, min(len(self._corpus_ids), missing + len(taboo)))
+        filled = [Choice(doc_id, None, None, "random") for doc_id in sample if doc_id not in taboo][:missing]
+        skipped = [Choice.of(c, "filtered") for c in reversed(candidates) if c.doc_id not in taken]
+        filled += skipped[: missing - len(filled)]
+        if len(filled) < missing:
+            raise CollectionError(
+                f"{self._collection.corpus_name}: the corpus has {len(self._corpus_ids)} documents, too few for "
+                f"{self._number} negatives of query {query_id!r}; ask for fewer (num_negatives)"
+            )
+        return filled
+
+
+def _judged_first(candidates: list[Candidate], judged: set[str]) -> list[Choice]:
+    """Documents judged not relevant: the ranked ones by rank, then the others by id."""
+    ranked = [Choice.of(candidate, "judged") for candidate in candidates if candidate.doc_id in judged]
+    others = sorted(judged - {choice.doc_id for choice in ranked})
+    return ranked + [Choice(doc_id, None, None, "judged") for doc_id in others]

@@ -1,0 +1,155 @@
+"""Training rows: a query, its positive, its hard negatives, and the queries that those negatives answer."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from st_clp.data.files import read_jsonl
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass(frozen=True)
+class Negative:
+    """A hard negative of one row.
+
+    Attributes:
+        doc_id: Its id in the corpus.
+        text: Its text.
+        rank: Its place in the model's ranking without the relevant documents, from 0; None if it was not ranked.
+        score: Its similarity to the row's query; None if it was not ranked.
+        source: How it came to be chosen: ``"ranking"``, ``"judged"``, ``"filtered"`` or ``"random"``.
+        queries: Queries that it answers, none of them the row's own.
+    """
+
+    doc_id: str
+    text: str
+    rank: int | None
+    score: float | None
+    source: str
+    queries: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TrainingRow:
+    """A query, one relevant document, and hard negatives.
+
+    Attributes:
+        query_id: The query's id.
+        query: Its text.
+        positive_id: The relevant document's id.
+        positive: Its text.
+        positive_score: The model's similarity of the two.
+        negatives: The hard negatives.
+    """
+
+    query_id: str
+    query: str
+    positive_id: str
+    positive: str
+    positive_score: float
+    negatives: tuple[Negative, ...] = field(default=())
+
+
+def to_dataset(rows: Iterable[TrainingRow], *, num_negatives: int, queries_per_negative: int = 1) -> Dataset:
+    """The columns that CLPLoss reads, as a ``datasets.Dataset``.
+
+    Columns, in order: ``anchor``, ``positive``, ``negative_1`` … ``negative_n``, then the queries of the negatives,
+    m for each in order, and ``label``: for each of those n·m queries its weight, 1, or 0 where the negative has no
+    known query (its column then holds an empty text). Without negative queries (m = 0) there is no label.
+    """
+    from datasets import Dataset
+
+    columns: dict[str, list[Any]] = {"anchor": [], "positive": []}
+    for n in range(1, num_negatives + 1):
+        columns[f"negative_{n}"] = []
+    for n in range(1, num_negatives + 1):
+        for m in range(1, queries_per_negative + 1):
+            columns[query_column(n, m, queries_per_negative)] = []
+    weighted = bool(num_negatives and queries_per_negative)
+    if weighted:
+        columns["label"] = []
+    for row in rows:
+        columns["anchor"].append(row.query)
+        columns["positive"].append(row.positive)
+        weights: list[float] = []
+        for n, negative in enumerate(row.negatives, start=1):
+            columns[f"negative_{n}"].append(negative.text)
+            known = negative.queries[:queries_per_negative]
+            for m in range(1, queries_per_negative + 1):
+                columns[query_column(n, m, queries_per_negative)].append(known[m - 1] if m <= len(known) else "")
+                weights.append(float(m <= len(known)))
+        if weighted:
+            columns["label"].append(weights)
+    return Dataset.from_dict(columns)
+
+
+def query_column(negative: int, query: int, queries_per_negative: int) -> str:
+    """The column of a negative's query, both counted from 1."""
+    return f"negative_query_{negative}" if queries_per_negative == 1 else f"negative_query_{negative}_{query}"
+
+
+def write_rows(path: str | os.PathLike[str], rows: Iterable[TrainingRow]) -> None:
+    """Write rows as JSON lines in the format of the paper's code, with ids, ranks and scores beside.
+
+    ``query``, ``pos``, ``neg`` and ``neg_q`` are what the paper's code reads, and
+    :meth:`st_clp.Collection.load` too. The file appears whole or not at all.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(target.name + ".partial")
+    with open(beside, "w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(_to_json(row), ensure_ascii=False) + "\n")
+    beside.replace(target)
+
+
+def read_rows(path: str | os.PathLike[str]) -> list[TrainingRow]:
+    """Read what :func:`write_rows` wrote."""
+    return [_from_json(row) for _, row in read_jsonl(Path(path))]
+
+
+def _to_json(row: TrainingRow) -> dict[str, Any]:
+    return {
+        "query": row.query,
+        "pos": [row.positive],
+        "neg": [negative.text for negative in row.negatives],
+        "neg_q": [_query_entry(negative.queries) for negative in row.negatives],
+        "query_id": row.query_id,
+        "pos_id": row.positive_id,
+        "pos_score": row.positive_score,
+        "neg_id": [negative.doc_id for negative in row.negatives],
+        "neg_rank": [negative.rank for negative in row.negatives],
+        "neg_score": [negative.score for negative in row.negatives],
+        "neg_source": [negative.source for negative in row.negatives],
+    }
+
+
+def _query_entry(queries: tuple[str, ...]) -> str | list[str] | None:
+    """A text, as the paper's code has it; a list where there are several; null where there is none."""
+    if len(queries) > 1:
+        return list(queries)
+    return queries[0] if queries else None
+
+
+def _from_json(row: dict[str, Any]) -> TrainingRow:
+    negatives = zip(
+        row["neg_id"], row["neg"], row["neg_rank"], row["neg_score"], row["neg_source"], row["neg_q"], strict=True
+    )
+    return TrainingRow(
+        query_id=row["query_id"],
+        query=row["query"],
+        positive_id=row["pos_id"],
+        positive=row["pos"][0],
+        positive_score=row["pos_score"],
+        negatives=tuple(
+            Negative(doc_id, text, rank, score, source, tuple([known] if isinstance(known, str) else known or ()))
+            for doc_id, text, rank, score, source, known in negatives
+        ),
+    )
