@@ -1,0 +1,149 @@
+"""What a run reports: the table on the terminal, ``report.json``, and the model card."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import st_clp
+from st_clp.settings import RunSettings
+
+PACKAGES = ("sentence-transformers", "transformers", "torch", "faiss-cpu", "beir", "ir-datasets", "datasets")
+METRICS = ("ndcg@10", "ndcg@5", "recall@100", "mrr@10")
+TITLES = {"ndcg@10": "nDCG@10", "ndcg@5": "nDCG@5", "recall@100": "Recall@100", "mrr@10": "MRR@10"}
+
+Scores = Mapping[str, Mapping[str, float]]
+
+
+def versions() -> dict[str, str]:
+    """The versions of everything that the figures depend on."""
+    found = {"st-clp": st_clp.__version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """What the run ran on."""
+    accelerators = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"processor": platform.machine(), "threads": torch.get_num_threads(), "accelerators": accelerators}
+
+
+def mean_score(scores: Scores, metric: str) -> float:
+    """The mean over collections, each counting the same."""
+    return sum(values[metric] for values in scores.values()) / len(scores)
+
+
+def score_rows(before: Scores, after: Scores) -> list[list[str]]:
+    """For each collection, and for all, the scores before and after: ``0.123 → 0.456``."""
+    rows = []
+    names: list[str | None] = list(after)
+    for name in [*names, *([None] if len(names) > 1 else [])]:
+        cells = [name or "mean"]
+        for metric in METRICS:
+            old = mean_score(before, metric) if name is None else before[name][metric]
+            new = mean_score(after, metric) if name is None else after[name][metric]
+            cells.append(f"{old:.3f} → {new:.3f}")
+        rows.append(cells)
+    return rows
+
+
+def print_scores(console: Console, before: Scores, after: Scores) -> None:
+    """The table on the terminal."""
+    table = Table(title="Before → after fine-tuning", title_justify="left", title_style="bold")
+    table.add_column("collection")
+    for metric in METRICS:
+        table.add_column(TITLES[metric], justify="right")
+    rows = score_rows(before, after)
+    for number, row in enumerate(rows):
+        table.add_row(*row, end_section=number == len(rows) - 2 and len(rows) > 1)
+    console.print(table)
+
+
+def write_card(
+    folder: Path,
+    settings: RunSettings,
+    report: Mapping[str, Any],
+    languages: list[str],
+) -> None:
+    """Complete the model card that sentence-transformers wrote: method, data, settings and scores.
+
+    Args:
+        folder: The saved model; its README.md is rewritten.
+        settings: The run's settings.
+        report: The run's report.
+        languages: Languages of the collections, ISO 639 codes.
+    """
+    from huggingface_hub import EvalResult, ModelCard
+
+    path = folder / "README.md"
+    card = ModelCard.load(path)
+    card.data.model_name = folder.resolve().name
+    if languages:
+        card.data.language = languages
+    card.data.tags = sorted({*(card.data.tags or []), "st_clp"})
+    card.data.eval_results = [
+        EvalResult(
+            task_type="information-retrieval",
+            task_name="Information Retrieval",
+            dataset_type=name,
+            dataset_name=name,
+            metric_type=metric.replace("@", "_at_"),
+            metric_name=TITLES[metric],
+            metric_value=values[metric],
+        )
+        for name, values in report["scores"]["after"].items()
+        for metric in METRICS
+    ]
+    section = _card_section(settings, report)
+    head, separator, rest = card.text.partition("\n## Model Details")
+    card.text = f"{head.rstrip()}\n\n{section}\n{separator}{rest}"
+    beside = path.with_name("README.md.partial")
+    card.save(beside)
+    beside.replace(path)
+
+
+def _card_section(settings: RunSettings, report: Mapping[str, Any]) -> str:
+    trained = report["training"]
+    mixture = (
+        f"a mixture of {settings.experts} experts in every layer's {settings.projection} projection, "
+        f"{settings.experts_per_token} for each token"
+        if settings.experts
+        else "no mixture of experts"
+    )
+    lines = [
+        "## How it was fine-tuned",
+        "",
+        "With [st_clp](https://pypi.org/project/st-clp/), after "
+        "[Contrastive Learning Penalty (CLP)](https://arxiv.org/abs/2412.17364): hard negatives that the model mined "
+        "itself, a contrastive loss with a penalty that keeps each of them near the queries it does answer "
+        f"(weight {settings.penalty_weight:g}, temperature {1 / settings.scale:g}), and {mixture}.",
+        "",
+        f"- Base model: `{settings.model}`",
+        f"- Trained on: {', '.join(f'`{name}`' for name in report['collections']['train'])}",
+        f"- Trained parameters: {trained['trainable_parameters']:,} of {trained['all_parameters']:,} "
+        f"(`{settings.what_trains}`)",
+        f"- Epochs {settings.epochs:g}, batch size {settings.batch_size}, learning rate "
+        f"{settings.peak_learning_rate:g}, seed {settings.seed}",
+        f"- Hard negatives: {settings.num_negatives} a query, from ranks {settings.range_min} to {settings.range_max}",
+        "",
+        "Scores before → after:",
+        "",
+        "| collection | " + " | ".join(TITLES[metric] for metric in METRICS) + " |",
+        "|---|" + "---|" * len(METRICS),
+    ]
+    rows = score_rows(report["scores"]["before"], report["scores"]["after"])
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    opening = "st_clp.load(path)" if settings.experts else "SentenceTransformer(path)"
+    lines += ["", f"Open it with `{opening}`. Every setting, version, count and time is in `report.json`.", ""]
+    return "\n".join(lines)

@@ -1,0 +1,219 @@
+"""The settings of a run: one definition for the command line, the YAML file and Python."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class SettingsError(ValueError):
+    """A setting is unknown, of the wrong kind or out of range; the message names it and the remedy."""
+
+
+def option(default: Any, help: str, group: str, *, choices: tuple[str, ...] | None = None) -> Any:
+    """A field with what the command line needs to teach it."""
+    metadata = {"help": help, "group": group, "choices": choices}
+    if isinstance(default, (list, dict)):
+        kind = type(default)
+        return field(default_factory=lambda: kind(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+DATA, MINING, LOSS, MODEL, TRAINING = "Data", "Mining", "Loss", "Mixture of experts", "Training"
+
+
+@dataclass
+class RunSettings:
+    """Everything that a run depends on. The help of each field is in its metadata and in ``st-clp run --help``."""
+
+    model: str = option("", "The model to fine-tune: a folder, or a name on the Hugging Face Hub.", DATA)
+    collection: list[str] = option(
+        [],
+        "What to train on: an ir_datasets id such as miracl/ko, a BEIR folder, or a JSONL file of training rows. "
+        "Several may be named. The train split is found.",
+        DATA,
+    )
+    output: str = option("", "The folder for the fine-tuned model and everything about the run.", DATA)
+    eval_collection: list[str] = option(
+        [], "What to evaluate on. By default the dev (or else test) splits of the collections.", DATA
+    )
+    train_split: str = option("train", "The split to train on.", DATA)
+    eval_split: str | None = option(None, "The split to evaluate on. By default dev, validation or test.", DATA)
+    holdout: float = option(
+        0.1, "The share of training queries (1,000 at most) to evaluate on where there is no other split.", DATA
+    )
+    text_field: list[str] = option([], "A document's fields to join as its text. By default title and text.", DATA)
+    max_seq_length: int | None = option(None, "Tokens of a text to read. By default as the model has it.", DATA)
+    encode_batch_size: int = option(32, "Texts in one forward pass when encoding.", DATA)
+
+    num_negatives: int = option(4, "Hard negatives for each query.", MINING)
+    queries_per_negative: int = option(1, "Queries for each negative, found in the training judgments.", MINING)
+    range_min: int = option(0, "Skip this many of the best-ranked candidates.", MINING)
+    range_max: int = option(100, "Take candidates from no further down than this rank.", MINING)
+    absolute_margin: float | None = option(None, "A negative must score at least this much below the positive.", MINING)
+    relative_margin: float | None = option(None, "The same, as a share of the positive's score.", MINING)
+    max_score: float | None = option(None, "A negative must score at most this.", MINING)
+    min_score: float | None = option(None, "A negative must score at least this.", MINING)
+    sampling_strategy: str = option(
+        "top", "Take the best-ranked candidates, or draw from all within range.", MINING, choices=("top", "random")
+    )
+    judged_negatives: str | None = option(
+        None,
+        "Documents judged not relevant: leave them in the ranking, take them first, or treat them as not judged. "
+        "By default first for training rows that name negatives, rank otherwise.",
+        MINING,
+        choices=("rank", "first", "ignore"),
+    )
+
+    penalty_weight: float = option(0.1, "The weight of the penalty in the loss (the paper's lambda), 0 to 1.", LOSS)
+    penalty: str = option("cosine", "The kind of penalty.", LOSS, choices=("cosine", "contrastive"))
+    scale: float = option(50.0, "What similarities are multiplied by: 1 / temperature.", LOSS)
+    in_batch_negatives: bool = option(True, "Let the batch's other documents be negatives too.", LOSS)
+    mini_batch_size: int | None = option(
+        None, "Compute the loss in mini-batches of this size (CachedCLPLoss), so that any batch size fits.", LOSS
+    )
+
+    experts: int = option(2, "Experts in each layer; 0 trains the dense model.", MODEL)
+    experts_per_token: int = option(1, "Experts that each token goes to.", MODEL)
+    projection: str = option(
+        "intermediate",
+        "Which projection of the feed-forward layers becomes a mixture.",
+        MODEL,
+        choices=("intermediate", "output", "feed_forward"),
+    )
+    train: str | None = option(
+        None,
+        "What trains; the rest is frozen. By default moe, or all where there are no experts.",
+        MODEL,
+        choices=("moe", "intermediate", "output", "router", "all"),
+    )
+
+    epochs: float = option(2.0, "Passes over the training rows.", TRAINING)
+    batch_size: int = option(16, "Training rows in a batch on each device.", TRAINING)
+    learning_rate: float | None = option(
+        None, "The peak learning rate. By default 1e-4 where only a part trains and 2e-5 where all does.", TRAINING
+    )
+    warmup: float = option(0.1, "Steps of warm-up: a share of all steps, or a number from 1.", TRAINING)
+    bf16: bool | None = option(None, "Train in bfloat16. By default where the hardware has it.", TRAINING)
+    seed: int = option(42, "The seed of everything random.", TRAINING)
+    training_arg: dict[str, Any] = option(
+        {}, "Any other argument of SentenceTransformerTrainingArguments, as NAME=VALUE.", TRAINING
+    )
+
+    def __post_init__(self) -> None:
+        """Check kinds, choices and ranges.
+
+        Raises:
+            SettingsError: A value that cannot be meant.
+        """
+        for item in fields(self):
+            self._check_kind(item)
+            choices, value = item.metadata["choices"], getattr(self, item.name)
+            if choices and value is not None and value not in choices:
+                raise SettingsError(f"{item.name} must be one of {', '.join(choices)}, got {value!r}")
+        limits: dict[str, tuple[float, float]] = {
+            "holdout": (0, 0.9), "max_seq_length": (1, float("inf")), "encode_batch_size": (1, float("inf")),
+            "num_negatives": (0, float("inf")), "queries_per_negative": (0, float("inf")),
+            "penalty_weight": (0, 1), "scale": (1e-9, float("inf")), "mini_batch_size": (1, float("inf")),
+            "experts": (0, float("inf")), "experts_per_token": (1, float("inf")), "epochs": (1e-9, float("inf")),
+            "batch_size": (1, float("inf")), "learning_rate": (0, float("inf")), "warmup": (0, float("inf")),
+        }  # fmt: skip
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                upper = "" if high == float("inf") else f" and at most {high:g}"
+                raise SettingsError(f"{name} must be at least {low:g}{upper}, got {value:g}")
+        if self.experts == 1 or 0 < self.experts < self.experts_per_token:
+            raise SettingsError(
+                f"experts={self.experts} with experts_per_token={self.experts_per_token}: a mixture needs at least "
+                "two experts and no fewer than each token goes to; 0 experts trains the dense model"
+            )
+        if self.experts == 0 and self.train in ("moe", "router"):
+            raise SettingsError(f"train={self.train} needs experts; with experts=0 train intermediate, output or all")
+
+    def _check_kind(self, item: Field[Any]) -> None:
+        value, kind = getattr(self, item.name), str(item.type)
+        if value is None:
+            if "None" in kind:
+                return
+            raise SettingsError(f"{item.name} has no value")
+        if kind.startswith("float") and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+            setattr(self, item.name, value)
+        if kind.startswith("list") and isinstance(value, str):
+            value = [value]
+            setattr(self, item.name, value)
+        expected = {"str": str, "int": int, "float": float, "bool": bool, "list[str]": list, "dict[str, Any]": dict}
+        wanted = expected[kind.removesuffix(" | None")]
+        if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+            raise SettingsError(f"{item.name} must be of the kind {kind.removesuffix(' | None')}, got {value!r}")
+
+    @property
+    def what_trains(self) -> str:
+        """``train``, with its default filled in."""
+        return self.train or ("moe" if self.experts else "all")
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """``learning_rate``, with its default filled in."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 2e-5 if self.what_trains == "all" else 1e-4
+
+    def require(self, *names: str) -> None:
+        """Raise a SettingsError that names the first of these settings that is empty."""
+        for name in names:
+            if not getattr(self, name):
+                flag = "--" + name.replace("_", "-")
+                raise SettingsError(f"no {name}: give {flag} (or {name}: in the --config file)")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings, by name."""
+        return asdict(self)
+
+    def differences(self, other: RunSettings) -> dict[str, tuple[Any, Any]]:
+        """Setting to (this value, the other's) where they differ."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, where: str = "settings") -> RunSettings:
+        """Settings from a mapping.
+
+        Raises:
+            SettingsError: A name that is no setting (with the nearest one), or a value that cannot be meant.
+        """
+        known = [item.name for item in fields(cls)]
+        for name in values:
+            if name not in known:
+                nearest = difflib.get_close_matches(str(name), known, n=1)
+                advice = f"; did you mean {nearest[0]}?" if nearest else f"; the settings are {', '.join(known)}"
+                raise SettingsError(f"{where}: there is no setting {name!r}{advice}")
+        return cls(**values)
+
+    @classmethod
+    def read_yaml(cls, path: str | os.PathLike[str]) -> dict[str, Any]:
+        """The settings that a YAML file gives; dashes in names count as underscores.
+
+        Raises:
+            SettingsError: The file is not there or is no YAML mapping.
+        """
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise SettingsError(f"the configuration file {path} is not there") from error
+        except yaml.YAMLError as error:
+            raise SettingsError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(values, dict):
+            raise SettingsError(f"{path} must hold settings, a line each, such as: model: BAAI/bge-m3")
+        return {str(name).replace("-", "_"): value for name, value in values.items()}
+
+    def write_yaml(self, path: Path) -> None:
+        """Write all settings, so that the file can be given as ``--config``."""
+        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")

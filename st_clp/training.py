@@ -1,0 +1,152 @@
+"""Training with sentence-transformers' Trainer: model, loss, arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import logging
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.base.modules import Router
+from torch import nn
+
+from st_clp.losses import CachedCLPLoss, CLPLoss
+from st_clp.settings import RunSettings, SettingsError
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+logger = logging.getLogger(__name__)
+
+
+def load_base_model(name: str, *, max_seq_length: int | None = None) -> SentenceTransformer:
+    """The model to fine-tune, from a folder or the Hugging Face Hub.
+
+    Raises:
+        SettingsError: There is no such folder and no such model to be had, or it cannot be opened.
+    """
+    from st_clp.moe import load
+
+    path = Path(name).expanduser()
+    try:
+        if (path / "modules.json").is_file():
+            model = load(str(path))
+        else:
+            model = SentenceTransformer(str(path) if path.is_dir() else name)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        if not path.exists():
+            reason = (
+                f"there is no folder {path}, and the Hugging Face Hub did not give a model of that name ({reason}). "
+                "Check the spelling, the network and, for a private model, `hf auth login`"
+            )
+        raise SettingsError(f"the model {name!r} cannot be loaded: {reason}") from error
+    if max_seq_length is not None:
+        model.max_seq_length = max_seq_length
+    return model
+
+
+def make_loss(model: SentenceTransformer, settings: RunSettings) -> nn.Module:
+    """CLPLoss as the settings have it; CachedCLPLoss where a mini-batch size is given."""
+    options: dict[str, Any] = {
+        "scale": settings.scale,
+        "penalty_weight": settings.penalty_weight,
+        "penalty": settings.penalty,
+        "queries_per_negative": settings.queries_per_negative if settings.num_negatives else 0,
+        "in_batch_negatives": settings.in_batch_negatives,
+    }
+    if settings.mini_batch_size is not None:
+        return CachedCLPLoss(model, mini_batch_size=settings.mini_batch_size, **options)
+    return CLPLoss(model, **options)
+
+
+def make_trainer(
+    model: SentenceTransformer,
+    datasets: Mapping[str, Dataset],
+    settings: RunSettings,
+    checkpoints: Path,
+) -> SentenceTransformerTrainer:
+    """The Trainer of a run. Each collection is a dataset of its own, so that a batch holds one language.
+
+    Args:
+        model: Converted, and with what is not to train frozen.
+        datasets: Collection name to training rows in CLPLoss's columns.
+        settings: The run's settings.
+        checkpoints: Folder for checkpoints.
+
+    Raises:
+        SettingsError: A training argument is not known, or cannot be used here.
+    """
+    from datasets import DatasetDict
+
+    rows: Dataset | DatasetDict = next(iter(datasets.values())) if len(datasets) == 1 else DatasetDict(dict(datasets))
+    columns = [name for name in next(iter(datasets.values())).column_names if name != "label"]
+    steps = sum(len(dataset) // settings.batch_size + 1 for dataset in datasets.values()) * settings.epochs
+    return SentenceTransformerTrainer(
+        model=model,
+        args=make_arguments(model, settings, checkpoints, columns, steps=max(1, int(steps))),
+        train_dataset=rows,
+        loss=make_loss(model, settings),
+    )
+
+
+def make_arguments(
+    model: SentenceTransformer, settings: RunSettings, checkpoints: Path, columns: list[str], *, steps: int
+) -> SentenceTransformerTrainingArguments:
+    """The Trainer's arguments; ``settings.training_arg`` overrides everything."""
+    bf16 = settings.bf16 if settings.bf16 is not None else hardware_has_bf16(model.device)
+    arguments: dict[str, Any] = {
+        "output_dir": str(checkpoints),
+        "num_train_epochs": settings.epochs,
+        "per_device_train_batch_size": settings.batch_size,
+        "learning_rate": settings.peak_learning_rate,
+        "warmup_steps": settings.warmup,
+        "bf16": bf16,
+        "use_cpu": model.device.type == "cpu",
+        "seed": settings.seed,
+        "data_seed": settings.seed,
+        "logging_steps": max(1, steps // 50),
+        # About ten checkpoints in a training, so that little is lost when it is stopped.
+        "save_strategy": "steps",
+        "save_steps": max(1, steps // 10),
+        "save_total_limit": 2,
+        "report_to": "none",
+        "prompts": column_kinds(columns, model.prompts.get("query"), model.prompts.get("document")),
+    }
+    if any(isinstance(module, Router) for module in model.modules()):
+        arguments["router_mapping"] = column_kinds(columns, "query", "document")
+    known = {item.name for item in dataclasses.fields(SentenceTransformerTrainingArguments)}
+    for name in settings.training_arg:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            advice = f"; did you mean {nearest[0]}?" if nearest else ""
+            raise SettingsError(f"training_arg: SentenceTransformerTrainingArguments has no {name!r}{advice}")
+    try:
+        return SentenceTransformerTrainingArguments(**{**arguments, **settings.training_arg})
+    except (TypeError, ValueError) as error:
+        raise SettingsError(f"the training arguments cannot be used: {error}") from error
+
+
+def column_kinds(columns: list[str], query: str | None, document: str | None) -> dict[str, str]:
+    """Column to what belongs to queries or to documents, as the column holds the one or the other."""
+    kinds = {name: query if name == "anchor" or name.startswith("negative_query") else document for name in columns}
+    return {name: kind for name, kind in kinds.items() if kind}
+
+
+def hardware_has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu" and platform.machine().lower() in ("x86_64", "amd64"):
+        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return False
