@@ -9,6 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -71,7 +72,8 @@ def tiny_model(tiny_model_path: Path) -> SentenceTransformer:
 def make_tiny_model(tmp_path: Path) -> Callable[..., SentenceTransformer]:
     """Build a tiny model with other settings: ``make_tiny_model(seed=1, dropout=0.1, normalize=False)``."""
 
-    def make(**settings: float | bool) -> SentenceTransformer:
-        return SentenceTransformer(str(build_tiny_model(tmp_path / f"m{len(list(tmp_path.iterdir()))}", **settings)), device="cpu")
+    def make(**settings: Any) -> SentenceTransformer:
+        folder = tmp_path / f"model {len(list(tmp_path.iterdir()))}"
+        return SentenceTransformer(str(build_tiny_model(folder, **settings)), device="cpu")
 
     return make

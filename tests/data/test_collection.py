@@ -1,0 +1,262 @@
+"""Collections from every kind of source: what is read, what is counted, what is refused."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from st_clp import Collection
+from st_clp.data import CollectionError, corpus
+
+CORPUS = [
+    {"_id": "d1", "title": "River", "text": "a big river"},
+    {"_id": "d2", "title": "Lake", "text": "an old lake"},
+    {"_id": "d3", "title": "", "text": "a red city"},
+]
+QUERIES = [{"_id": "q1", "text": "which river?"}, {"_id": "q2", "text": "which lake?"}, {"_id": "q3", "text": "unused"}]
+JUDGMENTS = [("q1", "d1", 1), ("q1", "d2", 0), ("q2", "d2", 2)]
+
+
+def write_jsonl(path: Path, rows: list[Any], *, gz: bool = False) -> None:
+    text = "\n".join(row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows) + "\n"
+    if gz:
+        path.with_name(path.name + ".gz").write_bytes(gzip.compress(text.encode()))
+    else:
+        path.write_text(text, encoding="utf-8")
+
+
+def write_beir(
+    folder: Path,
+    *,
+    documents: list[Any] = CORPUS,
+    queries: list[Any] = QUERIES,
+    judgments: list[tuple[str, str, Any]] = JUDGMENTS,
+    splits: tuple[str, ...] = ("train",),
+    gz: bool = False,
+    header: bool = True,
+) -> str:
+    (folder / "qrels").mkdir(parents=True, exist_ok=True)
+    write_jsonl(folder / "corpus.jsonl", documents, gz=gz)
+    write_jsonl(folder / "queries.jsonl", queries, gz=gz)
+    lines = (["query-id\tcorpus-id\tscore"] if header else []) + ["\t".join(map(str, row)) for row in judgments]
+    for split in splits:
+        text = "\n".join(lines) + "\n"
+        if gz:
+            (folder / "qrels" / f"{split}.tsv.gz").write_bytes(gzip.compress(text.encode()))
+        else:
+            (folder / "qrels" / f"{split}.tsv").write_text(text, encoding="utf-8")
+    return str(folder)
+
+
+@pytest.mark.parametrize("gz", [False, True])
+@pytest.mark.parametrize("header", [False, True])
+@pytest.mark.parametrize("small", [False, True])
+def test_beir_folder_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gz: bool, header: bool, small: bool
+) -> None:
+    if not small:  # documents are then streamed from the file each time, and never held
+        monkeypatch.setattr(corpus, "SMALL_CORPUS_BYTES", 0)
+    collection = Collection.load(write_beir(tmp_path / "c", gz=gz, header=header))
+    assert [tuple(document) for document in collection.documents()] == [
+        ("d1", "River a big river"),
+        ("d2", "Lake an old lake"),
+        ("d3", "a red city"),
+    ]
+    assert collection.num_documents == 3
+    assert collection.queries == {"q1": "which river?", "q2": "which lake?"}
+    assert collection.judgments == {"q1": {"d1": 1, "d2": 0}, "q2": {"d2": 2}}
+    assert collection.positives() == {"q1": ["d1"], "q2": ["d2"]}
+    assert {d.doc_id for d in collection.get_documents(["d3", "d1", "nope"]).values()} == {"d1", "d3"}
+    assert collection.split == "train"
+
+
+def test_text_fields_choose_what_a_document_is(tmp_path: Path) -> None:
+    collection = Collection.load(write_beir(tmp_path / "c"), text_fields=["text"])
+    assert next(collection.documents()).text == "a big river"
+
+
+def test_splits_of_a_beir_folder(tmp_path: Path) -> None:
+    folder = write_beir(tmp_path / "c", splits=("train", "dev"))
+    assert Collection.splits(folder) == ["dev", "train"]
+    assert Collection.load(folder, split="dev").name.endswith("/dev")
+    with pytest.raises(CollectionError, match="name the split to read; it has dev, train"):
+        Collection.load(folder)
+    with pytest.raises(CollectionError, match="no split 'test'; it has dev, train"):
+        Collection.load(folder, split="test")
+
+
+def test_judgments_without_query_or_document_are_counted_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    judgments = [*JUDGMENTS, ("q9", "d1", 1), ("q1", "d9", 1), ("q3", "d8", 1)]
+    with caplog.at_level(logging.WARNING):
+        collection = Collection.load(write_beir(tmp_path / "c", judgments=judgments))
+    assert collection.left_out == {
+        "judgments of a query that is not there": 1,
+        "judgments of a document that is not there": 2,
+    }
+    assert "left out 2 judgments of a document that is not there" in caplog.text
+    assert set(collection.queries) == {"q1", "q2"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"documents": [*CORPUS, "{broken"]}, r"corpus\.jsonl, line 4: not valid JSON"),
+        ({"documents": [*CORPUS, '["a"]']}, r"corpus\.jsonl, line 4: a JSON object is expected, not list"),
+        (
+            {"documents": [{"title": "x", "text": "y"}]},
+            r"corpus\.jsonl, line 1: no '_id'; the line has 'title', 'text'",
+        ),
+        ({"documents": [{"_id": "x", "body": "y"}]}, r"corpus\.jsonl, line 1: none of the fields title, text"),
+        ({"documents": [{"_id": "x", "text": ["y"]}]}, r"corpus\.jsonl, line 1: 'text' must be text, not list"),
+        (
+            {"documents": [*CORPUS, {"_id": "d1", "text": "other"}]},
+            r"corpus\.jsonl, line 4: the document id 'd1' was there",
+        ),
+        ({"documents": []}, r"corpus\.jsonl has no documents"),
+        ({"queries": [*QUERIES, {"_id": "q1", "text": "other"}]}, r"queries\.jsonl, line 4: query id 'q1' was there"),
+        ({"judgments": [("q1", "d1", "high")]}, r"train\.tsv, line 2: expected query-id, corpus-id and a whole-number"),
+        (
+            {"judgments": [("q7", "d1", 1)]},
+            r"train\.tsv: no judgment joins a query .*1 judgments of a query that is not",
+        ),
+        ({"judgments": []}, r"train\.tsv: no judgment joins .*the file is empty"),
+        ({"splits": ()}, r"there are no judgments; put them in .*train\.tsv"),
+    ],
+)
+def test_a_broken_beir_folder_is_refused_by_place(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CollectionError, match=message):
+        Collection.load(write_beir(tmp_path / "c", **changes))
+
+
+def test_damaged_gzip_and_bad_encoding_name_the_file(tmp_path: Path) -> None:
+    folder = Path(write_beir(tmp_path / "c", gz=True))
+    whole = (folder / "corpus.jsonl.gz").read_bytes()
+    (folder / "corpus.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CollectionError, match=r"corpus\.jsonl\.gz.*damaged or cut-off"):
+        Collection.load(str(folder))
+    other = Path(write_beir(tmp_path / "d"))
+    (other / "queries.jsonl").write_bytes('{"_id": "q1", "text": "é"}'.encode("latin-1"))
+    with pytest.raises(CollectionError, match=r"queries\.jsonl.*not UTF-8"):
+        Collection.load(str(other))
+
+
+def test_the_same_document_twice_counts_once(tmp_path: Path) -> None:
+    collection = Collection.load(write_beir(tmp_path / "c", documents=[*CORPUS, CORPUS[0]]))
+    assert collection.num_documents == 3
+    assert collection.left_out == {"documents that came twice": 1}
+
+
+def test_training_rows_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [
+        {"query": "q one", "pos": ["a river"], "neg": ["a lake", "a city"], "neg_q": ["which lake?", None]},
+        {"query": "q two", "pos": ["a lake"], "neg": ["a river"], "neg_q": [["which river?", "what river?"]]},
+        {"query": "q one", "pos": ["a mountain"]},
+    ]
+    write_jsonl(path, rows)
+    collection = Collection.load(str(path))
+    texts = {document.text: document.doc_id for document in collection.documents()}
+    assert set(texts) == {"a river", "a lake", "a city", "a mountain"}
+    queries = {text: query_id for query_id, text in collection.queries.items()}
+    assert collection.judgments[queries["q one"]] == {
+        texts["a river"]: 1,
+        texts["a lake"]: 0,
+        texts["a city"]: 0,
+        texts["a mountain"]: 1,
+    }
+    assert collection.known_queries == {
+        texts["a lake"]: ["which lake?"],
+        texts["a river"]: ["which river?", "what river?"],
+    }
+    assert collection.judged_negatives
+    assert Collection.splits(str(path)) == ["train"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"query": "x", "pos": ["y"]', "line 1: not valid JSON"),
+        ({"pos": ["y"]}, "line 1: no 'query'"),
+        ({"query": "x"}, "line 1: 'pos' must be a list of texts"),
+        ({"query": "x", "pos": []}, "line 1: 'pos' has no text"),
+        ({"query": "x", "pos": ["y"], "neg": [1]}, "line 1: 'neg' must be a list of texts"),
+        (
+            {"query": "x", "pos": ["y"], "neg": ["z"], "neg_q": []},
+            "line 1: 'neg_q' must give one entry for each of the 1",
+        ),
+        ({"query": "x", "pos": ["y"], "neg": ["z"], "neg_q": [3]}, "line 1: each entry of 'neg_q' must be"),
+    ],
+)
+def test_a_broken_training_row_is_refused_by_place(tmp_path: Path, row: Any, message: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, [row])
+    with pytest.raises(CollectionError, match=message):
+        Collection.load(str(path))
+
+
+def test_an_empty_file_of_training_rows_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("")
+    with pytest.raises(CollectionError, match=r"rows\.jsonl is empty"):
+        Collection.load(str(tmp_path / "rows.jsonl"))
+
+
+def test_unknown_names_get_advice(tmp_path: Path) -> None:
+    with pytest.raises(CollectionError, match=r"unknown collection 'miracl/kk'.*Did you mean miracl/ko"):
+        Collection.load("miracl/kk")
+    with pytest.raises(CollectionError, match=r"no file or folder .*missing\.jsonl.*is there"):
+        Collection.load(str(tmp_path / "missing.jsonl"))
+    with pytest.raises(CollectionError, match=r"is a folder, but has no corpus\.jsonl"):
+        Collection.load(str(tmp_path))
+    with pytest.raises(CollectionError, match="name one of its splits: dev, train"):
+        Collection.load("miracl/ko")
+    with pytest.raises(CollectionError, match="there is no split 'nope'; it has dev, train"):
+        Collection.load("miracl/ko", split="nope")
+
+
+def test_embedded_collection_is_loaded_by_name() -> None:
+    assert Collection.splits("embedded/ko") == ["dev", "train"]
+    collection = Collection.load("embedded/ko/dev")
+    assert (collection.language, collection.split, collection.corpus_name) == ("ko", "dev", "embedded/ko")
+    assert collection.queries == Collection.load("embedded/ko", split="dev").queries
+    assert collection.corpus_name == Collection.load("embedded/ko/train").corpus_name
+    known = {document.doc_id for document in collection.documents()}
+    assert all(set(grades) <= known for grades in collection.judgments.values())
+
+
+def test_from_dict_refuses_an_empty_corpus_and_counts_what_is_missing() -> None:
+    with pytest.raises(CollectionError, match="the corpus is empty"):
+        Collection.from_dict({}, {}, {})
+    collection = Collection.from_dict({"d": "text"}, {"q": "query", "b": " "}, {"q": {"d": 1, "x": 1}, "b": {"d": 1}})
+    assert collection.judgments == {"q": {"d": 1}}
+    assert collection.left_out == {
+        "judgments of a query without text": 1,
+        "judgments of a document that is not there": 1,
+    }
+
+
+def test_a_collection_without_positives_cannot_train() -> None:
+    collection = Collection.from_dict({"d": "text"}, {"q": "query"}, {"q": {"d": 0}})
+    with pytest.raises(CollectionError, match="no query has a relevant document"):
+        collection.require_positives()
+
+
+@given(number=st.integers(2, 60), share=st.floats(0.01, 0.9), seed=st.integers(0, 5))
+def test_holding_out_splits_the_queries(number: int, share: float, seed: int) -> None:
+    collection = Collection.from_dict(
+        {"d": "text"}, {f"q{i}": f"query {i}" for i in range(number)}, {f"q{i}": {"d": 1} for i in range(number)}
+    )
+    rest, held_out = collection.hold_out(share, seed)
+    assert set(rest.queries) | set(held_out.queries) == set(collection.queries)
+    assert not set(rest.queries) & set(held_out.queries)
+    assert len(held_out.queries) == max(1, round(number * share))
+    assert set(held_out.judgments) == set(held_out.queries)
+    assert held_out.queries == collection.hold_out(share, seed)[1].queries

@@ -1,0 +1,278 @@
+"""Mining: every query gets its negatives, none of them an answer, each with a query of its own where one is known."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sentence_transformers import SentenceTransformer
+
+from st_clp import Collection, mine_hard_negatives
+from st_clp.data import CollectionError
+from st_clp.mining import mine
+from st_clp.mining.candidates import CandidateFilter
+from st_clp.mining.rows import read_rows, write_rows
+
+WORDS = "river lake mountain city country money bank language people capital red blue green old new big small".split()
+
+
+def make_collection(documents: int = 20, queries: int = 12, *, graded: bool = True) -> Collection:
+    """Query i is answered by document i, and by document i + 1 for every third; document i + 2 is judged no answer."""
+    texts = {f"d{i}": f"the {WORDS[i % 17]} of {WORDS[(i * 5 + 1) % 17]} {i}" for i in range(documents)}
+    asked = {f"q{i}": f"which {WORDS[i % 17]} is {WORDS[(i * 3) % 17]}?" for i in range(queries)}
+    judgments = {}
+    for i in range(queries):
+        judgments[f"q{i}"] = {f"d{i % documents}": 1}
+        if i % 3 == 0:
+            judgments[f"q{i}"][f"d{(i + 1) % documents}"] = 2
+        if graded:
+            judgments[f"q{i}"].setdefault(f"d{(i + 2) % documents}", 0)
+    return Collection.from_dict(texts, asked, judgments, name="toy")
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    documents=st.integers(8, 30),
+    queries=st.integers(1, 30),
+    num_negatives=st.integers(0, 5),
+    range_min=st.integers(0, 4),
+    width=st.integers(1, 20),
+    relative_margin=st.sampled_from([None, 0.0, 0.5, 2.0]),
+    max_score=st.sampled_from([None, 0.2]),
+    sampling=st.sampled_from(["top", "random"]),
+    judged=st.sampled_from([None, "rank", "first", "ignore"]),
+    seed=st.integers(0, 3),
+)
+def test_every_query_gets_all_its_negatives_and_none_is_an_answer(
+    tiny_model: SentenceTransformer,
+    documents: int,
+    queries: int,
+    num_negatives: int,
+    range_min: int,
+    width: int,
+    relative_margin: float | None,
+    max_score: float | None,
+    sampling: str,
+    judged: str | None,
+    seed: int,
+) -> None:
+    collection = make_collection(documents, queries)
+    mined = mine(
+        tiny_model,
+        collection,
+        num_negatives=num_negatives,
+        candidate_filter=CandidateFilter(range_min, range_min + width, None, relative_margin, max_score, None),
+        sampling_strategy=sampling,
+        judged_negatives=judged,
+        seed=seed,
+        show_progress_bar=False,
+    )
+    positives = collection.positives()
+    assert [(row.query_id, row.positive_id) for row in mined.rows] == [
+        (query_id, doc_id) for query_id in positives for doc_id in positives[query_id]
+    ]
+    for row in mined.rows:
+        negatives = [negative.doc_id for negative in row.negatives]
+        assert len(set(negatives)) == num_negatives
+        assert not set(negatives) & set(positives[row.query_id])
+        for negative in row.negatives:
+            if negative.source == "ranking":
+                assert range_min <= negative.rank < range_min + width
+    assert sum(mined.account.negatives.values()) == len(mined.rows) * num_negatives
+    assert mined.account.rows == len(mined.rows)
+
+
+def test_negatives_are_the_best_ranked_by_the_model(tiny_model: SentenceTransformer) -> None:
+    collection = make_collection(graded=False)
+    documents = {document.doc_id: document.text for document in collection.documents()}
+    scores = tiny_model.similarity(
+        tiny_model.encode_query(list(collection.queries.values())), tiny_model.encode_document(list(documents.values()))
+    )
+    mined = mine(tiny_model, collection, num_negatives=3, show_progress_bar=False)
+    for row in mined.rows:
+        own = scores[list(collection.queries).index(row.query_id)]
+        ranked = [list(documents)[i] for i in own.argsort(descending=True)]
+        expected = [doc_id for doc_id in ranked if doc_id not in collection.positives()[row.query_id]]
+        assert [negative.doc_id for negative in row.negatives] == expected[:3]
+        assert [negative.rank for negative in row.negatives] == [0, 1, 2]
+        assert row.positive_score == pytest.approx(float(own[list(documents).index(row.positive_id)]), abs=1e-5)
+
+
+def test_a_copy_of_the_positive_is_never_a_negative(tiny_model: SentenceTransformer) -> None:
+    collection = Collection.from_dict(
+        {"a": "the river", "copy 1": "the river", "copy 2": "the river", "b": "a lake", "c": "a city", "d": "fire"},
+        {"q": "which river?"},
+        {"q": {"a": 1}},
+    )
+    for sampling in ("top", "random"):
+        mined = mine(tiny_model, collection, num_negatives=3, sampling_strategy=sampling, show_progress_bar=False)
+        assert {negative.doc_id for negative in mined.rows[0].negatives} == {"b", "c", "d"}
+        assert sorted(negative.rank for negative in mined.rows[0].negatives) == [0, 1, 2]
+
+
+def test_a_strict_margin_loses_no_query_and_is_accounted_for(tiny_model: SentenceTransformer) -> None:
+    collection = make_collection(documents=40, queries=30, graded=False)
+    mined = mine(
+        tiny_model,
+        collection,
+        num_negatives=4,
+        candidate_filter=CandidateFilter(range_max=10, absolute_margin=10.0),
+        show_progress_bar=False,
+    )
+    assert {row.query_id for row in mined.rows} == set(collection.queries)
+    assert mined.account.negatives == {"filtered": len(mined.rows) * 4}
+    assert mined.account.filtered == {"within absolute_margin of the positive": 30 * 10}
+    # The deepest-ranked come first: they are the least likely to be answers nobody judged.
+    assert [negative.rank for negative in mined.rows[0].negatives] == [9, 8, 7, 6]
+    assert "within absolute_margin" in str(mined.account)
+
+
+def test_judged_negatives_first_last_or_not_at_all(tiny_model: SentenceTransformer) -> None:
+    collection = make_collection(documents=40, queries=10)
+    strict = CandidateFilter(range_max=40, absolute_margin=10.0)
+
+    def first_sources(judged: str) -> list[tuple[str, str]]:
+        rows = mine(
+            tiny_model,
+            collection,
+            num_negatives=2,
+            candidate_filter=strict,
+            judged_negatives=judged,
+            show_progress_bar=False,
+        ).rows
+        return [(row.query_id, row.negatives[0].doc_id) for row in rows if row.negatives[0].source != "filtered"]
+
+    not_relevant = {
+        query_id: next(doc_id for doc_id, grade in grades.items() if grade == 0)
+        for query_id, grades in collection.judgments.items()
+    }
+    # The margin refuses everything, but a document that was judged needs no guard against unjudged answers.
+    assert all(not_relevant[query_id] == doc_id for query_id, doc_id in first_sources("first"))
+    assert all(not_relevant[query_id] == doc_id for query_id, doc_id in first_sources("rank"))
+    assert first_sources("rank")
+    assert first_sources("ignore") == []
+
+
+def test_queries_of_negatives_come_from_the_judgments_and_never_from_this_row(tiny_model: SentenceTransformer) -> None:
+    # d0 answers q0, q1 and q4; d1 answers q2 and, as d0 does, q1. q3 is q0's text under another id.
+    collection = Collection.from_dict(
+        {"d0": "the red river", "d1": "the blue lake", "d2": "a bank", "d3": "a cat", "d4": "fire"},
+        {
+            "q0": "which river?",
+            "q1": "what is wet?",
+            "q2": "which lake?",
+            "q3": "which river?",
+            "q4": "what is red?",
+        },
+        {
+            "q0": {"d0": 1, "d1": 0},
+            "q1": {"d0": 1, "d1": 1},
+            "q2": {"d1": 1, "d0": 0},
+            "q3": {"d1": 1, "d0": 0},
+            "q4": {"d0": 1, "d1": 0},
+        },
+    )
+    rows = mine(
+        tiny_model,
+        collection,
+        num_negatives=3,
+        queries_per_negative=3,
+        judged_negatives="first",
+        show_progress_bar=False,
+    ).rows
+    found = {(row.query_id, row.positive_id): {n.doc_id: set(n.queries) for n in row.negatives} for row in rows}
+    # q1 is answered by q0's positive too, and q3 has q0's text: neither may hold d1 near.
+    assert found["q0", "d0"]["d1"] == {"which lake?"}
+    assert found["q2", "d1"]["d0"] == {"what is red?"}
+    assert found["q4", "d0"]["d1"] == {"which lake?"}
+    assert all(queries == set() for row in found.values() for doc, queries in row.items() if doc not in ("d0", "d1"))
+
+
+def test_dataset_has_the_columns_of_the_loss_and_weights_for_known_queries(tiny_model: SentenceTransformer) -> None:
+    common = {"model": tiny_model, "collection": make_collection(), "show_progress_bar": False}
+    dataset = mine_hard_negatives(**common, num_negatives=2, queries_per_negative=2)
+    assert dataset.column_names == [
+        "anchor",
+        "positive",
+        "negative_1",
+        "negative_2",
+        "negative_query_1_1",
+        "negative_query_1_2",
+        "negative_query_2_1",
+        "negative_query_2_2",
+        "label",
+    ]
+    names = [name for name in dataset.column_names if name.startswith("negative_query")]
+    assert {weight for row in dataset for weight in row["label"]} == {0.0, 1.0}
+    for row in dataset:
+        assert row["label"] == [float(bool(row[name])) for name in names]
+    plain = mine_hard_negatives(**common, num_negatives=1, queries_per_negative=0)
+    assert plain.column_names == ["anchor", "positive", "negative_1"]
+    pairs = mine_hard_negatives(**common, num_negatives=0)
+    assert pairs.column_names == ["anchor", "positive"]
+
+
+def test_rows_survive_the_file_and_are_training_rows_again(tiny_model: SentenceTransformer, tmp_path: Path) -> None:
+    collection = make_collection()
+    mined = mine(tiny_model, collection, num_negatives=3, queries_per_negative=2, show_progress_bar=False)
+    write_rows(tmp_path / "rows.jsonl", mined.rows)
+    assert read_rows(tmp_path / "rows.jsonl") == mined.rows
+    first = json.loads((tmp_path / "rows.jsonl").read_text().splitlines()[0])
+    assert {"query", "pos", "neg", "neg_q"} <= set(first)
+    again = Collection.load(str(tmp_path / "rows.jsonl"))
+    assert set(again.queries.values()) == set(collection.queries.values())
+    # The rows name their negatives, so these come first when they are mined again.
+    remined = mine(tiny_model, again, num_negatives=3, show_progress_bar=False)
+    before = {row.query: {negative.text for negative in row.negatives} for row in mined.rows}
+    assert all({negative.text for negative in row.negatives} <= before[row.query] for row in remined.rows)
+    assert set(remined.account.negatives) == {"judged"}
+
+
+@pytest.mark.parametrize("sampling", ["top", "random"])
+def test_the_same_seed_mines_the_same(tiny_model: SentenceTransformer, sampling: str) -> None:
+    collection = make_collection(30, 20)
+
+    def mined(seed: int, chosen: Collection = collection) -> dict[str, tuple]:
+        rows = mine(
+            tiny_model,
+            chosen,
+            num_negatives=3,
+            sampling_strategy=sampling,
+            seed=seed,
+            candidate_filter=CandidateFilter(range_max=15),
+            show_progress_bar=False,
+        ).rows
+        return {f"{row.query_id} {row.positive_id}": row.negatives for row in rows}
+
+    def documents(negatives: dict[str, tuple]) -> list[list[str]]:
+        return [[negative.doc_id for negative in row] for row in negatives.values()]
+
+    assert mined(1) == mined(1)
+    assert mined(1) != mined(2)  # which of several known queries a negative gets, if nothing else
+    assert (documents(mined(1)) == documents(mined(2))) == (sampling == "top")
+    # A query's negatives do not depend on which other queries there are.
+    judgments = {query_id: grades for query_id, grades in collection.judgments.items() if query_id in ("q3", "q7")}
+    few = Collection.from_dict({d.doc_id: d.text for d in collection.documents()}, collection.queries, judgments)
+    for key, negatives in mined(1, few).items():
+        assert [n.doc_id for n in negatives] == [n.doc_id for n in mined(1)[key]]
+
+
+def test_missing_documents_and_misuse(tiny_model: SentenceTransformer, caplog: pytest.LogCaptureFixture) -> None:
+    collection = make_collection(5, 3)
+    with pytest.raises(CollectionError, match="too few for 9 negatives of query 'q0'"):
+        mine(tiny_model, collection, num_negatives=9, show_progress_bar=False)
+    with pytest.raises(ValueError, match="num_negatives must be at least 0, got -1"):
+        mine_hard_negatives(tiny_model, collection, num_negatives=-1)
+    with pytest.raises(ValueError, match="range_min=5 and range_max=5"):
+        mine_hard_negatives(tiny_model, collection, range_min=5, range_max=5)
+    with pytest.raises(ValueError, match="sampling_strategy must be 'top' or 'random', got 'best'"):
+        mine_hard_negatives(tiny_model, collection, sampling_strategy="best")
+    with pytest.raises(CollectionError, match="no query has a relevant document"):
+        mine_hard_negatives(tiny_model, Collection.from_dict({"d": "x"}, {"q": "y"}, {"q": {"d": 0}}))
+    with caplog.at_level(logging.INFO, logger="st_clp"):
+        mine_hard_negatives(tiny_model, collection, num_negatives=2, show_progress_bar=False)
+    assert "rows from 3 queries" in caplog.text
