@@ -1,0 +1,138 @@
+"""CachedCLPLoss: CLPLoss for any batch size, in the memory of a mini-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal, cast
+
+import torch
+import tqdm
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.losses.gradcache import (
+    CachedLossMixin,
+    _validate_mini_batch_num_tokens,
+    has_static_embedding_input,
+)
+from sentence_transformers.util import cos_sim
+from torch import Tensor
+
+from st_clp.losses.batch import Batch, Inputs
+from st_clp.losses.candidates import Similarity
+from st_clp.losses.clp import CLPLoss, Direction, HardnessMode
+
+
+class CachedCLPLoss(CachedLossMixin, CLPLoss):
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        scale: float = 50.0,
+        penalty_weight: float = 0.1,
+        *,
+        mini_batch_size: int = 32,
+        mini_batch_num_tokens: int | None = None,
+        show_progress_bar: bool = False,
+        penalty: str = "cosine",
+        queries_per_negative: int = 1,
+        in_batch_negatives: bool = True,
+        similarity_fct: Similarity = cos_sim,
+        gather_across_devices: bool = False,
+        directions: tuple[Direction, ...] = ("query_to_doc",),
+        partition_mode: Literal["joint", "per_direction"] = "joint",
+        hardness_mode: HardnessMode | None = None,
+        hardness_strength: float = 0.0,
+        guide: SentenceTransformer | None = None,
+        margin: float | None = None,
+        margin_strategy: Literal["absolute", "relative"] = "absolute",
+        check_finite: bool = False,
+    ) -> None:
+        super().__init__(
+            model,
+            scale,
+            penalty_weight,
+            penalty=penalty,
+            queries_per_negative=queries_per_negative,
+            in_batch_negatives=in_batch_negatives,
+            similarity_fct=similarity_fct,
+            gather_across_devices=gather_across_devices,
+            directions=directions,
+            partition_mode=partition_mode,
+            hardness_mode=hardness_mode,
+            hardness_strength=hardness_strength,
+            guide=guide,
+            margin=margin,
+            margin_strategy=margin_strategy,
+            check_finite=check_finite,
+        )
+        if has_static_embedding_input(model):
+            raise ValueError(
+                "CachedCLPLoss splits a batch into mini-batches, which the inputs of a StaticEmbedding cannot be split "
+                "into; use CLPLoss, whose memory such a model hardly fills."
+            )
+        if mini_batch_size < 1:
+            raise ValueError(f"mini_batch_size must be a whole number from 1 up, got {mini_batch_size}")
+        _validate_mini_batch_num_tokens(mini_batch_num_tokens)
+        self.mini_batch_size = mini_batch_size
+        self.mini_batch_num_tokens = mini_batch_num_tokens
+        self.show_progress_bar = show_progress_bar
+
+    def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
+        columns, inputs = self._prepare(sentence_features, labels)
+        # The cache hands its second argument on to calculate_loss untouched.
+        return self.forward_cached(columns, cast(Tensor, inputs))
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], labels: Tensor | Inputs | None = None, *, with_backward: bool = False
+    ) -> Tensor:
+        """The loss from the embeddings of all mini-batches.
+
+        Args:
+            reps: For each column, queries first, the embeddings of its mini-batches, ``(mini batch, dim)`` each.
+            labels: What ``forward`` found out about the batch.
+            with_backward: Back-propagate to ``reps`` as well, some rows at a time.
+        """
+        batch = self._assemble([torch.cat(mini_batches) for mini_batches in reps], cast(Inputs, labels))
+        if not with_backward:
+            return torch.stack([self._objective(batch, rows) for rows in self._row_chunks(batch)]).sum()
+        # Gradients gather on copies first, so that what lies behind (joining over processes) runs backward once.
+        leaves = batch.vectors.leaves()
+        total = torch.zeros_like(batch.weight_sum)
+        for rows in self._row_chunks(batch):
+            loss = self._objective(batch.with_vectors(leaves), rows)
+            loss.backward()
+            total += loss.detach()
+        # A column that nothing has read (all weights are 0) has the gradient 0.
+        gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves.tensors()]
+        torch.autograd.backward(batch.vectors.tensors(), gradients)
+        return total
+
+    def _row_chunks(self, batch: Batch) -> Iterable[slice]:
+        starts = tqdm.trange(
+            0, batch.size, self.mini_batch_size, desc="Calculating loss", disable=not self.show_progress_bar
+        )
+        return (slice(start, min(start + self.mini_batch_size, batch.size)) for start in starts)
+
+    def _guide_mini_batch(self) -> dict[str, int | None]:
+        return {"mini_batch_size": self.mini_batch_size, "mini_batch_num_tokens": self.mini_batch_num_tokens}
+
+    def get_config_dict(self) -> dict[str, Any]:
+        return {
+            **super().get_config_dict(),
+            "mini_batch_size": self.mini_batch_size,
+            "mini_batch_num_tokens": self.mini_batch_num_tokens,
+        }
+
+    @property
+    def citation(self) -> str:
+        return (
+            super().citation
+            + """
+@misc{gao2021scaling,
+    title={Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup},
+    author={Luyu Gao and Yunyi Zhang and Jiawei Han and Jamie Callan},
+    year={2021},
+    eprint={2101.06983},
+    archivePrefix={arXiv},
+    primaryClass={cs.LG}
+}
+"""
+        )

@@ -1,0 +1,95 @@
+"""The contrastive term: every anchor has to find its positive."""
+
+from __future__ import annotations
+
+import torch
+from sentence_transformers.util import cos_sim
+from torch import Tensor
+
+from st_clp.losses.batch import Batch, Vectors
+from st_clp.losses.candidates import Options, Scores, Similarity, score_documents
+
+
+def contrastive_terms(batch: Batch, rows: slice, options: Options) -> Tensor:
+    """Cross-entropy of each anchor over its positive and its candidates.
+
+    Directions, partition and hardness mean what they mean in sentence-transformers' MultipleNegativesRankingLoss.
+
+    Args:
+        batch: The batch.
+        rows: Which of this process's rows.
+        options: The settings.
+
+    Returns:
+        ``(rows,)``
+    """
+    own = torch.arange(rows.start, rows.stop, device=batch.texts.device) + batch.offset
+    documents = score_documents(lambda vectors: vectors.anchors[own], torch.zeros_like(own), own, batch, options)
+    logits = documents.logits(options.scale)
+    if options.hardness_mode is not None and options.hardness_strength > 0:
+        logits = logits + _hardness(own, documents, batch, options)
+    parts = [logits]
+    for direction in ("query_to_query", "doc_to_query", "doc_to_doc"):
+        if direction in options.directions:
+            parts.append(_direction_logits(direction, own, documents, batch, options))
+    positive = logits.gather(1, documents.target[:, None])[:, 0]
+    if options.partition_mode == "joint":
+        return torch.cat(parts, dim=1).logsumexp(dim=1) - positive
+    return torch.stack([part.logsumexp(dim=1) for part in parts]).mean(dim=0) - positive
+
+
+def _hardness(own: Tensor, documents: Scores, batch: Batch, options: Options) -> Tensor:
+    """What hardness adds to the logits of negatives: its strength times the similarity, without gradient."""
+    columns, joined = batch.texts.shape
+    if options.in_batch_negatives:
+        own_row = _own_documents(own, batch)
+        is_positive = torch.arange(columns * joined, device=own.device) < joined
+    else:
+        own_row = torch.ones_like(documents.excluded)
+        is_positive = torch.arange(columns, device=own.device) == 0
+    weighted = {
+        "in_batch_negatives": ~own_row,
+        "hard_negatives": own_row & ~is_positive,
+        "all_negatives": ~(own_row & is_positive),
+    }[str(options.hardness_mode)]
+    return options.hardness_strength * documents.similarity.detach() * weighted
+
+
+def _own_documents(own: Tensor, batch: Batch) -> Tensor:
+    """``(rows, candidates)``, True for the documents of the row itself."""
+    columns, joined = batch.texts.shape
+    return (torch.arange(joined, device=own.device) == own[:, None]).repeat(1, columns)
+
+
+def _direction_logits(direction: str, own: Tensor, documents: Scores, batch: Batch, options: Options) -> Tensor:
+    """Logits of the other directions, which compare the rows of a batch with one another.
+
+    Rows whose positives have the same text answer one another's queries, so they are not contrasted.
+    """
+    similarity = _direction_similarity(direction, own, batch.vectors, options.similarity_fct)
+    positives = batch.texts[0]
+    joined = torch.arange(len(positives), device=own.device)
+    target = joined == own[:, None]
+    same_answer = positives == positives[own][:, None]
+    if direction == "doc_to_doc":
+        excluded = (batch.texts.reshape(1, -1) == positives[own][:, None]) | _own_documents(own, batch)
+    elif direction == "doc_to_query":
+        excluded = same_answer & ~target
+    else:
+        excluded = same_answer
+    if documents.threshold is not None:
+        judged = similarity.detach()
+        if batch.guide is not None:
+            judged = _direction_similarity(direction, own, batch.guide, cos_sim)
+        false_negative = options.false_negatives(judged, documents.threshold)
+        excluded = excluded | (false_negative & ~target if direction == "doc_to_query" else false_negative)
+    return (similarity * options.scale).masked_fill(excluded, -torch.inf)
+
+
+def _direction_similarity(direction: str, own: Tensor, vectors: Vectors, similarity: Similarity) -> Tensor:
+    if direction == "query_to_query":
+        return similarity(vectors.anchors[own], vectors.anchors)
+    positives = vectors.documents[0][own]
+    if direction == "doc_to_query":
+        return similarity(vectors.anchors, positives).T
+    return similarity(vectors.documents.flatten(0, 1), positives).T
