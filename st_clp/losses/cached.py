@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import tqdm
@@ -17,8 +17,8 @@ from sentence_transformers.util import cos_sim
 from torch import Tensor
 
 from st_clp.losses.batch import Batch, Inputs
-from st_clp.losses.candidates import Similarity
-from st_clp.losses.clp import CLPLoss, Direction, HardnessMode
+from st_clp.losses.clp import CLPLoss
+from st_clp.losses.options import Direction, HardnessMode, MarginStrategy, PartitionMode, Similarity
 
 
 class CachedCLPLoss(CachedLossMixin, CLPLoss):
@@ -37,14 +37,74 @@ class CachedCLPLoss(CachedLossMixin, CLPLoss):
         similarity_fct: Similarity = cos_sim,
         gather_across_devices: bool = False,
         directions: tuple[Direction, ...] = ("query_to_doc",),
-        partition_mode: Literal["joint", "per_direction"] = "joint",
+        partition_mode: PartitionMode = "joint",
         hardness_mode: HardnessMode | None = None,
         hardness_strength: float = 0.0,
         guide: SentenceTransformer | None = None,
         margin: float | None = None,
-        margin_strategy: Literal["absolute", "relative"] = "absolute",
+        margin_strategy: MarginStrategy = "absolute",
         check_finite: bool = False,
     ) -> None:
+        """
+        CLPLoss with gradient caching (GradCache): the same loss and gradients, with batches of any size in the memory of a
+        mini-batch.
+
+        The batch is embedded in mini-batches without gradients, the loss and its gradients with respect to the embeddings
+        are computed some rows at a time, and then the mini-batches are embedded again with gradients. A step costs one more
+        forward pass than :class:`CLPLoss`.
+
+        Args:
+            model: SentenceTransformer model to train. Not one whose first module is a StaticEmbedding.
+            mini_batch_size: Texts that are embedded at a time, and rows whose loss is computed at a time. It bounds the
+                memory and does not change the result.
+            mini_batch_num_tokens: Tokens that are embedded at a time, instead of ``mini_batch_size`` texts, which then
+                only counts the rows whose loss is computed at a time.
+            show_progress_bar: Show a progress bar for the mini-batches.
+
+        All other arguments, the inputs and the labels are those of :class:`CLPLoss`.
+
+        References:
+            - Yu, J. (2024). Contrastive Learning Penalty (CLP). https://arxiv.org/abs/2412.17364
+            - Gao, L. et al. (2021). Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup.
+              https://arxiv.org/abs/2101.06983
+
+        Inputs:
+            +----------------------------------------------------------------+---------------------------------------+
+            | Inputs                                                         | Labels                                |
+            +================================================================+=======================================+
+            | (anchor, positive) pairs                                       | none                                  |
+            +----------------------------------------------------------------+---------------------------------------+
+            | (anchor, positive, negative_1, ..., negative_n) with           | none                                  |
+            | ``queries_per_negative=0``                                     |                                       |
+            +----------------------------------------------------------------+---------------------------------------+
+            | (anchor, positive, negative_1, ..., negative_n,                | none, or a list of n * m weights from |
+            | query_1_of_negative_1, ..., query_m_of_negative_n)             | 0 (no such query) to 1                |
+            +----------------------------------------------------------------+---------------------------------------+
+
+        Relations:
+            - :class:`CLPLoss` is the same loss without caching: faster, where the batch fits.
+            - :class:`CachedMultipleNegativesRankingLoss` is this loss with ``penalty_weight=0``, where no two documents
+              of a batch are the same text.
+
+        Example:
+            ::
+
+                from datasets import Dataset
+                from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+                from st_clp import CachedCLPLoss
+
+                model = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
+                train_dataset = Dataset.from_dict({
+                    "anchor": ["which river is in the north?", "who was queen in the war?"],
+                    "positive": ["The north has one big river.", "Queen Anne was queen in the war."],
+                    "negative": ["The south has one small river.", "The queen was born in peace."],
+                    "negative_query": ["which river is in the south?", "who was born in peace?"],
+                })
+                loss = CachedCLPLoss(model, mini_batch_size=32)
+
+                trainer = SentenceTransformerTrainer(model=model, train_dataset=train_dataset, loss=loss)
+                trainer.train()
+        """
         super().__init__(
             model,
             scale,
@@ -100,9 +160,11 @@ class CachedCLPLoss(CachedLossMixin, CLPLoss):
             loss = self._objective(batch.with_vectors(leaves), rows)
             loss.backward()
             total += loss.detach()
+        pairs = zip(batch.vectors.tensors(), leaves.tensors(), strict=True)
+        roots = [(root, leaf.grad) for root, leaf in pairs if root.requires_grad]
         # A column that nothing has read (all weights are 0) has the gradient 0.
-        gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves.tensors()]
-        torch.autograd.backward(batch.vectors.tensors(), gradients)
+        gradients = [torch.zeros_like(root) if gradient is None else gradient for root, gradient in roots]
+        torch.autograd.backward([root for root, _ in roots], gradients)
         return total
 
     def _row_chunks(self, batch: Batch) -> Iterable[slice]:

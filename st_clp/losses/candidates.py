@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from sentence_transformers.util import (
@@ -20,8 +19,7 @@ from sentence_transformers.util import (
 from torch import Tensor
 
 from st_clp.losses.batch import Batch, Vectors
-
-Similarity = Callable[[Tensor, Tensor], Tensor]
+from st_clp.losses.options import Options, Similarity
 
 _PAIRWISE: dict[Similarity, Similarity] = {
     cos_sim: pairwise_cos_sim,
@@ -29,32 +27,6 @@ _PAIRWISE: dict[Similarity, Similarity] = {
     euclidean_sim: pairwise_euclidean_sim,
     manhattan_sim: pairwise_manhattan_sim,
 }
-
-
-@dataclass(frozen=True)
-class Options:
-    """The settings that the terms of the loss read; see CLPLoss for their meaning."""
-
-    scale: float
-    in_batch_negatives: bool
-    similarity_fct: Similarity
-    directions: tuple[str, ...]
-    partition_mode: str
-    hardness_mode: str | None
-    hardness_strength: float
-    margin: float | None
-    margin_strategy: Literal["absolute", "relative"]
-
-    def false_negatives(self, similarity: Tensor, threshold: Tensor) -> Tensor:
-        """True where a candidate is so near that it may well be relevant, after GISTEmbed (Solatorio 2024).
-
-        Args:
-            similarity: ``(queries, candidates)``, the guide's, or the model's own without one.
-            threshold: ``(queries,)``, the similarity of each query and its positive.
-        """
-        assert self.margin is not None
-        slack = self.margin if self.margin_strategy == "absolute" else threshold.abs() * self.margin
-        return similarity > (threshold - slack)[:, None]
 
 
 @dataclass(frozen=True)

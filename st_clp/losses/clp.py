@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import fields
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses.gradcache import _get_batch_size
 from sentence_transformers.base.losses.merged_forward import embed_columns
-from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.util import cos_sim, similarity_fct_name
 from torch import Tensor, nn
 
 from st_clp.losses.batch import Batch, Inputs
-from st_clp.losses.candidates import Options, Similarity
+from st_clp.losses.checks import check_settings
 from st_clp.losses.columns import Column, Layout, check_finite, drop_foreign_features, weights_from_labels
-from st_clp.losses.contrastive import contrastive_terms
 from st_clp.losses.guide import Guide
-from st_clp.losses.penalties import PENALTIES
+from st_clp.losses.objective import objective
+from st_clp.losses.options import Direction, HardnessMode, MarginStrategy, Options, PartitionMode, Similarity
 from st_clp.losses.texts import text_codes
-
-Direction = Literal["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"]
-HardnessMode = Literal["in_batch_negatives", "hard_negatives", "all_negatives"]
 
 
 class CLPLoss(nn.Module):
@@ -40,14 +35,134 @@ class CLPLoss(nn.Module):
         similarity_fct: Similarity = cos_sim,
         gather_across_devices: bool = False,
         directions: tuple[Direction, ...] = ("query_to_doc",),
-        partition_mode: Literal["joint", "per_direction"] = "joint",
+        partition_mode: PartitionMode = "joint",
         hardness_mode: HardnessMode | None = None,
         hardness_strength: float = 0.0,
         guide: SentenceTransformer | None = None,
         margin: float | None = None,
-        margin_strategy: Literal["absolute", "relative"] = "absolute",
+        margin_strategy: MarginStrategy = "absolute",
         check_finite: bool = False,
     ) -> None:
+        """
+        Contrastive learning with a penalty that keeps a hard negative near the queries it does answer (CLP).
+
+        Pushing a negative away from this row's query also pushes it away from the queries that it *is* an answer to.
+        This loss takes such queries beside each negative and holds the negative near them::
+
+            loss = (1 - penalty_weight) * contrastive + penalty_weight * penalty
+
+            contrastive = mean over anchors q with positive p of
+                          -log( exp(scale * sim(q, p)) / sum over candidates d of exp(scale * sim(q, d)) )
+
+            penalty     = sum over negatives d and their queries r of weight(d, r) * term(d, r)
+                          / sum of all weight(d, r), and 0 where all weights are 0
+            term(d, r)  = 1 - cos(d, r)                                   with penalty="cosine"
+            term(d, r)  = -log( exp(scale * sim(r, d)) / sum over candidates d' of exp(scale * sim(r, d')) )
+                                                                          with penalty="contrastive"
+
+        The candidates are the positives and negatives of the whole batch, or with ``in_batch_negatives=False`` those of
+        the row alone, as in the paper. A candidate with the same text (the same tokens) as the document to be found never
+        counts as a negative. Rows without queries of negatives (pairs, or ``queries_per_negative=0``) train by the
+        contrastive term alone, at its full weight.
+
+        The loss is computed in float32 (float64 if the embeddings are), under autocast too.
+
+        Args:
+            model: SentenceTransformer model to train.
+            scale: The similarities are multiplied by this, 1 / temperature. Above 0. The paper's temperature 0.02
+                is the default.
+            penalty_weight: The paper's lambda, 0 to 1. At 0 the queries of the negatives are not even encoded, and the
+                loss is that of MultipleNegativesRankingLoss.
+            penalty: Kind of penalty. ``"cosine"`` (default) is the paper's: the cosine of negative and query,
+                whatever ``similarity_fct`` is. With ``"contrastive"`` the query has to find the negative among all
+                candidates, so the negative stays near its queries and apart from what else they could find.
+            queries_per_negative: m, how many queries each negative has. 1 by default; 0 for negatives without queries.
+            in_batch_negatives: Whether the documents of the other rows of the batch are candidates as well.
+            similarity_fct: Function of two matrices ``(a, dim)`` and ``(b, dim)`` that gives ``(a, b)`` similarities.
+                Default: cosine. The reference code takes the dot product of unit vectors, which is the same number. With
+                ``in_batch_negatives=False``, functions other than sentence-transformers' own are called once a row.
+            gather_across_devices: Join the rows of all processes: their documents become candidates, and the penalty is
+                the weighted mean over all of them. The mean of the processes' losses and gradients is then that of one
+                process with the joined batch. All processes must have batches of one size.
+            directions: Which interactions the contrastive term includes, as in MultipleNegativesRankingLoss:
+                "query_to_doc" (always), "query_to_query", "doc_to_query" and "doc_to_doc". Rows whose positives are the
+                same text are not contrasted. Needs ``in_batch_negatives=True`` for all but the first.
+            partition_mode: "joint" (one softmax over all directions) or "per_direction" (one for each, averaged).
+            hardness_mode: None, or which negatives of the contrastive term are weighted up by their similarity:
+                "in_batch_negatives", "hard_negatives" or "all_negatives", as in MultipleNegativesRankingLoss. The
+                penalty is not weighted so.
+            hardness_strength: The strength of that, 0 or above.
+            guide: A model that judges which candidates are likely to be relevant after all, as in GISTEmbedLoss.
+                Candidates that it rates nearer to the query than the positive (less ``margin``) are left out; in the
+                contrastive penalty, nearer than the negative that is to be found. Its dropout is off.
+            margin: How much nearer to the query than the positive, in similarity, a candidate may come before it is left
+                out. With a guide 0 by default; without one None (nothing is left out), and a number means that the
+                trained model's own similarities judge.
+            margin_strategy: "absolute" leaves out what is above ``positive - margin``, "relative" what is above
+                ``positive - abs(positive) * margin``.
+            check_finite: Look for NaN and infinite embeddings in every step and name the column that has them. This
+                waits for the device, so it is for debugging.
+
+        References:
+            - Yu, J. (2024). Efficient Fine-tuning Methodology of Text Embedding Models for Information Retrieval:
+              Contrastive Learning Penalty (CLP). https://arxiv.org/abs/2412.17364. The formula as printed there has its
+              brackets and a sign off; this is what its published code computes, for any batch size.
+
+        Requirements:
+            1. The columns in this order: anchor, positive, negative_1 to negative_n, then the m queries of negative_1,
+               the m queries of negative_2, and so on. Their names do not matter, their order does: of four columns
+               with ``queries_per_negative=1`` the last is taken for the query of the third.
+            2. A negative for which no query is known has an empty text there and the label 0.
+
+        Inputs:
+            +----------------------------------------------------------------+---------------------------------------+
+            | Inputs                                                         | Labels                                |
+            +================================================================+=======================================+
+            | (anchor, positive) pairs                                       | none                                  |
+            +----------------------------------------------------------------+---------------------------------------+
+            | (anchor, positive, negative_1, ..., negative_n) with           | none                                  |
+            | ``queries_per_negative=0``                                     |                                       |
+            +----------------------------------------------------------------+---------------------------------------+
+            | (anchor, positive, negative_1, ..., negative_n,                | none, or a list of n * m weights from |
+            | query_1_of_negative_1, ..., query_m_of_negative_n)             | 0 (no such query) to 1                |
+            +----------------------------------------------------------------+---------------------------------------+
+
+            A one-dimensional label tensor of integer zeros is what ``InputExample`` has when no label was set, and means
+            the same as no labels. With ``model.fit`` give ``InputExample(texts=[...], label=[1.0, 0.0, ...])``.
+
+        Recommendations:
+            - ``BatchSamplers.NO_DUPLICATES`` keeps duplicates out of a batch. Mind that it takes empty texts for duplicates
+              of each other too; where many negatives have no query, rely on this loss's own check instead.
+            - Leave ``anchor`` and the queries of the negatives the same prompt, and the documents theirs: columns that are
+              prepared alike share a forward pass.
+
+        Relations:
+            - :class:`MultipleNegativesRankingLoss` is this loss with ``penalty_weight=0``, where no two documents of a
+              batch are the same text.
+            - :class:`GISTEmbedLoss` with ``contrast_anchors=False, contrast_positives=False`` is this loss with
+              ``penalty_weight=0`` and its guide; this one takes any number of negatives.
+            - :class:`CachedCLPLoss` gives the same loss and gradients with batches of any size in little memory.
+
+        Example:
+            ::
+
+                from datasets import Dataset
+                from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+                from st_clp import CLPLoss
+
+                model = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
+                train_dataset = Dataset.from_dict({
+                    "anchor": ["which river is in the north?", "who was queen in the war?"],
+                    "positive": ["The north has one big river.", "Queen Anne was queen in the war."],
+                    "negative": ["The south has one small river.", "The queen was born in peace."],
+                    "negative_query": ["which river is in the south?", ""],
+                    "label": [[1.0], [0.0]],
+                })
+                loss = CLPLoss(model, penalty_weight=0.1)
+
+                trainer = SentenceTransformerTrainer(model=model, train_dataset=train_dataset, loss=loss)
+                trainer.train()
+        """
         super().__init__()
         self.model = model
         self.scale = scale
@@ -65,42 +180,7 @@ class CLPLoss(nn.Module):
         self.margin = 0.0 if margin is None and guide is not None else margin
         self.margin_strategy = margin_strategy
         self.check_finite = check_finite
-        self._check_settings()
-
-    def _check_settings(self) -> None:
-        """Refuse settings that cannot be, naming the setting and its range."""
-        if not (self.scale > 0 and math.isfinite(self.scale)):
-            raise ValueError(f"scale must be a positive number (it is 1 / temperature), got {self.scale}")
-        if not 0 <= self.penalty_weight <= 1:
-            raise ValueError(f"penalty_weight must be between 0 and 1, got {self.penalty_weight}")
-        if self.penalty not in PENALTIES:
-            raise ValueError(f"penalty must be one of {sorted(PENALTIES)}, got {self.penalty!r}")
-        if not isinstance(self.queries_per_negative, int) or self.queries_per_negative < 0:
-            raise ValueError(f"queries_per_negative must be a whole number from 0 up, got {self.queries_per_negative}")
-        if not (self.hardness_strength >= 0 and math.isfinite(self.hardness_strength)):
-            raise ValueError(f"hardness_strength must be 0 or a positive number, got {self.hardness_strength}")
-        if self.margin is not None and not math.isfinite(self.margin):
-            raise ValueError(f"margin must be a finite number, or None for no guard, got {self.margin}")
-        if self.margin_strategy not in ("absolute", "relative"):
-            raise ValueError(f"margin_strategy must be 'absolute' or 'relative', got {self.margin_strategy!r}")
-        # Its checks of the settings that both losses share are the ones that its users know.
-        MultipleNegativesRankingLoss(
-            self.model,
-            directions=self.directions,
-            partition_mode=self.partition_mode,
-            hardness_mode=self.hardness_mode,
-            hardness_strength=self.hardness_strength,
-        )
-        if not self.in_batch_negatives and set(self.directions) != {"query_to_doc"}:
-            raise ValueError(
-                f"directions {self.directions} compare the rows of a batch with one another, which "
-                "in_batch_negatives=False rules out; use directions=('query_to_doc',) or in_batch_negatives=True"
-            )
-        if not self.in_batch_negatives and self.hardness_mode == "in_batch_negatives":
-            raise ValueError(
-                "hardness_mode='in_batch_negatives' weighs candidates that in_batch_negatives=False leaves out; "
-                "use 'hard_negatives'"
-            )
+        check_settings(self)
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
         columns, inputs = self._prepare(sentence_features, labels)
@@ -171,22 +251,8 @@ class CLPLoss(nn.Module):
         )
 
     def _objective(self, batch: Batch, rows: slice | None = None) -> Tensor:
-        """What some rows of this process add to the loss; all of them by default.
-
-        The mean over processes is the loss of the joined batch, as the gradients' mean is under DDP: each process
-        divides by its own rows, and its share of the penalty by the joined weights times the number of processes.
-        """
         rows = slice(0, batch.size) if rows is None else rows
-        options = self._options()
-        # At scale 50 a cosine in bfloat16 would be off by 0.2 in the logit; beside the encoder float32 costs nothing.
-        with torch.autocast(device_type=batch.weights.device.type, enabled=False):
-            contrastive = contrastive_terms(batch, rows, options).sum() / batch.size
-            if batch.weights.shape[1] == 0:
-                return contrastive
-            terms = PENALTIES[self.penalty](batch, rows, options)
-            smallest = torch.finfo(terms.dtype).tiny
-            penalty = (batch.weights[rows] * terms).sum() * (batch.processes / batch.weight_sum.clamp_min(smallest))
-            return (1 - self.penalty_weight) * contrastive + self.penalty_weight * penalty
+        return objective(batch, rows, self._options(), self.penalty, self.penalty_weight)
 
     def get_config_dict(self) -> dict[str, Any]:
         return {

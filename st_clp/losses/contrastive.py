@@ -7,7 +7,8 @@ from sentence_transformers.util import cos_sim
 from torch import Tensor
 
 from st_clp.losses.batch import Batch, Vectors
-from st_clp.losses.candidates import Options, Scores, Similarity, score_documents
+from st_clp.losses.candidates import Scores, score_documents
+from st_clp.losses.options import Options, Similarity
 
 
 def contrastive_terms(batch: Batch, rows: slice, options: Options) -> Tensor:

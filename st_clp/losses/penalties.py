@@ -13,7 +13,8 @@ from sentence_transformers.util import pairwise_cos_sim
 from torch import Tensor
 
 from st_clp.losses.batch import Batch, Vectors
-from st_clp.losses.candidates import Options, score_documents
+from st_clp.losses.candidates import score_documents
+from st_clp.losses.options import Options
 
 Penalty = Callable[[Batch, slice, Options], Tensor]
 
