@@ -46,12 +46,12 @@ class CachedCLPLoss(CachedLossMixin, CLPLoss):
         check_finite: bool = False,
     ) -> None:
         """
-        CLPLoss with gradient caching (GradCache): the same loss and gradients, with batches of any size in the memory of a
-        mini-batch.
+        CLPLoss with gradient caching (GradCache): the same loss and gradients, with batches of any size in the memory
+        of a mini-batch.
 
-        The batch is embedded in mini-batches without gradients, the loss and its gradients with respect to the embeddings
-        are computed some rows at a time, and then the mini-batches are embedded again with gradients. A step costs one more
-        forward pass than :class:`CLPLoss`.
+        The batch is embedded in mini-batches without gradients, the loss and its gradients with respect to the
+        embeddings are computed some rows at a time, and then the mini-batches are embedded again with gradients. A step
+        costs one more forward pass than :class:`CLPLoss`.
 
         Args:
             model: SentenceTransformer model to train. Not one whose first module is a StaticEmbedding.

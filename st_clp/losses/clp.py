@@ -61,8 +61,8 @@ class CLPLoss(nn.Module):
                                                                           with penalty="contrastive"
 
         The candidates are the positives and negatives of the whole batch, or with ``in_batch_negatives=False`` those of
-        the row alone, as in the paper. A candidate with the same text (the same tokens) as the document to be found never
-        counts as a negative. Rows without queries of negatives (pairs, or ``queries_per_negative=0``) train by the
+        the row alone, as in the paper. A candidate with the same text (the same tokens) as the document to be found
+        never counts as a negative. Rows without queries of negatives (pairs, or ``queries_per_negative=0``) train by the
         contrastive term alone, at its full weight.
 
         The loss is computed in float32 (float64 if the embeddings are), under autocast too.
@@ -79,8 +79,8 @@ class CLPLoss(nn.Module):
             queries_per_negative: m, how many queries each negative has. 1 by default; 0 for negatives without queries.
             in_batch_negatives: Whether the documents of the other rows of the batch are candidates as well.
             similarity_fct: Function of two matrices ``(a, dim)`` and ``(b, dim)`` that gives ``(a, b)`` similarities.
-                Default: cosine. The reference code takes the dot product of unit vectors, which is the same number. With
-                ``in_batch_negatives=False``, functions other than sentence-transformers' own are called once a row.
+                Default: cosine. The reference code takes the dot product of unit vectors, which is the same number.
+                With ``in_batch_negatives=False``, functions other than sentence-transformers' own are called once a row.
             gather_across_devices: Join the rows of all processes: their documents become candidates, and the penalty is
                 the weighted mean over all of them. The mean of the processes' losses and gradients is then that of one
                 process with the joined batch. All processes must have batches of one size.
@@ -95,9 +95,9 @@ class CLPLoss(nn.Module):
             guide: A model that judges which candidates are likely to be relevant after all, as in GISTEmbedLoss.
                 Candidates that it rates nearer to the query than the positive (less ``margin``) are left out; in the
                 contrastive penalty, nearer than the negative that is to be found. Its dropout is off.
-            margin: How much nearer to the query than the positive, in similarity, a candidate may come before it is left
-                out. With a guide 0 by default; without one None (nothing is left out), and a number means that the
-                trained model's own similarities judge.
+            margin: Leave out candidates whose similarity to the query is above that of the positive less this margin.
+                With a guide 0 by default; without one None (nothing is left out), and a number means that the trained
+                model's own similarities judge.
             margin_strategy: "absolute" leaves out what is above ``positive - margin``, "relative" what is above
                 ``positive - abs(positive) * margin``.
             check_finite: Look for NaN and infinite embeddings in every step and name the column that has them. This
@@ -127,13 +127,13 @@ class CLPLoss(nn.Module):
             | query_1_of_negative_1, ..., query_m_of_negative_n)             | 0 (no such query) to 1                |
             +----------------------------------------------------------------+---------------------------------------+
 
-            A one-dimensional label tensor of integer zeros is what ``InputExample`` has when no label was set, and means
-            the same as no labels. With ``model.fit`` give ``InputExample(texts=[...], label=[1.0, 0.0, ...])``.
+            A one-dimensional label tensor of integer zeros is what ``InputExample`` has when no label was set, and
+            means the same as no labels. With ``model.fit`` give ``InputExample(texts=[...], label=[1.0, 0.0, ...])``.
 
         Recommendations:
-            - ``BatchSamplers.NO_DUPLICATES`` keeps duplicates out of a batch. Mind that it takes empty texts for duplicates
-              of each other too; where many negatives have no query, rely on this loss's own check instead.
-            - Leave ``anchor`` and the queries of the negatives the same prompt, and the documents theirs: columns that are
+            - ``BatchSamplers.NO_DUPLICATES`` keeps duplicates out of a batch. Mind that it takes empty texts for
+              duplicates of each other too; where many negatives have no query, rely on this loss's own check instead.
+            - Give the anchors and the queries of the negatives one prompt, and the documents one: columns that are
               prepared alike share a forward pass.
 
         Relations:
