@@ -1,0 +1,138 @@
+"""Even use of the experts without a term in the loss.
+
+``Balance`` adjusts a bias that is added to the router's logits for selecting only (auxiliary-loss-free balancing,
+Wang et al. 2024, arXiv:2408.15664). A step's tokens are counted in the passes that carry gradients, each token once;
+the bias moves when the optimizer has changed the layer, at the next forward pass in training mode. So both passes
+of a cached loss see one and the same bias, and so does a layer that gradient checkpointing runs again.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from st_clp.moe.context import ForwardContext
+from st_clp.moe.settings import MoESettings
+
+if TYPE_CHECKING:
+    from st_clp.moe.routing import Router
+
+
+class Balance:
+    """What one router has counted, and the rule that moves its bias.
+
+    The bias of an expert moves by ``rate * spread * (1 - use)`` with ``use`` its tokens relative to an even share and
+    ``spread`` the standard deviation of the logits: a step is the same whatever scale the router has learnt. The
+    first training batch of an untrained router sets the bias so that this batch is even.
+    """
+
+    def __init__(self, settings: MoESettings) -> None:
+        self.settings = settings
+        self.reset()
+        self._pending = [0.0] * settings.num_experts
+        self._spread: Tensor | None = None
+        self._seen_version = -1
+        self._calibrated: bool | None = None
+
+    def reset(self) -> None:
+        """Forget the use counted so far (not the bias)."""
+        self.used = [0] * self.settings.num_experts
+
+    def count(
+        self, router: Router, logits: Tensor, mask: Tensor | None, counts: list[int], context: ForwardContext | None
+    ) -> None:
+        """Count one forward pass, unless this pass has been counted or is one that shall not count."""
+        if context is None or not context.counts or not context.first_time(router):
+            return
+        self.used = [total + new for total, new in zip(self.used, counts, strict=True)]
+        if router.training and self.settings.uses_bias:
+            self._pending = [total + new for total, new in zip(self._pending, counts, strict=True)]
+            self._spread = _spread(logits, mask)
+
+    def adjust(self, router: Router, logits: Tensor, mask: Tensor | None) -> None:
+        """Move the bias if the optimizer has stepped since the last counted pass."""
+        if not router.weight.requires_grad:
+            return
+        if self._calibrated is None:
+            self._calibrated = bool(router.balance_bias.any())
+        if not self._calibrated:
+            self._calibrated = True
+            bias = _even_bias(logits if mask is None else logits[mask], self.settings)
+            if _distributed():
+                torch.distributed.broadcast(bias, src=0)
+            router.balance_bias.copy_(bias)
+        version = router.weight._version
+        if version == self._seen_version:
+            return
+        self._seen_version = version
+        if self._spread is None:
+            return
+        counted = torch.cat([torch.tensor(self._pending, device=logits.device), self._spread.reshape(1)])
+        if _distributed():
+            torch.distributed.all_reduce(counted)
+            counted[-1] /= torch.distributed.get_world_size()
+        counts, spread = counted[:-1], counted[-1]
+        lack = (1 - counts * (len(counts) / counts.sum().clamp(min=1))).clamp(-1, 1)
+        router.balance_bias.add_((lack - lack.mean()) * spread, alpha=self.settings.balance_rate)
+        self._pending = [0.0] * self.settings.num_experts
+        self._spread = None
+
+
+def _distributed() -> bool:
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def _spread(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """The standard deviation of an expert's logit over the tokens, experts averaged; a scalar."""
+    logits = logits if mask is None else logits[mask]
+    return logits.std(dim=0, unbiased=False).mean()
+
+
+def _even_bias(logits: Tensor, settings: MoESettings, rounds: int = 60) -> Tensor:
+    """Find a bias (experts,) with which the tokens of ``logits`` (tokens, experts) spread evenly."""
+    logits = logits[:8192]
+    bias = logits.mean() - logits.mean(dim=0)
+    spread = _spread(logits, None)
+    for round_ in range(rounds):
+        chosen = (logits + bias).topk(settings.num_experts_per_tok, dim=-1).indices
+        counts = torch.bincount(chosen.reshape(-1), minlength=settings.num_experts)
+        lack = (1 - counts * (settings.num_experts / counts.sum().clamp(min=1))).clamp(-1, 1)
+        bias = bias + (lack - lack.mean()) * spread / (1 + round_ / 4)
+    return bias
+
+
+class _BalanceGradient(Function):
+    """Pass the logits through; add the auxiliary loss's gradient to theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (added,) = ctx.saved_tensors
+        return gradient + added, None
+
+
+def add_balance_gradient(logits: Tensor, mask: Tensor | None, counts: list[int], weight: float) -> Tensor:
+    """Return ``logits`` (tokens, experts), whose gradient will hold the load-balance loss's as well.
+
+    The loss is ``weight * experts * sum_e f_e P_e`` with f the share of the tokens that went to expert e and P its
+    mean probability (Fedus et al. 2021, arXiv:2101.03961, equation 4), of this forward pass alone. It reaches the
+    router whatever the training loss is; it is not divided where gradients are accumulated.
+    """
+    total = max(sum(counts), 1)
+    use = torch.tensor([count / total for count in counts], device=logits.device)
+    with torch.no_grad():
+        shares = torch.softmax(logits, dim=-1)
+        gradient = shares * (use - (shares * use).sum(-1, keepdim=True))
+        if mask is not None:
+            gradient = gradient * mask.unsqueeze(-1)
+        tokens = logits.shape[0] if mask is None else max(sum(counts), 1)
+        gradient = gradient * (weight * len(counts) / max(tokens, 1))
+    return _BalanceGradient.apply(logits, gradient)

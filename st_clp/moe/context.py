@@ -1,0 +1,111 @@
+"""What a router must know about the forward pass it is in: which tokens are padding, and whether to count.
+
+The layers between a pipeline's module and its projections pass on hidden states alone, so the mask travels beside
+them. Gradient checkpointing runs a layer again in the backward pass, when other texts may have gone through the
+model since; its checkpoint function therefore takes the forward pass's own context along.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class ForwardContext:
+    """One forward pass of a MoETransformer.
+
+    Args:
+        mask: (batch, length), true at tokens and false at padding; None where every position is a token.
+        counts: Whether the pass counts as use. Of the two passes of a cached loss only the one with gradients does.
+    """
+
+    def __init__(self, mask: Tensor | None, counts: bool) -> None:
+        self.counts = counts
+        self._counted: set[int] = set()
+        self.mask: Tensor | None = None
+        self.tokens = 0
+        if mask is not None:
+            flat = mask.reshape(-1) != 0
+            self.tokens = int(flat.sum())
+            if self.tokens < flat.numel():
+                self.mask = flat
+
+    def mask_for(self, positions: int) -> tuple[Tensor | None, int]:
+        """Return the flat mask (positions,) for hidden states at ``positions``, and how many tokens it keeps.
+
+        An encoder that drops or adds positions has none that this mask could name: there every position is a token.
+        """
+        if self.mask is None or positions != self.mask.numel():
+            return None, positions
+        return self.mask, self.tokens
+
+    def first_time(self, router: object) -> bool:
+        """Whether ``router`` has not counted this pass yet; a layer that is run again counts no token twice."""
+        if id(router) in self._counted:
+            return False
+        self._counted.add(id(router))
+        return True
+
+
+_state = threading.local()
+
+
+@contextmanager
+def entered(context: ForwardContext | None) -> Iterator[None]:
+    """Make ``context`` this thread's forward pass for a while."""
+    outer = current_context()
+    _state.context = context
+    try:
+        yield
+    finally:
+        _state.context = outer
+
+
+def current_context() -> ForwardContext | None:
+    """Return the forward pass that this thread is in; None outside a MoETransformer."""
+    return getattr(_state, "context", None)
+
+
+class _Recalling:
+    """A layer's checkpoint function that runs the layer in its forward pass's context, however late it is run."""
+
+    def __init__(self, checkpoint: Callable[..., Any]) -> None:
+        self.checkpoint = checkpoint
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        context = current_context()
+        if context is None:
+            return self.checkpoint(function, *args, **kwargs)
+
+        def in_context(*inner_args: Any, **inner_kwargs: Any) -> Any:
+            with entered(context):
+                return function(*inner_args, **inner_kwargs)
+
+        return self.checkpoint(in_context, *args, **kwargs)
+
+
+def recall_context_in_checkpoints(layers: list[nn.Module]) -> None:
+    """Make the checkpointed ones among ``layers`` take the context along; done anew when checkpointing is set anew."""
+    for layer in layers:
+        checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
+        if getattr(layer, "gradient_checkpointing", False) and not isinstance(checkpoint, _Recalling):
+            layer._gradient_checkpointing_func = _Recalling(checkpoint)  # type: ignore[arg-type, assignment]
+
+
+def attention_mask(features: dict[str, Any]) -> Tensor | None:
+    """Return which positions of ``features`` are tokens, (batch, length); None where all are (flattened inputs).
+
+    Positions that query expansion adds are scored, so they count as tokens even where attention skips them.
+    """
+    mask = features.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return None
+    expansion = features.get("query_expansion_positions")
+    if isinstance(expansion, Tensor):
+        mask = torch.logical_or(mask != 0, expansion != 0)
+    return mask

@@ -1,0 +1,124 @@
+"""The products of a mixture: rows sorted by expert, one product an expert, and the moves into that order and back.
+
+Three autograd functions and nothing else: no routing and no modules here. Rows of one expert are neighbours, so
+each product reads and writes a slice in place, and no wide row is ever copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+
+class GatherRows(Function):
+    """Rows in token order -> rows sorted by expert; ``source`` (rows,) names each sorted row's token."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, source: Tensor, back: Tensor | None, slots: int) -> Tensor:
+        ctx.save_for_backward(source, back)
+        ctx.shape = tokens.shape
+        ctx.slots = slots
+        return tokens.index_select(0, source)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        source, back = ctx.saved_tensors
+        if back is None:
+            return gradient.new_zeros(ctx.shape).index_add_(0, source, gradient), None, None, None
+        gradient = gradient.index_select(0, back)
+        if ctx.slots > 1:
+            gradient = gradient.view(-1, ctx.slots, gradient.shape[-1]).sum(1)
+        return gradient, None, None, None
+
+
+class ScatterRows(Function):
+    """Sorted rows -> one row a slot (token times experts per token) in token order; unrouted slots are zero."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, back: Tensor | None, slots: int) -> Tensor:
+        ctx.save_for_backward(order)
+        if back is not None:
+            return rows.index_select(0, back)
+        return rows.new_zeros(slots, rows.shape[1]).index_copy_(0, order, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        (order,) = ctx.saved_tensors
+        return gradient.index_select(0, order), None, None, None
+
+
+class GroupedLinear(Function):
+    """``rows[s:t] @ weight[e].T + bias[e]`` for each expert e and its slice s:t of the sorted rows.
+
+    ``shares`` (rows, experts) is the router's distribution over the experts at each row. It leaves the result as it
+    is and receives the gradient that it would have if the layer computed ``sum_e m_e E_e(x)`` with ``m`` one at the
+    chosen expert and zero elsewhere, in value, and ``shares`` in the backward pass (a straight-through estimate).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, shares: Tensor | None, counts: Sequence[int], signal: Any, *parameters: Tensor | None
+    ) -> Tensor:
+        experts = len(counts)
+        weights, biases = parameters[:experts], parameters[experts:]
+        ctx.counts, ctx.signal = counts, signal
+        ctx.save_for_backward(rows, *parameters)
+        assert weights[0] is not None
+        result = rows.new_empty(rows.shape[0], weights[0].shape[0])
+        for part, weight, bias in zip(slices(counts), weights, biases, strict=True):
+            if weight is None or part.start == part.stop:
+                continue
+            if bias is None:
+                torch.mm(rows[part], weight.t(), out=result[part])
+            else:
+                torch.addmm(bias, rows[part], weight.t(), out=result[part])
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        rows, *parameters = ctx.saved_tensors
+        experts = len(ctx.counts)
+        weights, biases = parameters[:experts], parameters[experts:]
+        needs_rows, needs_shares, *_ = ctx.needs_input_grad
+        gradient = gradient.contiguous()
+        rows_gradient = torch.empty_like(rows) if needs_rows or (needs_shares and ctx.signal is not None) else None
+        weight_gradients: list[Tensor | None] = []
+        bias_gradients: list[Tensor | None] = []
+        for expert, part in enumerate(slices(ctx.counts)):
+            if rows_gradient is not None:
+                torch.mm(gradient[part], weights[expert], out=rows_gradient[part])
+            needs_weight, needs_bias = ctx.needs_input_grad[4 + expert], ctx.needs_input_grad[4 + experts + expert]
+            # an expert without tokens gets a gradient of zeros, not none: distributed training waits for every one
+            weight_gradients.append(gradient[part].t() @ rows[part] if needs_weight else None)
+            bias_gradients.append(gradient[part].sum(0) if needs_bias else None)
+        shares_gradient = None
+        if needs_shares:
+            shares_gradient = gradient.new_zeros(rows.shape[0], experts, dtype=torch.float32)
+            if ctx.signal is not None:
+                assert rows_gradient is not None
+                ctx.signal(shares_gradient, gradient, rows, rows_gradient, ctx.counts, weights, biases)
+        return (
+            rows_gradient if needs_rows else None,
+            shares_gradient,
+            None,
+            None,
+            *weight_gradients,
+            *bias_gradients,
+        )
+
+
+def slices(counts: Sequence[int]) -> list[slice]:
+    """Return each expert's slice of the sorted rows."""
+    result, start = [], 0
+    for count in counts:
+        result.append(slice(start, start + count))
+        start += count
+    return result

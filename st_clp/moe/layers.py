@@ -1,0 +1,194 @@
+"""The modules that take the place of a feed-forward's projections.
+
+They hand each other the tokens sorted by expert, so that the wide rows between the up and the down projection are
+never moved: the first projection of a layer sorts (narrow rows), the last one puts back in order (narrow rows).
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from st_clp.moe.grouped import GatherRows, GroupedLinear, ScatterRows
+from st_clp.moe.router_signal import RouterSignal
+from st_clp.moe.routing import Plan, Router
+from st_clp.moe.settings import MoESettings
+
+
+class Dispatch:
+    """What the projections of one feed-forward share: the routing decision of the pass that is under way."""
+
+    def __init__(self) -> None:
+        # the module that holds a dense down projection, and its name there, if that projection takes sorted rows
+        self.sorted_down: tuple[nn.Module, str] | None = None
+        self._local = threading.local()
+
+    @property
+    def plan(self) -> Plan | None:
+        return getattr(self._local, "plan", None)
+
+    @plan.setter
+    def plan(self, plan: Plan | None) -> None:
+        self._local.plan = plan
+
+    def carries_on(self) -> bool:
+        """Whether the next projection takes sorted rows; it does not where an adapter has been put around it."""
+        return self.sorted_down is None or isinstance(getattr(*self.sorted_down), SortedLinear)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"sorted_down": self.sorted_down}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.sorted_down = state["sorted_down"]
+        self._local = threading.local()
+
+
+class ExpertLinear(nn.Module):
+    """A linear projection with one weight per expert, in the place of an ``nn.Linear``.
+
+    Args:
+        in_features: Width of the input.
+        out_features: Width of the output.
+        bias: Whether the experts have one.
+        settings: The mixture's settings.
+        layer: The index of the layer.
+        dispatch: What it shares with the layer's other projections.
+        routes: Whether it holds the layer's router; one projection of a layer does.
+        sorts: Whether its input is in token order, so that it must sort, or sorted already.
+        restores: Whether its output is in token order again, or stays sorted for the next projection.
+        last_sorted: Whether no other projection of the layer needs its sorted input any more.
+    """
+
+    gate: Router | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        settings: MoESettings,
+        layer: int,
+        dispatch: Dispatch,
+        *,
+        routes: bool,
+        sorts: bool,
+        restores: bool,
+        last_sorted: bool = True,
+        **factory: Any,
+    ) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(
+            nn.Linear(in_features, out_features, bias, **factory) for _ in range(settings.num_experts)
+        )
+        self.gate = Router(in_features, settings, layer, **factory) if routes else None
+        self.in_features, self.out_features = in_features, out_features
+        self.settings, self.layer, self.dispatch = settings, layer, dispatch
+        self.sorts, self.restores, self.last_sorted = sorts, restores, last_sorted
+        self.signal = RouterSignal(settings)
+
+    @property
+    def weight(self) -> Tensor:
+        """The first expert's weight: some encoders look at a projection's weight for its type."""
+        return cast(nn.Linear, self.experts[0]).weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return cast(nn.Linear, self.experts[0]).bias
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self.gate is not None:
+            plan, rows = self._sort(hidden)
+        else:
+            plan, rows = self._sorted_by_another(hidden)
+        result = self._products(rows, plan)
+        if not self.restores and self.dispatch.carries_on():
+            return result
+        if self.last_sorted and self.restores:
+            self.dispatch.plan = None
+        return restore(result, plan)
+
+    def _sort(self, hidden: Tensor) -> tuple[Plan, Tensor]:
+        assert self.gate is not None
+        tokens = hidden.reshape(-1, hidden.shape[-1])
+        plan = self.gate(tokens, tuple(hidden.shape[:-1]))
+        self.dispatch.plan = plan
+        rows = tokens
+        if plan.source is not None:
+            rows = GatherRows.apply(tokens, plan.source, plan.back, plan.slots_per_token)
+        if not self.last_sorted:
+            plan.given, plan.rows = hidden, rows
+        return plan, rows
+
+    def _sorted_by_another(self, hidden: Tensor) -> tuple[Plan, Tensor]:
+        plan = self.dispatch.plan
+        if plan is None or (self.sorts and (plan.given is not hidden or plan.rows is None)):
+            raise RuntimeError(
+                f"A projection of layer {self.layer} was called before the one that holds the layer's router, or on "
+                "another input. Name an architecture's projections in the order in which its layer calls them."
+            )
+        if not self.sorts:
+            return plan, hidden
+        rows = cast(Tensor, plan.rows)
+        if self.last_sorted:
+            plan.given = plan.rows = None
+        return plan, rows
+
+    def _products(self, rows: Tensor, plan: Plan) -> Tensor:
+        experts = list(self.experts)
+        if any(type(expert) is not nn.Linear for expert in experts):  # adapters around the experts
+            parts = torch.split(rows, plan.counts)
+            return torch.cat([expert(part) for expert, part in zip(experts, parts, strict=True)])
+        weights = [expert.weight for expert in experts]
+        biases = [expert.bias for expert in experts]
+        if torch.is_autocast_enabled(rows.device.type):
+            dtype = torch.get_autocast_dtype(rows.device.type)
+            rows = rows.to(dtype)
+            weights = [weight.to(dtype) for weight in weights]
+            biases = [None if bias is None else bias.to(dtype) for bias in biases]
+        signal = self.signal if self.settings.routing == "learned" else None
+        return GroupedLinear.apply(rows, plan.shares, plan.counts, signal, *weights, *biases)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, layer={self.layer}"
+
+
+class SortedLinear(nn.Module):
+    """A dense down projection that takes rows sorted by expert and puts its narrow output in token order.
+
+    It is no ``nn.Linear``, so that an adapter library that would wrap one leaves it alone rather than adding rows of
+    two different orders; wrapped all the same, it works as a dense layer on rows in token order.
+    """
+
+    def __init__(self, dense: nn.Linear, layer: int, dispatch: Dispatch) -> None:
+        super().__init__()
+        self.weight, self.bias = dense.weight, dense.bias
+        self.in_features, self.out_features = dense.in_features, dense.out_features
+        self.layer, self.dispatch = layer, dispatch
+
+    def forward(self, rows: Tensor) -> Tensor:
+        result = nn.functional.linear(rows, self.weight, self.bias)
+        if not self.dispatch.carries_on():
+            return result
+        plan, self.dispatch.plan = self.dispatch.plan, None
+        if plan is None:
+            raise RuntimeError(f"The down projection of layer {self.layer} was called without the up projection.")
+        return restore(result, plan)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def restore(rows: Tensor, plan: Plan) -> Tensor:
+    """Put sorted rows back in token order, each token's experts summed by weight: ``plan.leading`` + (dim,)."""
+    if plan.order is not None:
+        slots = plan.slots_per_token
+        for size in plan.leading:
+            slots *= size
+        rows = ScatterRows.apply(rows, plan.order, plan.back, slots)
+    if plan.weights is not None:
+        per_token = rows.view(-1, plan.slots_per_token, rows.shape[-1])
+        rows = torch.bmm(plan.weights.to(rows.dtype).unsqueeze(1), per_token).squeeze(1)
+    return rows.view(*plan.leading, rows.shape[-1])

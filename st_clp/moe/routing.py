@@ -1,0 +1,128 @@
+"""The router: which experts work on a token, how it learns, and how use is kept even."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from st_clp.moe.balance import Balance, add_balance_gradient
+from st_clp.moe.context import current_context
+from st_clp.moe.settings import MoESettings
+
+
+@dataclass
+class Plan:
+    """One routing decision: the tokens of a layer's input, sorted by expert.
+
+    A slot is one token at one of its experts; slot s belongs to token ``s // slots_per_token``.
+
+    Args:
+        leading: The input's shape without its last dimension.
+        counts: Routed slots of each expert.
+        order: (rows,) the slot of each sorted row; None where all tokens go to one expert in their own order.
+        back: (tokens * slots_per_token,) the sorted row of each slot; None where some tokens are padding.
+        weights: (tokens, slots_per_token) float32, or None where each token has one expert with weight 1.
+        shares: (rows, experts) float32, the router's distribution at each sorted row, or None where nothing learns.
+    """
+
+    leading: tuple[int, ...]
+    counts: list[int]
+    slots_per_token: int
+    order: Tensor | None
+    source: Tensor | None
+    back: Tensor | None
+    weights: Tensor | None
+    shares: Tensor | None
+    # held until the layer's last projection has run, so that a second up projection need not sort again
+    given: Tensor | None = None
+    rows: Tensor | None = None
+
+
+class Router(nn.Module):
+    """A linear router without bias, ``weight`` (experts, dim), whose decisions are made in float32.
+
+    Args:
+        dim: The width of the input that it sees.
+        settings: The mixture's settings.
+        layer: The index of its layer, for reports.
+    """
+
+    balance_bias: Tensor
+
+    def __init__(self, dim: int, settings: MoESettings, layer: int, **factory: Any) -> None:
+        super().__init__()
+        self.settings = settings
+        self.layer = layer
+        self.weight = nn.Parameter(torch.empty(settings.num_experts, dim, **factory))
+        if settings.uses_bias:
+            bias = torch.zeros(settings.num_experts, dtype=torch.float32, device=factory.get("device"))
+            self.register_buffer("balance_bias", bias)
+        self.balance = Balance(settings)
+
+    def draw(self, scale: float, generator: torch.Generator | None) -> None:
+        """Draw new weights from a normal distribution with standard deviation ``scale``."""
+        values = torch.randn(self.weight.shape, generator=generator) * scale
+        with torch.no_grad():
+            self.weight.copy_(values.to(self.weight.dtype))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Router:
+        """Move with the model, but keep the bias in float32: its steps are below the resolution of bfloat16."""
+        before = self._buffers.get("balance_bias")
+        super()._apply(fn, recurse)
+        if before is not None and not before.is_meta:
+            self.balance_bias = before.to(device=self.balance_bias.device, dtype=torch.float32)
+        return self
+
+    def forward(self, tokens: Tensor, leading: tuple[int, ...]) -> Plan:
+        """Decide for ``tokens`` (tokens, dim), whose shape was ``leading`` + (dim,)."""
+        with torch.autocast(tokens.device.type, enabled=False):
+            logits = nn.functional.linear(tokens.float(), self.weight.float())
+        return self._plan(logits, leading)
+
+    @torch.compiler.disable
+    def _plan(self, logits: Tensor, leading: tuple[int, ...]) -> Plan:
+        context = current_context()
+        mask, routed = (None, logits.shape[0]) if context is None else context.mask_for(logits.shape[0])
+        chosen = self._choose(logits.detach(), mask)
+        experts, per_token = self.settings.num_experts, self.settings.num_experts_per_tok
+        slots = chosen.reshape(-1)
+        if mask is not None:
+            slot_mask = mask if per_token == 1 else mask.repeat_interleave(per_token)
+            slots = slots.masked_fill(~slot_mask, experts)
+        counts = torch.bincount(slots, minlength=experts + 1)[:experts].tolist()
+        self.balance.count(self, logits.detach(), mask, counts, context)
+        if self.settings.balance == "loss" and logits.requires_grad and self.training:
+            logits = add_balance_gradient(logits, mask, counts, self.settings.balance_weight)
+        weights = torch.softmax(logits.gather(1, chosen), dim=-1) if per_token > 1 else None
+        if max(counts) == logits.shape[0] * per_token:  # one expert does it all: there is nothing to sort
+            shares = self._shares(logits) if per_token == 1 else None
+            return Plan(leading, counts, per_token, None, None, None, weights, shares)
+        order = torch.argsort(slots, stable=True)[: routed * per_token]
+        source = order if per_token == 1 else order // per_token
+        back = None
+        if mask is None:
+            back = torch.empty_like(order)
+            back[order] = torch.arange(order.numel(), device=order.device)
+        shares = self._shares(logits, source) if per_token == 1 else None
+        return Plan(leading, counts, per_token, order, source, back, weights, shares)
+
+    def _choose(self, logits: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the experts of each token, (tokens, experts per token)."""
+        if self.settings.uses_bias:
+            if self.training:
+                self.balance.adjust(self, logits, mask)
+            logits = logits + self.balance_bias
+        if self.settings.num_experts_per_tok == 1:
+            return logits.argmax(dim=-1, keepdim=True)
+        return logits.topk(self.settings.num_experts_per_tok, dim=-1).indices
+
+    def _shares(self, logits: Tensor, source: Tensor | None = None) -> Tensor | None:
+        if not logits.requires_grad:
+            return None
+        return torch.softmax(logits if source is None else logits.index_select(0, source), dim=-1)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.weight.shape[1]}, experts={self.weight.shape[0]}, routing={self.settings.routing!r}"

@@ -1,0 +1,198 @@
+"""MoETransformer: sentence-transformers' Transformer with a mixture of experts in its encoder."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from sentence_transformers.base.modules import Transformer
+from torch import nn
+from transformers import PreTrainedModel
+
+from st_clp.moe.architectures import find_feed_forwards
+from st_clp.moe.context import ForwardContext, attention_mask, entered, recall_context_in_checkpoints
+from st_clp.moe.convert import build_experts, expert_layers, merge_experts, settings_of
+from st_clp.moe.settings import CONFIG_KEY, MoESettings, resolve_layers
+
+
+class MoETransformer(Transformer):
+    """A Transformer module whose encoder has a mixture of experts in its feed-forward layers.
+
+    Made from a dense one by :meth:`from_dense` (or, for a whole model, by :func:`st_clp.upcycle`), from a published
+    checkpoint by :meth:`from_reference`, and by loading a saved model. It saves and loads with its model.
+    """
+
+    @classmethod
+    def from_dense(
+        cls,
+        transformer: Transformer,
+        num_experts: int = 2,
+        num_experts_per_tok: int = 1,
+        projection: str = "intermediate",
+        layers: str | Sequence[int] = "all",
+        routing: str = "learned",
+        balance: str = "bias",
+        *,
+        seed: int = 0,
+        copy_encoder: bool = True,
+        **settings: Any,
+    ) -> MoETransformer:
+        """Turn a dense Transformer module into a mixture whose embeddings are the same until training moves them.
+
+        Args:
+            transformer: The dense module; it stays as it is.
+            num_experts: Experts a layer.
+            num_experts_per_tok: Experts that work on each token.
+            projection: ``"intermediate"``, ``"output"`` or ``"feed_forward"`` (both, with one routing decision).
+            layers: ``"all"``, ``"every_other"`` or a list of indices.
+            routing: ``"learned"`` or ``"reference"``.
+            balance: ``"bias"``, ``"loss"`` or ``"none"``.
+            seed: Seeds the routers' first weights.
+            copy_encoder: False converts the encoder itself, for want of memory; ``transformer`` must then no longer
+                be used.
+            **settings: Other fields of :class:`st_clp.moe.MoESettings`.
+
+        Raises:
+            TypeError: If ``transformer`` is no Transformer module.
+            ValueError: If a setting is out of range, the architecture is not known or the encoder is converted
+                already.
+        """
+        if not isinstance(transformer, Transformer):
+            raise TypeError(
+                f"from_dense takes a Transformer module of sentence-transformers, got a {type(transformer).__name__}."
+            )
+        if is_moe(transformer):
+            raise ValueError("The model is a mixture of experts already: a model is converted once.")
+        if transformer.backend != "torch":
+            raise ValueError(
+                f"Only a model with the torch backend can be converted, not one with {transformer.backend}."
+            )
+        chosen = MoESettings(
+            num_experts=num_experts,
+            num_experts_per_tok=num_experts_per_tok,
+            projection=projection,
+            routing=routing,
+            balance=balance,
+            layers=resolve_layers(layers, len(find_feed_forwards(transformer.model))),
+            **settings,
+        )
+        module = cls._around(copy.deepcopy(transformer) if copy_encoder else transformer)
+        build_experts(module.model, chosen, seed)
+        setattr(module.model.config, CONFIG_KEY, chosen.to_dict())
+        return module
+
+    @classmethod
+    def _around(cls, transformer: Transformer) -> MoETransformer:
+        """Make a MoETransformer of all that ``transformer`` holds."""
+        module = cls.__new__(cls)
+        module.__dict__.update(transformer.__dict__)
+        return module
+
+    def to_dense(self, how: str | int = "average") -> Transformer:
+        """Make a dense Transformer module of this one's encoder; this one must then no longer be used."""
+        merge_experts(self.model, how)
+        delattr(self.model.config, CONFIG_KEY)
+        dense = Transformer.__new__(Transformer)
+        dense.__dict__.update(self.__dict__)
+        return dense
+
+    @property
+    def settings(self) -> MoESettings:
+        """The mixture's settings."""
+        settings = settings_of(self.model)
+        if settings is None:
+            raise RuntimeError(f"The encoder's config has no {CONFIG_KEY!r}: it holds no mixture of experts.")
+        return settings
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Run the encoder; see the forward of sentence-transformers' Transformer."""
+        context = ForwardContext(attention_mask(features), not self.training or torch.is_grad_enabled())
+        if self.training:
+            recall_context_in_checkpoints(list(self.model.modules()))
+        with entered(context):
+            return super().forward(features, **kwargs)
+
+    def _load_model(
+        self,
+        model_name_or_path: str,
+        transformer_task: Any,
+        config: Any,
+        backend: str,
+        is_peft_model: bool,
+        **kwargs: Any,
+    ) -> PreTrainedModel:
+        settings = settings_of_config(config, model_name_or_path)
+        if backend != "torch":
+            raise ValueError(
+                f"A mixture of experts runs on the torch backend alone, not on {backend}. "
+                "st_clp.to_dense gives a model that other backends can run."
+            )
+        if is_peft_model:
+            kwargs.pop("revision", None)
+        encoder_class = _saved_encoder_class(config)
+        building = _with_experts(encoder_class, settings)
+        model, info = building.from_pretrained(model_name_or_path, config=config, output_loading_info=True, **kwargs)
+        model.__class__ = encoder_class
+        _refuse_disagreement(model_name_or_path, info, settings)
+        return model
+
+
+MoETransformer.__module__ = "st_clp.moe"  # modules.json records this path: it stays where the code moves
+
+
+def is_moe(model: nn.Module) -> bool:
+    """Whether there is a mixture of experts anywhere inside ``model``."""
+    return bool(expert_layers(model))
+
+
+def settings_of_config(config: Any, path: str) -> MoESettings:
+    values = getattr(config, CONFIG_KEY, None)
+    if values is None:
+        raise ValueError(
+            f"{path} is to be opened as a mixture of experts, but its config.json has no {CONFIG_KEY!r}. A published "
+            "checkpoint opens with MoETransformer.from_reference, a dense model with SentenceTransformer."
+        )
+    return MoESettings.from_dict(values)
+
+
+def _saved_encoder_class(config: Any) -> type[PreTrainedModel]:
+    """Return the class that the encoder was saved from; config.json names it."""
+    import transformers
+
+    names = getattr(config, "architectures", None) or []
+    for name in names:
+        found = getattr(transformers, name, None)
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+            return found
+    raise ValueError(f"config.json names no encoder class of transformers under 'architectures': {names}.")
+
+
+def _with_experts(encoder_class: type[PreTrainedModel], settings: MoESettings) -> type[PreTrainedModel]:
+    """Return a subclass that builds the experts' layers before the weights are read into them."""
+
+    def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        encoder_class.__init__(self, config, *args, **kwargs)
+        build_experts(self, settings)
+
+    strict = {*(encoder_class._keep_in_fp32_modules_strict or ()), "balance_bias"}
+    body = {"__init__": build, "__module__": encoder_class.__module__, "_keep_in_fp32_modules_strict": strict}
+    return type(encoder_class.__name__, (encoder_class,), body)
+
+
+def _refuse_disagreement(path: str, info: dict[str, Any], settings: MoESettings) -> None:
+    problems = [
+        f"{label}: {', '.join(sorted(map(str, info[key])))}"
+        for key, label in (
+            ("missing_keys", "in the settings but not among the weights"),
+            ("unexpected_keys", "among the weights but not in the settings"),
+            ("mismatched_keys", "of another shape"),
+        )
+        if info.get(key)
+    ]
+    if problems:
+        raise ValueError(
+            f"The weights in {path} and its settings ({settings.num_experts} experts, {settings.projection}, "
+            f"layers {list(settings.layers)}) disagree. " + "; ".join(problems) + ". Nothing was loaded."
+        )
