@@ -1,0 +1,134 @@
+"""What all evaluators here share: how metrics are named, stored in the model card and written to files."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.evaluation import BaseEvaluator
+
+from evaluators.files import append_row, file_part, require_columns, write_json
+from evaluators.metrics import Metric, parse_metrics
+from evaluators.runs import Run, write_run
+
+logger = logging.getLogger(__name__)
+
+
+class RetrievalEvaluator(BaseEvaluator):
+    """Evaluates retrieval: calls :meth:`evaluate`, then names, keeps and writes what comes back.
+
+    Args:
+        name: Goes before every metric, with an underscore; with ``""`` nothing does.
+        metrics: Names such as ``"ndcg@10"``. The first one is the primary metric.
+        write_csv: Add a line to a CSV file in the ``output_path`` of each call.
+        write_json: Write the last call's metrics and counts as JSON to its ``output_path``.
+        save_runs: Write each collection's run as a TREC run file to the ``output_path`` of each call.
+
+    Raises:
+        ValueError: A metric is unknown, or its cut-off is missing or below 1.
+    """
+
+    def __init__(
+        self, name: str, metrics: Iterable[str], *, write_csv: bool, write_json: bool, save_runs: bool
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.metrics: tuple[Metric, ...] = parse_metrics(metrics)
+        self.write_csv = write_csv
+        self.write_json = write_json
+        self.save_runs = save_runs
+        stem = "_".join(filter(None, ["retrieval_evaluation", file_part(name)]))
+        self.csv_file = f"{stem}_results.csv"
+        self.json_file = f"{stem}_results.json"
+
+    @abstractmethod
+    def evaluate(self, model: SentenceTransformer) -> dict[str, float]:
+        """Evaluate the model: {metric: value}, the primary metric first, without ``name`` before them."""
+
+    @abstractmethod
+    def keys(self) -> list[str]:
+        """The metrics of :meth:`evaluate`, in its order."""
+
+    @property
+    @abstractmethod
+    def runs(self) -> dict[str, Run]:
+        """What the last call retrieved: {collection: {query id: {document id: score}}}."""
+
+    @property
+    @abstractmethod
+    def counts(self) -> dict[str, dict[str, int]]:
+        """For each collection: how many queries there are, which of them nothing can answer, what is left out."""
+
+    @property
+    def description(self) -> str:
+        """The task, for the model card."""
+        return "Information Retrieval"
+
+    def __call__(  # type: ignore[override]  # as sentence-transformers' own: for one kind of model
+        self, model: SentenceTransformer, output_path: str | None = None, epoch: float = -1, steps: int = -1
+    ) -> dict[str, float]:
+        """Evaluate the model.
+
+        Args:
+            model: Any SentenceTransformer.
+            output_path: A folder for the CSV, JSON and run files; None writes none.
+            epoch: The epoch, for those files; -1 outside training.
+            steps: The training steps so far, for those files; -1 outside training.
+
+        Returns:
+            Metric to value, such as ``{"miracl_ko_ndcg@10": 0.64}``; the primary one is named by ``primary_metric``.
+
+        Raises:
+            ValueError: The CSV file in ``output_path`` is of an evaluator with other metrics.
+        """
+        folder = None if output_path is None else Path(output_path)
+        if folder is not None and self.write_csv:
+            require_columns(folder / self.csv_file, ["epoch", "steps", *self.keys()])
+        scores = self.evaluate(model)
+        self.primary_metric = next(iter(scores))
+        metrics = self.prefix_name_to_metrics(scores, self.name)
+        logger.info("%s: %s", self.name, ", ".join(f"{metric} {value:.4f}" for metric, value in scores.items()))
+        self.store_metrics_in_model_card_data(model, metrics, epoch, steps)  # type: ignore[arg-type]
+        if folder is not None:
+            self._write(folder, metrics, scores, epoch, steps)
+        return metrics
+
+    def write_runs(self, folder: str | Path, *, suffix: str = "") -> list[Path]:
+        """Write the last call's run of each collection as a TREC run file.
+
+        Args:
+            folder: Where to; it is made if it is not there.
+            suffix: Goes behind the collection in the file's name.
+
+        Returns:
+            The files.
+
+        Raises:
+            RuntimeError: The evaluator has not been called.
+            ValueError: An id holds white space (see :func:`evaluators.runs.write_run`).
+        """
+        paths = {key: Path(folder) / f"{file_part(key)}{suffix}.trec" for key in self.runs}
+        for key, path in paths.items():
+            write_run(self.runs[key], path)
+        return list(paths.values())
+
+    def _write(
+        self, folder: Path, metrics: dict[str, float], scores: dict[str, float], epoch: float, steps: int
+    ) -> None:
+        if self.write_csv:
+            append_row(folder / self.csv_file, {"epoch": epoch, "steps": steps, **scores})
+        if self.write_json:
+            content: dict[str, Any] = {
+                "epoch": epoch,
+                "steps": steps,
+                "primary_metric": self.primary_metric,
+                "metrics": metrics,
+                "counts": self.counts,
+            }
+            write_json(folder / self.json_file, content)
+        if self.save_runs:
+            self.write_runs(folder, suffix="" if steps == -1 else f"_{steps}_steps")

@@ -1,0 +1,134 @@
+"""Evaluation on several collections and their mean."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sentence_transformers import SentenceTransformer
+
+from evaluators.base import RetrievalEvaluator
+from evaluators.collection import CollectionEvaluator
+from evaluators.files import file_part
+from evaluators.metrics import DEFAULT_METRICS, QueryScores, mean_scores
+from evaluators.runs import Run
+from st_clp.data import Collection
+
+Datasets = Mapping[str, "Collection | Mapping[str, Collection]"]
+
+
+class BenchmarkEvaluator(RetrievalEvaluator):
+    """How well a model does on each of several datasets, and on average.
+
+    The metrics are ``NAME_DATASET_METRIC`` for each dataset and ``NAME_mean_METRIC`` for the mean over datasets, in
+    which each counts the same whatever its number of queries. A dataset of several parts scores the mean of its
+    parts, which appear as ``NAME_DATASET_PART_METRIC``.
+
+    Args:
+        datasets: What to call a dataset, to its collection or, for one of several parts, {part: collection}.
+        name: Goes before every metric, with an underscore.
+        store_dir: A folder for the documents' embeddings, with a folder in it for each corpus. None: they are kept in
+            memory, those of one corpus at a time.
+        metrics, run_depth, batch_size, show_progress_bar, ignore_identical_ids, write_csv, write_json, save_runs: As in
+            :class:`CollectionEvaluator`.
+
+    Attributes:
+        evaluators: The :class:`CollectionEvaluator` of each collection, by its key.
+        runs: What the last call retrieved, {key: {query id: {document id: score}}}.
+        query_scores: The metrics of each query in the last call, {key: {query id: {metric: value}}}.
+
+    Raises:
+        CollectionError: A collection has no judgments.
+        ValueError: There are no datasets, or one has a reserved or repeated name; or a setting is wrong.
+    """
+
+    def __init__(
+        self,
+        datasets: Datasets,
+        name: str,
+        metrics: Iterable[str] = DEFAULT_METRICS,
+        *,
+        run_depth: int | None = None,
+        batch_size: int = 32,
+        show_progress_bar: bool = False,
+        ignore_identical_ids: bool = True,
+        store_dir: str | os.PathLike[str] | None = None,
+        write_csv: bool = True,
+        write_json: bool = True,
+        save_runs: bool = False,
+    ) -> None:
+        super().__init__(name, metrics, write_csv=write_csv, write_json=write_json, save_runs=save_runs)
+        self._parts, collections = _keys_of_parts(datasets)
+        self.evaluators: dict[str, CollectionEvaluator] = {
+            key: CollectionEvaluator(
+                collection,
+                name="_".join(filter(None, [name, key])),
+                metrics=[metric.name for metric in self.metrics],
+                run_depth=run_depth,
+                batch_size=batch_size,
+                show_progress_bar=show_progress_bar,
+                ignore_identical_ids=ignore_identical_ids,
+                store_dir=None if store_dir is None else Path(store_dir) / file_part(collection.corpus_name),
+            )
+            for key, collection in collections.items()
+        }
+        self.primary_metric = "_".join(filter(None, [name, self.keys()[0]]))
+
+    def keys(self) -> list[str]:
+        rows = ["mean"]
+        for dataset, keys in self._parts.items():
+            rows += [dataset, *(key for key in keys if key != dataset)]
+        return [f"{row}_{metric.name}" for row in rows for metric in self.metrics]
+
+    def evaluate(self, model: SentenceTransformer) -> dict[str, float]:
+        scores = {key: evaluator.evaluate(model) for key, evaluator in self.evaluators.items()}
+        datasets = {dataset: mean_scores(scores[key] for key in keys) for dataset, keys in self._parts.items()}
+        rows = {"mean": mean_scores(datasets.values()), **datasets, **scores}
+        found = {f"{row}_{metric}": value for row, values in rows.items() for metric, value in values.items()}
+        return {key: found[key] for key in self.keys()}
+
+    @property
+    def runs(self) -> dict[str, Run]:
+        return {key: evaluator.run for key, evaluator in self.evaluators.items()}
+
+    @property
+    def query_scores(self) -> dict[str, QueryScores]:
+        return {key: evaluator.query_scores for key, evaluator in self.evaluators.items()}
+
+    @property
+    def counts(self) -> dict[str, dict[str, int]]:
+        return {key: evaluator.counts[evaluator.name] for key, evaluator in self.evaluators.items()}
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The settings that the metrics depend on, for the model card."""
+        return {key: evaluator.get_config_dict() for key, evaluator in self.evaluators.items()}
+
+
+def _keys_of_parts(datasets: Datasets) -> tuple[dict[str, list[str]], dict[str, Collection]]:
+    """For each dataset the keys of its collections; and for each key its collection."""
+    if not datasets:
+        raise ValueError("there is nothing to evaluate on: name at least one dataset")
+    parts: dict[str, list[str]] = {}
+    collections: dict[str, Collection] = {}
+    for dataset, content in datasets.items():
+        named = {dataset: content} if isinstance(content, Collection) else _with_dataset(dataset, content)
+        parts[dataset] = list(named)
+        if repeated := named.keys() & collections.keys():
+            raise ValueError(f"two collections would both be called {', '.join(sorted(repeated))}")
+        if unusable := [key for key in named if file_part(key) != key]:
+            raise ValueError(
+                f"{unusable[0]!r} cannot be a dataset's name: it stands in metrics and file names, so at most 100 "
+                "letters, digits and . _ - + @ are allowed"
+            )
+        collections.update(named)
+    if "mean" in collections.keys() | parts.keys():
+        raise ValueError("a dataset cannot be called 'mean': that is the mean over all of them")
+    return parts, collections
+
+
+def _with_dataset(dataset: str, content: Mapping[str, Collection]) -> dict[str, Collection]:
+    if not content:
+        raise ValueError(f"the dataset {dataset} has no parts")
+    return {f"{dataset}_{part}": collection for part, collection in content.items()}

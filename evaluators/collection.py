@@ -1,0 +1,218 @@
+"""Evaluation on one collection."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from sentence_transformers import SentenceTransformer
+
+from evaluators.base import RetrievalEvaluator
+from evaluators.files import file_part
+from evaluators.metrics import DEFAULT_METRICS, QueryScores, mean_scores, score_queries
+from evaluators.runs import Run, make_run, without_identical_ids, write_run
+from st_clp.data import Collection, CollectionError
+from st_clp.encoding import EmbeddingStore, encode_queries
+from st_clp.search import search
+
+logger = logging.getLogger(__name__)
+
+
+class CollectionEvaluator(RetrievalEvaluator):
+    """How well a model finds a collection's relevant documents: nDCG, recall, MRR and others, by trec_eval's rules.
+
+    Every document is encoded with ``model.encode_document`` and every judged query with ``model.encode_query``, and the
+    best documents are found exactly, by the model's own similarity function. See :class:`evaluators.metrics.Metric` for
+    the metrics. Each metric is the mean over all judged queries; one without a relevant document (no grade above 0)
+    scores 0 and counts, as in trec_eval.
+
+    Args:
+        collection: Documents, queries and judgments.
+        name: Goes before every metric, with an underscore. None: the collection's name, as in ``miracl_ko_dev``.
+        metrics: ``ndcg``, ``recall``, ``map``, ``precision`` (or ``p``) or ``mrr``, each cut at any rank, as in
+            ``"ndcg@10"``. The first one is the primary metric, by which the Trainer may choose the best model.
+        run_depth: How many documents a query's run holds. None: the largest cut-off of ``metrics``.
+        batch_size: Texts in one forward pass.
+        show_progress_bar: Show progress, rate and remaining time while encoding.
+        ignore_identical_ids: Leave out a document whose id is the query's own, as BEIR does. Switch it off where
+            queries and documents are numbered independently of each other.
+        store_dir: The folder to keep the documents' embeddings in. It is reused while model and documents stay the
+            same, by the miner too, and overwritten otherwise. None: they are kept in memory, during the call only.
+        write_csv: Add a line to ``csv_file`` in the ``output_path`` of each call.
+        write_json: Write the last call's metrics and counts to ``json_file`` in its ``output_path``.
+        save_runs: Write a TREC run file to the ``output_path`` of each call.
+
+    Attributes:
+        run: What the last call retrieved, {query id: {document id: score}}, best first.
+        query_scores: The metrics of each query in the last call, {query id: {metric: value}}.
+        counts: For the collection, the queries, those without a relevant document, and what was left out.
+
+    Raises:
+        CollectionError: The collection has no judgments.
+        ValueError: A metric is unknown, a cut-off is below 1, or ``run_depth`` is below a cut-off.
+
+    Example:
+        ::
+
+            from sentence_transformers import SentenceTransformer
+            from st_clp import Collection
+            from evaluators import CollectionEvaluator
+
+            evaluator = CollectionEvaluator(Collection.load("miracl/ko/dev"))
+            metrics = evaluator(SentenceTransformer("BAAI/bge-m3"))
+            print(metrics["miracl_ko_dev_ndcg@10"])
+            evaluator.write_run("ko.trec")
+    """
+
+    def __init__(
+        self,
+        collection: Collection,
+        name: str | None = None,
+        metrics: Iterable[str] = DEFAULT_METRICS,
+        *,
+        run_depth: int | None = None,
+        batch_size: int = 32,
+        show_progress_bar: bool = False,
+        ignore_identical_ids: bool = True,
+        store_dir: str | os.PathLike[str] | None = None,
+        write_csv: bool = True,
+        write_json: bool = True,
+        save_runs: bool = False,
+    ) -> None:
+        name = default_name(collection) if name is None else name
+        super().__init__(name, metrics, write_csv=write_csv, write_json=write_json, save_runs=save_runs)
+        deepest = max(metric.k for metric in self.metrics)
+        self.run_depth = deepest if run_depth is None else run_depth
+        if self.run_depth < deepest:
+            raise ValueError(f"run_depth {self.run_depth} is too small for a metric cut at {deepest}")
+        self.collection = collection
+        self.batch_size = batch_size
+        self.show_progress_bar = show_progress_bar
+        self.ignore_identical_ids = ignore_identical_ids
+        self.store_dir = store_dir
+        self.judgments = _judged_queries(collection)
+        self._run: Run | None = None
+        self._query_scores: QueryScores = {}
+        self._counts = self._count_queries()
+        self.primary_metric = "_".join(filter(None, [self.name, self.keys()[0]]))
+
+    def keys(self) -> list[str]:
+        return [metric.name for metric in self.metrics]
+
+    def evaluate(self, model: SentenceTransformer) -> dict[str, float]:
+        store = EmbeddingStore.build(
+            model,
+            self.collection,
+            self.store_dir,
+            batch_size=self.batch_size,
+            show_progress_bar=self.show_progress_bar,
+        )
+        query_ids = list(self.judgments)
+        embeddings = encode_queries(
+            model,
+            [self.collection.queries[query_id] for query_id in query_ids],
+            batch_size=self.batch_size,
+            show_progress_bar=self.show_progress_bar,
+        )
+        ignored = self.ignore_identical_ids and not set(query_ids).isdisjoint(store.ids)
+        # One document more makes up for the query's own.
+        run = make_run(query_ids, *search(model, embeddings, store, self.run_depth + ignored))
+        if ignored:
+            run, self._counts["documents with the query's own id, left out"] = without_identical_ids(
+                run, self.run_depth
+            )
+        self._run = run
+        self._query_scores = score_queries(self.judgments, run, self.metrics)
+        return mean_scores(self._query_scores.values())
+
+    @property
+    def run(self) -> Run:
+        if self._run is None:
+            raise RuntimeError(f"nothing has been retrieved yet: call the evaluator {self.name!r} with a model first")
+        return self._run
+
+    @property
+    def query_scores(self) -> QueryScores:
+        _ = self.run
+        return self._query_scores
+
+    @property
+    def runs(self) -> dict[str, Run]:
+        return {self.name or default_name(self.collection): self.run}
+
+    @property
+    def counts(self) -> dict[str, dict[str, int]]:
+        return {self.name or default_name(self.collection): self._counts}
+
+    def write_run(self, path: str | os.PathLike[str], *, tag: str = "st_clp") -> None:
+        """Write the last call's run as a TREC run file; see :func:`evaluators.runs.write_run`.
+
+        Raises:
+            RuntimeError: The evaluator has not been called.
+            ValueError: An id holds white space.
+        """
+        write_run(self.run, path, tag=tag)
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The settings that the metrics depend on, for the model card."""
+        return {
+            "collection": self.collection.name,
+            "queries": len(self.judgments),
+            "ignore_identical_ids": self.ignore_identical_ids,
+        }
+
+    def _count_queries(self) -> dict[str, int]:
+        """Count the queries, and say what makes a figure lower than the model deserves."""
+        unanswerable = [
+            query_id for query_id, grades in self.judgments.items() if not any(grade > 0 for grade in grades.values())
+        ]
+        own = [query_id for query_id, grades in self.judgments.items() if grades.get(query_id, 0) > 0]
+        if unanswerable:
+            logger.warning(
+                "%s: %d of %d queries have no relevant document (such as %s); they score 0, as in trec_eval",
+                self.collection.name,
+                len(unanswerable),
+                len(self.judgments),
+                unanswerable[0],
+            )
+        if own and self.ignore_identical_ids:
+            logger.warning(
+                "%s: for %d queries (such as %s) a document with the query's own id is judged relevant, but such "
+                "documents are left out as in BEIR; if queries and documents merely share their numbering, set "
+                "ignore_identical_ids=False",
+                self.collection.name,
+                len(own),
+                own[0],
+            )
+        return {"queries": len(self.judgments), "queries without a relevant document": len(unanswerable)}
+
+
+def default_name(collection: Collection) -> str:
+    """The collection's name as a metric's prefix: ``miracl/ko/dev`` becomes ``miracl_ko_dev``; of a path, its end."""
+    parts = collection.name.replace("\\", "/").strip("/").split("/")
+    is_path = collection.name.startswith(("/", "\\", ".", "~"))
+    return file_part("_".join(parts[-2:] if is_path else parts))
+
+
+def _judged_queries(collection: Collection) -> dict[str, dict[str, int]]:
+    """The judgments of the queries that have both judgments and a text.
+
+    Raises:
+        CollectionError: There are none.
+    """
+    judgments = {
+        query_id: collection.judgments[query_id]
+        for query_id in collection.queries
+        if collection.judgments.get(query_id)
+    }
+    unknown = sum(map(bool, collection.judgments.values())) - len(judgments)
+    if unknown:
+        logger.warning("%s: left out the judgments of %d queries that have no text", collection.name, unknown)
+    if not judgments:
+        raise CollectionError(
+            f"{collection.name} has no judgments of its queries, so there is nothing to evaluate; "
+            "name a split that has them, such as dev"
+        )
+    return judgments

@@ -1,0 +1,72 @@
+"""Runs: what a model retrieved for each query, and TREC run files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from evaluators.files import replacing
+
+Run = dict[str, dict[str, float]]  # query id -> {document id: score}
+
+
+def make_run(query_ids: Sequence[str], scores: np.ndarray, doc_ids: Sequence[Sequence[str]]) -> Run:
+    """A run from search results.
+
+    Args:
+        query_ids: (queries,).
+        scores: (queries, k).
+        doc_ids: (queries, k).
+    """
+    return {
+        query_id: dict(zip(ids, row.tolist(), strict=True))
+        for query_id, row, ids in zip(query_ids, scores, doc_ids, strict=True)
+    }
+
+
+def without_identical_ids(run: Run, depth: int) -> tuple[Run, int]:
+    """The run without each query's own id, cut to ``depth`` documents, and how many documents that left out.
+
+    The documents of each query must be best first.
+    """
+    left_out = sum(query_id in documents for query_id, documents in run.items())
+    kept = {
+        query_id: dict([item for item in documents.items() if item[0] != query_id][:depth])
+        for query_id, documents in run.items()
+    }
+    return kept, left_out
+
+
+def write_run(run: Mapping[str, Mapping[str, float]], path: str | os.PathLike[str], *, tag: str = "st_clp") -> None:
+    """Write a TREC run file: query id, ``Q0``, document id, rank from 1, score, tag.
+
+    Documents stand in trec_eval's order: best score first, equal scores by descending document id. Scores have the nine
+    digits that tell any two float32 numbers apart, so that the file gives the same metrics as the run.
+
+    Args:
+        run: Query id to {document id: score}.
+        path: The file; missing folders are made, and an existing file is replaced once the new one is whole.
+        tag: What the last column calls the run.
+
+    Raises:
+        ValueError: An id or the tag is empty or holds white space, which separates the columns of such a file.
+    """
+    _require_word(tag, "the tag")
+    with replacing(Path(path)) as file:
+        for query_id, documents in run.items():
+            _require_word(query_id, "the query id")
+            ranking = sorted(documents.items(), key=lambda item: (item[1], item[0]), reverse=True)
+            for rank, (doc_id, score) in enumerate(ranking, 1):
+                _require_word(doc_id, "the document id")
+                file.write(f"{query_id} Q0 {doc_id} {rank} {score:.9g} {tag}\n")
+
+
+def _require_word(text: str, what: str) -> None:
+    if text.split() != [text]:
+        raise ValueError(
+            f"{what} {text!r} is empty or holds white space, which a TREC run file cannot carry; "
+            "give the collection ids without white space"
+        )
