@@ -62,8 +62,8 @@ class CLPLoss(nn.Module):
 
         The candidates are the positives and negatives of the whole batch, or with ``in_batch_negatives=False`` those of
         the row alone, as in the paper. A candidate with the same text (the same tokens) as the document to be found
-        never counts as a negative. Rows without queries of negatives (pairs, or ``queries_per_negative=0``) train by the
-        contrastive term alone, at its full weight.
+        never counts as a negative. Rows without queries of negatives (pairs, or ``queries_per_negative=0``) train by
+        the contrastive term alone, at its full weight.
 
         The loss is computed in float32 (float64 if the embeddings are), under autocast too.
 
@@ -80,7 +80,8 @@ class CLPLoss(nn.Module):
             in_batch_negatives: Whether the documents of the other rows of the batch are candidates as well.
             similarity_fct: Function of two matrices ``(a, dim)`` and ``(b, dim)`` that gives ``(a, b)`` similarities.
                 Default: cosine. The reference code takes the dot product of unit vectors, which is the same number.
-                With ``in_batch_negatives=False``, functions other than sentence-transformers' own are called once a row.
+                With ``in_batch_negatives=False``, functions that are not sentence-transformers' own are called row by
+                row.
             gather_across_devices: Join the rows of all processes: their documents become candidates, and the penalty is
                 the weighted mean over all of them. The mean of the processes' losses and gradients is then that of one
                 process with the joined batch. All processes must have batches of one size.
