@@ -1,5 +1,7 @@
 """Hard negatives mined by the model itself (ANCE), and the queries that they answer."""
 
-from st_clp.mining.miner import MinedNegatives, MiningAccount, mine, mine_hard_negatives
+from st_clp.mining.account import MiningAccount
+from st_clp.mining.miner import MinedNegatives, mine, mine_hard_negatives
+from st_clp.mining.rows import Negative, TrainingRow
 
-__all__ = ["MinedNegatives", "MiningAccount", "mine", "mine_hard_negatives"]
+__all__ = ["MinedNegatives", "MiningAccount", "Negative", "TrainingRow", "mine", "mine_hard_negatives"]

@@ -122,7 +122,7 @@ def test_judgments_without_query_or_document_are_counted_and_said(
             r"corpus\.jsonl, line 4: the document id 'd1' was there",
         ),
         ({"documents": []}, r"corpus\.jsonl has no documents"),
-        ({"queries": [*QUERIES, {"_id": "q1", "text": "other"}]}, r"queries\.jsonl, line 4: query id 'q1' was there"),
+        ({"queries": [*QUERIES, {"_id": "q1", "text": "other"}]}, r"queries\.jsonl, line 4: the query id 'q1' was"),
         ({"judgments": [("q1", "d1", "high")]}, r"train\.tsv, line 2: expected query-id, corpus-id and a whole-number"),
         (
             {"judgments": [("q7", "d1", 1)]},

@@ -1,0 +1,265 @@
+"""Whole runs on a tiny model: what comes out, and what becomes of a run that is stopped, resumed or misused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from sentence_transformers import SentenceTransformer
+from typer.testing import CliRunner, Result
+
+import st_clp
+from st_clp import cli, recipe
+from st_clp.data import Collection
+from st_clp.settings import RunSettings
+
+TEXTS = ["where is the red river", "in the north is a big lake"]
+
+
+def settings_of(model: Path, collection: Path, output: Path, **changes: Any) -> RunSettings:
+    values: dict[str, Any] = {
+        "model": str(model),
+        "collection": [str(collection)],
+        "output": str(output),
+        "num_negatives": 2,
+        "range_max": 20,
+        "batch_size": 16,
+        "epochs": 4,
+        "learning_rate": 3e-3,
+        "scale": 20,
+        "bf16": False,
+        "training_arg": {"disable_tqdm": True},
+    }
+    return RunSettings(**{**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tiny_model_path: Path, collection_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict]:
+    """An undisturbed run: (its folder, its report)."""
+    output = tmp_path_factory.mktemp("finished") / "out"
+    return output, recipe.run(settings_of(tiny_model_path, collection_path, output))
+
+
+def test_a_run_leaves_a_better_model_a_card_a_report_and_runs(
+    finished: tuple[Path, dict], collection_path: Path
+) -> None:
+    output, report = finished
+    name = f"{collection_path}/dev"
+    before, after = (report["scores"][when][name]["ndcg@10"] for when in ("before", "after"))
+    assert after > before + 0.1
+    assert json.loads((output / "report.json").read_text()) == report
+    assert report["settings"]["collection"] == [str(collection_path)]
+    assert report["versions"]["st-clp"] == st_clp.__version__
+    assert report["training"]["trainable_parameters"] < report["training"]["all_parameters"]
+    losses = [entry["loss"] for entry in report["training"]["history"]]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+    card = (output / "README.md").read_text()
+    assert "2412.17364" in card
+    assert f"{before:.3f} → {after:.3f}" in card
+    assert "## Model Details" in card
+    run_lines = [
+        line.split() for line in next((output / "run" / "runs" / "after").glob("*.trec")).read_text().splitlines()
+    ]
+    assert {len(line) for line in run_lines} == {6}
+    mined = report["mining"][f"{collection_path}/train"]
+    assert mined["queries"] == mined["rows"] == 120
+    assert mined["with_query"] > 0
+
+
+def test_the_saved_model_is_the_same_in_a_fresh_process(finished: tuple[Path, dict]) -> None:
+    output, _ = finished
+    expected = st_clp.load(str(output)).encode(TEXTS)
+    code = (
+        "import sys, json; from sentence_transformers import SentenceTransformer\n"
+        "model = SentenceTransformer(sys.argv[1], trust_remote_code=True, device='cpu')\n"
+        "print(json.dumps([type(model[0]).__name__, model.encode(json.loads(sys.argv[2])).tolist()]))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(output), json.dumps(TEXTS)], check=True, capture_output=True, text=True
+    )
+    kind, embeddings = json.loads(result.stdout.splitlines()[-1])
+    assert kind == "MoETransformer"
+    np.testing.assert_array_equal(np.array(embeddings, dtype=np.float32), expected)
+
+
+def test_search_answers_from_the_evaluated_collection(finished: tuple[Path, dict], collection_path: Path) -> None:
+    output, _ = finished
+    dev = Collection.load(str(collection_path), split="dev")
+    found = 0
+    for query_id, query in list(dev.queries.items())[:10]:
+        result = CliRunner().invoke(cli.app, ["search", str(output), query, "-k", "10"])
+        assert result.exit_code == 0, result.output
+        found += any(f" {doc_id}\n" in result.output for doc_id in dev.judgments[query_id])
+    assert found >= 3
+    assert CliRunner().invoke(cli.app, ["search", str(output), "x", "--corpus", "nope"]).exit_code == 1
+
+
+class Stop:
+    """Raises an error the first time that a function is called, and steps aside after that."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, error: BaseException, *, skip: int = 0):
+        original, self.calls = getattr(owner, name), 0
+
+        def stopping(*args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            if self.calls == skip + 1:
+                raise error
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, stopping)
+
+
+def stops() -> dict[str, Callable[[pytest.MonkeyPatch, BaseException], Stop]]:
+    from sentence_transformers import SentenceTransformerTrainer
+
+    return {
+        "evaluate-before": lambda m, e: Stop(m, SentenceTransformer, "encode_document", e),
+        "mine": lambda m, e: Stop(m, recipe, "write_rows", e),
+        "train": lambda m, e: Stop(m, SentenceTransformerTrainer, "training_step", e, skip=20),
+        "evaluate-after": lambda m, e: Stop(m, recipe, "load", e),
+        "report": lambda m, e: Stop(m, recipe, "write_card", e),
+    }
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.app, ["run", *arguments])
+
+
+@pytest.mark.parametrize("stage", ["evaluate-before", "mine", "train", "evaluate-after", "report"])
+def test_stopped_anywhere_and_resumed_gives_the_undisturbed_result(
+    finished: tuple[Path, dict],
+    tiny_model_path: Path,
+    collection_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stage: str,
+) -> None:
+    output = tmp_path / "out"
+    settings = settings_of(tiny_model_path, collection_path, output)
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(settings.to_dict()))
+    stops()[stage](monkeypatch, KeyboardInterrupt())
+    result = invoke("--config", str(config))
+    assert result.exit_code == 130, result.output
+    assert f"st-clp run --output {output} --resume" in result.output
+    result = invoke("--output", str(output), "--resume")
+    assert result.exit_code == 0, result.output
+    assert json.loads((output / "report.json").read_text())["scores"] == finished[1]["scores"]
+    np.testing.assert_array_equal(st_clp.load(str(output)).encode(TEXTS), st_clp.load(str(finished[0])).encode(TEXTS))
+    if stage == "train":
+        assert "going on from checkpoint-" in result.output
+
+
+def test_a_full_disk_is_said_and_the_run_resumes(
+    tiny_model_path: Path, collection_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    error = OSError(28, "No space left on device", str(output / "run" / "mined"))
+    Stop(monkeypatch, recipe, "write_rows", error)
+    settings = settings_of(tiny_model_path, collection_path, output, epochs=1)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings.to_dict()))
+    result = invoke("--config", str(tmp_path / "run.yaml"))
+    assert result.exit_code == 1
+    assert "No space left on device" in result.output
+    assert "--resume" in result.output
+    assert invoke("--output", str(output), "--resume").exit_code == 0
+
+
+def test_an_output_folder_in_use_is_refused_unless_told(
+    finished: tuple[Path, dict], tiny_model_path: Path, collection_path: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(finished[0], output)
+    common = ["--model", str(tiny_model_path), "--collection", str(collection_path), "--output", str(output)]
+    result = invoke(*common)
+    assert result.exit_code == 1
+    assert "holds a run already" in result.output
+    result = invoke(*common, "--resume")
+    assert result.exit_code == 1
+    assert "started with other settings" in result.output
+    assert "num_negatives was 2, now 4" in result.output
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("years of work")
+    result = invoke(*common[:-1], str(foreign), "--overwrite")
+    assert result.exit_code == 1
+    assert "is not the folder of a run" in result.output
+    assert (foreign / "thesis.tex").exists()
+    result = invoke(*common, "--overwrite", "--epochs", "0.1", "--no-bf16", "--range-max", "10")
+    assert result.exit_code == 0, result.output
+    assert json.loads((output / "report.json").read_text())["settings"]["epochs"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--collection", "miracl/kk"], "unknown collection 'miracl/kk'"),
+        (["--collection", "{tmp}/missing.jsonl"], "no file or folder"),
+        (["--collection", "{tmp}/empty.jsonl"], "is empty"),
+        (["--collection", "{tmp}/broken.jsonl"], "line 2: not valid JSON"),
+        (["--collection", "{tmp}/unjudged"], "there are no judgments"),
+        (["--collection", "{collection}", "--model", "{tmp}/no-model"], "there is no folder"),
+        (["--collection", "{collection}", "--model", "{tmp}"], "cannot be loaded"),
+        (["--collection", "{collection}", "--experts", "1"], "a mixture needs at least two experts"),
+        (["--collection", "{collection}", "--penalty-weight", "2"], "penalty_weight must be at least 0 and at most 1"),
+        (["--collection", "{collection}", "--training-arg", "weight_decoy=1"], "did you mean weight_decay?"),
+        (["--collection", "{collection}", "--training-arg", "weight_decay"], "takes NAME=VALUE"),
+        (["--collection", "{collection}", "--eval-split", "test"], "no split 'test' to evaluate on; it has dev, train"),
+        (["--collection", "{collection}", "--range-min", "100"], "range_min"),
+        (["--collection", "{collection}", "--output", "/proc/out"], "/proc/out"),
+        (["--config", "{tmp}/bad.yaml"], "there is no setting 'num_negative'; did you mean num_negatives?"),
+        ([], "no collection"),
+    ],
+)
+def test_mistakes_end_in_a_message_that_helps_and_leave_nothing(
+    tiny_model_path: Path, collection_path: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "broken.jsonl").write_text('{"query": "a", "pos": ["b"]}\n{"query": \n')
+    (tmp_path / "bad.yaml").write_text("num_negative: 3\n")
+    shutil.copytree(collection_path, tmp_path / "unjudged", ignore=shutil.ignore_patterns("*.tsv"))
+    filled = [text.format(tmp=tmp_path, collection=collection_path) for text in arguments]
+    common = [] if "--model" in filled else ["--model", str(tiny_model_path)]
+    common += [] if "--output" in filled else ["--output", str(tmp_path / "out")]
+    result = invoke(*common, *filled)
+    assert result.exit_code == 1, result.output
+    assert message in " ".join(result.output.split())
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_training_rows_without_a_split_hold_some_queries_out(
+    finished: tuple[Path, dict], tiny_model_path: Path, tmp_path: Path
+) -> None:
+    rows = next((finished[0] / "run" / "mined").glob("*.jsonl"))
+    shutil.copy(rows, tmp_path / "rows.jsonl")
+    report = recipe.run(
+        settings_of(tiny_model_path, tmp_path / "rows.jsonl", tmp_path / "out", experts=0, epochs=1, num_negatives=2)
+    )
+    counts = report["collections"]
+    (train,), (held_out,) = counts["train"].values(), counts["evaluate"].values()
+    assert held_out["queries"] == round(0.1 * (train["queries"] + held_out["queries"]))
+    assert set(report["mining"].popitem()[1]["negatives"]) == {"judged"}
+    # A dense model needs nothing of st_clp to be opened.
+    assert type(SentenceTransformer(str(tmp_path / "out"))[0]).__name__ == "Transformer"
+
+
+def test_two_collections_train_together_and_each_is_reported(
+    tiny_model_path: Path, collection_path: Path, other_collection_path: Path, tmp_path: Path
+) -> None:
+    other = other_collection_path
+    settings = settings_of(tiny_model_path, collection_path, tmp_path / "out", epochs=1, mini_batch_size=4)
+    settings.collection.append(str(other))
+    report = recipe.run(settings)
+    assert set(report["scores"]["after"]) == {f"{collection_path}/dev", f"{other}/dev"}
+    assert sum(report["training"]["rows"].values()) == 240
