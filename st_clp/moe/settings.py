@@ -31,6 +31,7 @@ class MoESettings:
         balance_weight: The weight of the auxiliary loss where ``balance="loss"``.
         router_sample: The share of tokens, 0 to 1, whose other experts are tried in the backward pass to tell the
             router which one would have served better.
+        only_train: What a reference checkpoint says was trained; kept so that it can be written again.
 
     Raises:
         ValueError: If a setting is out of its range; the message names it.
@@ -45,6 +46,7 @@ class MoESettings:
     balance_rate: float = 0.2
     balance_weight: float = 0.01
     router_sample: float = 0.125
+    only_train: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(int(layer) for layer in self.layers))

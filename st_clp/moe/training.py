@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from st_clp.moe.architectures import find_feed_forwards
 from st_clp.moe.convert import expert_layers
@@ -72,10 +73,9 @@ def _modules(model: nn.Module, what: str) -> list[nn.Module]:
                 '(st_clp.upcycle), or choose "intermediate", "output" or "all".'
             )
         return found
-    encoders = [
-        module for module in model.modules() if hasattr(module, "config") and hasattr(module, "base_model_prefix")
-    ]
-    outermost = [e for e in encoders if not any(e is not o and e in list(o.modules()) for o in encoders)]
+    encoders = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    inner = {id(module) for encoder in encoders for module in encoder.modules() if module is not encoder}
+    outermost = [encoder for encoder in encoders if id(encoder) not in inner]
     if not outermost:
         raise ValueError(f"There is no transformer encoder in the model, so no {what} projections to train.")
     feed_forwards = [feed_forward for encoder in outermost for feed_forward in find_feed_forwards(encoder)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,12 @@ from transformers import PreTrainedModel
 from st_clp.moe.architectures import find_feed_forwards
 from st_clp.moe.context import ForwardContext, attention_mask, entered, recall_context_in_checkpoints
 from st_clp.moe.convert import build_experts, expert_layers, merge_experts, settings_of
+from st_clp.moe.reference import (
+    check_writable_as_reference,
+    is_reference_config,
+    take_reference_settings,
+    write_reference,
+)
 from st_clp.moe.settings import CONFIG_KEY, MoESettings, resolve_layers
 
 
@@ -90,6 +97,41 @@ class MoETransformer(Transformer):
         module.__dict__.update(transformer.__dict__)
         return module
 
+    @classmethod
+    def from_reference(cls, path: str | Path, **kwargs: Any) -> MoETransformer:
+        """Open a checkpoint that the paper's reference code has saved, such as CreaLabs/bge-m3-ko-CLP-interMoE.
+
+        Its routers decide as the reference's do (``routing="reference"``). No code is run and nothing but tensors is
+        read from a ``pytorch_model.bin``.
+
+        Args:
+            path: The checkpoint's folder, with ``config.json``, weights and a tokenizer; or its name on the hub.
+            **kwargs: Passed on to sentence-transformers' Transformer, such as ``max_seq_length``.
+
+        Raises:
+            ValueError: If it is no such checkpoint, or its weights and settings disagree.
+
+        Example::
+
+            encoder = MoETransformer.from_reference("bge-m3-ko-CLP-interMoE")
+            pooling = Pooling(encoder.get_embedding_dimension(), "cls")
+            model = SentenceTransformer(modules=[encoder, pooling, Normalize()])
+        """
+        module = cls(str(path), **kwargs)
+        if module.settings.routing != "reference":
+            raise ValueError(f"{path} is no reference checkpoint but one of st_clp's own: open it with st_clp.load.")
+        return module
+
+    def save_reference(self, path: str | Path) -> None:
+        """Write the encoder and its tokenizer in the layout of the paper's checkpoints.
+
+        Raises:
+            ValueError: If the reference would compute other embeddings from these weights; nothing is written then.
+        """
+        check_writable_as_reference(self.model, self.settings)
+        write_reference(self.model, self.settings, path)
+        self.processor.save_pretrained(str(path))
+
     def to_dense(self, how: str | int = "average") -> Transformer:
         """Make a dense Transformer module of this one's encoder; this one must then no longer be used."""
         merge_experts(self.model, how)
@@ -123,7 +165,11 @@ class MoETransformer(Transformer):
         is_peft_model: bool,
         **kwargs: Any,
     ) -> PreTrainedModel:
-        settings = settings_of_config(config, model_name_or_path)
+        from_reference = is_reference_config(config)
+        if from_reference:
+            settings = take_reference_settings(config, model_name_or_path)
+        else:
+            settings = settings_of_config(config, model_name_or_path)
         if backend != "torch":
             raise ValueError(
                 f"A mixture of experts runs on the torch backend alone, not on {backend}. "
@@ -132,10 +178,12 @@ class MoETransformer(Transformer):
         if is_peft_model:
             kwargs.pop("revision", None)
         encoder_class = _saved_encoder_class(config)
-        building = _with_experts(encoder_class, settings)
+        building: Any = _with_experts(encoder_class, settings)
         model, info = building.from_pretrained(model_name_or_path, config=config, output_loading_info=True, **kwargs)
         model.__class__ = encoder_class
-        _refuse_disagreement(model_name_or_path, info, settings)
+        # the reference's encoders may come without the pooler, which no embedding uses
+        _refuse_disagreement(model_name_or_path, info, settings, allowed=_UNUSED if from_reference else ())
+        setattr(model.config, CONFIG_KEY, settings.to_dict())
         return model
 
 
@@ -181,7 +229,15 @@ def _with_experts(encoder_class: type[PreTrainedModel], settings: MoESettings) -
     return type(encoder_class.__name__, (encoder_class,), body)
 
 
-def _refuse_disagreement(path: str, info: dict[str, Any], settings: MoESettings) -> None:
+_UNUSED = ("pooler.", "embeddings.position_ids")
+
+
+def _refuse_disagreement(path: str, info: dict[str, Any], settings: MoESettings, allowed: tuple[str, ...]) -> None:
+    info = {
+        kind: [name for name in names if not str(name).startswith(allowed)] if allowed else names
+        for kind, names in info.items()
+        if kind.endswith("_keys")
+    }
     problems = [
         f"{label}: {', '.join(sorted(map(str, info[key])))}"
         for key, label in (

@@ -41,7 +41,7 @@ def upcycle(
         raise ValueError("The model is a mixture of experts already: a model is converted once.")
     places = transformer_places(model)
     converted: dict[int, MoETransformer] = {}
-    for parent, name, transformer in places:
+    for _, _, transformer in places:
         if id(transformer) not in converted:
             converted[id(transformer)] = MoETransformer.from_dense(
                 transformer,
