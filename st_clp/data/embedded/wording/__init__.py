@@ -1,0 +1,1 @@
+"""The words of the embedded collection, one module a language."""
