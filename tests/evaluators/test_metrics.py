@@ -1,0 +1,142 @@
+"""The metrics against their formulas, trec_eval (by pytrec_eval) and beir."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import pytrec_eval
+from beir.retrieval.evaluation import EvaluateRetrieval
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evaluators.metrics import Metric, mean_scores, parse_metrics, score_queries
+
+DOC_IDS = [f"d{number}" for number in range(12)]
+QUERY_IDS = [f"q{number}" for number in range(5)]
+CUTS = (1, 2, 3, 5, 10, 100)
+
+grades = st.dictionaries(st.sampled_from(DOC_IDS), st.integers(0, 3), min_size=1)
+judgment_sets = st.dictionaries(st.sampled_from(QUERY_IDS), grades, min_size=1)
+# Few distinct scores, so that ties are common; all of them are float32 numbers, which is what trec_eval compares.
+scores = st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0, -1.0])
+documents = st.dictionaries(st.sampled_from(DOC_IDS), scores)
+
+
+@st.composite
+def judged_runs(draw):
+    """Judgments, and a run that answers exactly the judged queries, some of them with nothing."""
+    judgments = draw(judgment_sets)
+    return judgments, {query_id: draw(documents) for query_id in judgments}
+
+
+def ranking(documents: dict[str, float]) -> list[str]:
+    """As trec_eval ranks: best score first, equal scores by descending document id."""
+    return sorted(documents, key=lambda doc_id: (documents[doc_id], doc_id), reverse=True)
+
+
+def by_formula(grades: dict[str, int], ranked: list[str], family: str, k: int) -> float:
+    relevant = {doc_id for doc_id, grade in grades.items() if grade > 0}
+    if not relevant:
+        return 0.0
+    hits = [doc_id in relevant for doc_id in ranked[:k]]
+    if family == "ndcg":
+        gains = [grades.get(doc_id, 0) for doc_id in ranked[:k]]
+        ideal = sorted(grades.values(), reverse=True)[:k]
+        dcg, best = (sum(g / math.log2(rank + 2) for rank, g in enumerate(row)) for row in (gains, ideal))
+        return dcg / best
+    if family == "recall":
+        return sum(hits) / len(relevant)
+    if family == "precision":
+        return sum(hits) / k
+    if family == "mrr":
+        return next((1 / (rank + 1) for rank, hit in enumerate(hits) if hit), 0.0)
+    return sum(sum(hits[: rank + 1]) / (rank + 1) for rank, hit in enumerate(hits) if hit) / len(relevant)
+
+
+@settings(max_examples=150, deadline=None)
+@given(judged_runs(), st.sampled_from(CUTS))
+def test_each_query_scores_what_the_formulas_say(judged_run, k) -> None:
+    judgments, run = judged_run
+    metrics = parse_metrics(f"{family}@{k}" for family in ("ndcg", "recall", "precision", "mrr", "map"))
+    found = score_queries(judgments, run, metrics)
+    assert found.keys() == judgments.keys()
+    for query_id, values in found.items():
+        ranked = ranking(run[query_id])
+        for metric in metrics:
+            expected = by_formula(judgments[query_id], ranked, metric.family, k)
+            assert values[metric.name] == pytest.approx(expected, abs=1e-9), (query_id, metric)
+
+
+@settings(max_examples=60, deadline=None)
+@given(judged_runs())
+def test_means_are_those_of_beir_in_full(judged_run) -> None:
+    judgments, run = judged_run
+    families = {"NDCG": "ndcg", "MAP": "map", "Recall": "recall", "P": "precision"}
+    metrics = [Metric(family, k) for family in families.values() for k in CUTS]
+    means = mean_scores(score_queries(judgments, run, metrics).values())
+    answers = EvaluateRetrieval.evaluate(judgments, {q: dict(d) for q, d in run.items()}, list(CUTS))
+    for answer in answers:
+        for key, value in answer.items():
+            family, _, k = key.partition("@")
+            assert means[f"{families[family]}@{k}"] == pytest.approx(value, abs=5.001e-6)
+
+
+def test_values_are_pytrec_evals_to_the_last_digit() -> None:
+    generator = np.random.default_rng(0)
+    judgments = {q: {d: int(generator.integers(0, 4)) for d in DOC_IDS} for q in QUERY_IDS}
+    run = {q: dict(zip(DOC_IDS, generator.standard_normal(12).tolist(), strict=True)) for q in QUERY_IDS}
+    found = score_queries(judgments, run, parse_metrics(["ndcg@10", "ndcg@3", "recall@5", "map@10", "p@7", "mrr@12"]))
+    measures = {"ndcg_cut.3,10", "recall.5", "map_cut.10", "P.7", "recip_rank"}
+    expected = pytrec_eval.RelevanceEvaluator(judgments, measures).evaluate(run)
+    for query_id in QUERY_IDS:
+        assert found[query_id] == {
+            "ndcg@10": expected[query_id]["ndcg_cut_10"],
+            "ndcg@3": expected[query_id]["ndcg_cut_3"],
+            "recall@5": expected[query_id]["recall_5"],
+            "map@10": expected[query_id]["map_cut_10"],
+            "precision@7": expected[query_id]["P_7"],
+            "mrr@12": expected[query_id]["recip_rank"],
+        }
+
+
+@pytest.mark.parametrize("rank", range(1, 50))
+def test_mrr_is_cut_exactly_at_k(rank: int) -> None:
+    run = {"q": {f"d{number:02}": -float(number) for number in range(1, 51)}}
+    metrics = [Metric("mrr", k) for k in range(1, 51)]
+    found = score_queries({"q": {f"d{rank:02}": 1}}, run, metrics)["q"]
+    assert found == {f"mrr@{k}": 1 / rank if rank <= k else 0.0 for k in range(1, 51)}
+
+
+def test_a_judged_query_without_an_answer_scores_nothing_and_counts() -> None:
+    judgments = {"answered": {"d": 1}, "not in the run": {"d": 1}, "not relevant": {"d": 0}, "negative": {"d": -1}}
+    run = {"answered": {"d": 1.0}, "not relevant": {"d": 1.0}, "negative": {"d": 1.0}, "not judged": {"d": 1.0}}
+    found = score_queries(judgments, run, parse_metrics(["ndcg@10", "mrr@10"]))
+    assert found.keys() == judgments.keys()
+    assert mean_scores(found.values()) == {"ndcg@10": 0.25, "mrr@10": 0.25}
+
+
+def test_names_are_read_with_capitals_and_short_forms_once() -> None:
+    assert [metric.name for metric in parse_metrics(["nDCG@10", "P@5", "precision@5", "MRR@1"])] == [
+        "ndcg@10",
+        "precision@5",
+        "mrr@1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["accuracy@10"], r"unknown metric 'accuracy@10'; known are ndcg@k, recall@k, map@k, precision@k, mrr@k"),
+        (["ndcg"], r"'ndcg' needs a whole number after the @, such as ndcg@10"),
+        (["ndcg@ten"], "needs a whole number"),
+        (["recall@0"], "cut-off below 1"),
+        (["recall@-5"], "cut-off below 1"),
+        ([], "at least one metric"),
+        ("ndcg@10", r"write \['ndcg@10'\]"),
+    ],
+)
+def test_a_wrong_metric_is_refused(names, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_metrics(names)
