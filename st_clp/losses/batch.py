@@ -58,10 +58,8 @@ class Vectors:
 
     def gathered(self) -> Vectors:
         """Join anchors and documents over all processes, with gradients."""
-        documents = all_gather_with_grad(self.documents.transpose(0, 1).contiguous())
-        return replace(
-            self, anchors=all_gather_with_grad(self.anchors.contiguous()), documents=documents.transpose(0, 1)
-        )
+        documents = _gather(self.documents.transpose(0, 1)).transpose(0, 1)
+        return replace(self, anchors=_gather(self.anchors), documents=documents)
 
     def leaves(self) -> Vectors:
         """The same values, collecting gradients of their own, so that a loss can be back-propagated in pieces."""
@@ -138,3 +136,11 @@ class Batch:
             processes=get_world_size() if gather else 1,
             queries_per_negative=layout.queries_per_negative,
         )
+
+
+def _gather(tensor: Tensor) -> Tensor:
+    joined = all_gather_with_grad(tensor.contiguous())
+    if joined.requires_grad:
+        # torch's backward receives into buffers strided like the gradient, which gloo fills as if they were contiguous.
+        joined.register_hook(torch.Tensor.contiguous)
+    return joined

@@ -1,0 +1,54 @@
+"""Run as a script by test_processes.py: the losses in two gloo processes, half the batch in each.
+
+``two_processes.py CASES OUT`` reads what to compute from a torch file and writes loss and gradients of each case.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+PROCESSES = 2
+
+
+def compute(job: dict[str, Any], case: dict[str, Any], rank: int) -> dict[str, Any]:
+    # Not at the top: the process that only starts the others would take seconds to import them.
+    from sentence_transformers import SentenceTransformer
+
+    import st_clp.losses
+
+    model = SentenceTransformer(job["model"], device="cpu").double().train()
+    model[0].auto_model.pooler = None  # DDP waits for parameters that nothing uses
+    loss = getattr(st_clp.losses, case["loss"])(model, gather_across_devices=True, **case["settings"])
+    loss.model = DistributedDataParallel(model)
+    columns, labels = job["columns"][: case["columns"]], case["labels"]
+    size = len(columns[0]) // PROCESSES
+    mine = slice(rank * size, (rank + 1) * size)
+    features = [model.preprocess(column[mine]) for column in columns]
+    value = loss(features, None if labels is None else labels[mine])
+    value.backward()
+    mean = value.detach().clone()
+    dist.all_reduce(mean)
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": mean / PROCESSES, "gradients": gradients}
+
+
+def work(rank: int, rendezvous: str, cases: str, out: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=PROCESSES)
+    job = torch.load(cases, weights_only=True)
+    results = [compute(job, case, rank) for case in job["cases"]]
+    if rank == 0:
+        torch.save(results, out)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(work, (os.path.join(folder, "rendezvous"), *sys.argv[1:3]), nprocs=PROCESSES)
