@@ -6,10 +6,12 @@ from st_clp.moe.settings import MoESettings
 from st_clp.moe.training import TrainableParameters, train_only
 from st_clp.moe.transformer import MoETransformer, is_moe
 from st_clp.moe.upcycling import to_dense, upcycle
-from st_clp.moe.usage import ExpertUsage, expert_usage, reset_usage
+from st_clp.moe.usage import ExpertUsage, ExpertUsageCallback, LayerUsage, expert_usage, reset_usage
 
 __all__ = [
     "ExpertUsage",
+    "ExpertUsageCallback",
+    "LayerUsage",
     "MoESettings",
     "MoETransformer",
     "TrainableParameters",

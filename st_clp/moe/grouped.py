@@ -104,7 +104,7 @@ class GroupedLinear(Function):
             shares_gradient = gradient.new_zeros(rows.shape[0], experts, dtype=torch.float32)
             if ctx.signal is not None:
                 assert rows_gradient is not None
-                ctx.signal(shares_gradient, gradient, rows, rows_gradient, ctx.counts, weights, biases)
+                ctx.signal(shares_gradient, gradient, rows, rows_gradient, slices(ctx.counts), weights, biases)
         return (
             rows_gradient if needs_rows else None,
             shares_gradient,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,8 @@ class Router(nn.Module):
             bias = torch.zeros(settings.num_experts, dtype=torch.float32, device=factory.get("device"))
             self.register_buffer("balance_bias", bias)
         self.balance = Balance(settings)
+        # the entropy summed over tokens, and the tokens, while someone measures it
+        self.entropy: tuple[float, int] | None = None
 
     def draw(self, scale: float, generator: torch.Generator | None) -> None:
         """Draw new weights from a normal distribution with standard deviation ``scale``."""
@@ -94,6 +97,8 @@ class Router(nn.Module):
             slots = slots.masked_fill(~slot_mask, experts)
         counts = torch.bincount(slots, minlength=experts + 1)[:experts].tolist()
         self.balance.count(self, logits.detach(), mask, counts, context)
+        if self.entropy is not None:
+            self._measure_entropy(logits.detach() if mask is None else logits.detach()[mask])
         if self.settings.balance == "loss" and logits.requires_grad and self.training:
             logits = add_balance_gradient(logits, mask, counts, self.settings.balance_weight)
         weights = torch.softmax(logits.gather(1, chosen), dim=-1) if per_token > 1 else None
@@ -118,6 +123,12 @@ class Router(nn.Module):
         if self.settings.num_experts_per_tok == 1:
             return logits.argmax(dim=-1, keepdim=True)
         return logits.topk(self.settings.num_experts_per_tok, dim=-1).indices
+
+    def _measure_entropy(self, logits: Tensor) -> None:
+        assert self.entropy is not None
+        logarithms = torch.log_softmax(logits, dim=-1)
+        entropy = -(logarithms.exp() * logarithms).sum() / math.log(max(self.settings.num_experts, 2))
+        self.entropy = (self.entropy[0] + float(entropy), self.entropy[1] + logits.shape[0])
 
     def _shares(self, logits: Tensor, source: Tensor | None = None) -> Tensor | None:
         if not logits.requires_grad:

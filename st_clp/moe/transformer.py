@@ -156,6 +156,15 @@ class MoETransformer(Transformer):
         with entered(context):
             return super().forward(features, **kwargs)
 
+    def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
+        """Save the encoder, its tokenizer and the settings to ``output_path``."""
+        # names as the modules have them: the older layouts of some families have no place for experts
+        self.model.save_pretrained(
+            output_path, safe_serialization=safe_serialization, save_original_format=not is_moe(self.model)
+        )
+        self.processor.save_pretrained(output_path)
+        self.save_config(output_path)
+
     def _load_model(
         self,
         model_name_or_path: str,
@@ -181,6 +190,7 @@ class MoETransformer(Transformer):
         building: Any = _with_experts(encoder_class, settings)
         model, info = building.from_pretrained(model_name_or_path, config=config, output_loading_info=True, **kwargs)
         model.__class__ = encoder_class
+        _align(model)
         # the reference's encoders may come without the pooler, which no embedding uses
         _refuse_disagreement(model_name_or_path, info, settings, allowed=_UNUSED if from_reference else ())
         setattr(model.config, CONFIG_KEY, settings.to_dict())
@@ -230,6 +240,16 @@ def _with_experts(encoder_class: type[PreTrainedModel], settings: MoESettings) -
 
 
 _UNUSED = ("pooler.", "embeddings.position_ids")
+
+
+def _align(encoder: PreTrainedModel) -> None:
+    """Give weights that were read in place a new home at a multiple of 64 bytes, as PyTorch's own tensors have.
+
+    Matrix products may round otherwise at another alignment, and a saved model shall embed as before, bit for bit.
+    """
+    for parameter in encoder.parameters():
+        if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
+            parameter.data = parameter.data.clone()
 
 
 def _refuse_disagreement(path: str, info: dict[str, Any], settings: MoESettings, allowed: tuple[str, ...]) -> None:
