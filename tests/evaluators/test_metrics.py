@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -140,3 +142,16 @@ def test_names_are_read_with_capitals_and_short_forms_once() -> None:
 def test_a_wrong_metric_is_refused(names, message) -> None:
     with pytest.raises(ValueError, match=message):
         parse_metrics(names)
+
+
+def test_pytrec_eval_is_needed_only_to_score_and_its_absence_says_what_to_install() -> None:
+    code = (
+        "import sys\n"
+        "for name in ('faiss', 'beir', 'ir_datasets', 'pytrec_eval'): sys.modules[name] = None\n"
+        "import evaluators\n"
+        "from evaluators.metrics import parse_metrics, score_queries\n"
+        "try: score_queries({'q': {'d': 1}}, {'q': {'d': 1.0}}, parse_metrics(['ndcg@10']))\n"
+        "except ModuleNotFoundError as error: print(error)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "pip install beir" in result.stdout
