@@ -119,9 +119,12 @@ def _run(**options: Any) -> None:
 
 def run_settings(settings: RunSettings, *, resume: bool = False, overwrite: bool = False) -> None:
     """Run with these settings and say where the results are."""
+    from transformers.utils import logging as transformers_logging
+
     from st_clp.recipe import run
 
     console = Console(highlight=False)
+    transformers_logging.disable_progress_bar()  # a bar for every model that is opened says nothing here
     settings.require("model", "collection", "output")
     _under_way.append(settings.output)
     run(settings, resume=resume, overwrite=overwrite, console=console)

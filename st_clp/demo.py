@@ -29,13 +29,14 @@ def demo_settings(output: str) -> RunSettings:
         model=str(get_model_path()),
         collection=[f"embedded/{language}" for language in LANGUAGES],
         output=output,
-        max_seq_length=128,
-        num_negatives=2,
+        max_train_queries=300,
+        max_seq_length=96,
+        num_negatives=1,
         range_max=30,
         sampling_strategy="random",
         batch_size=16,
-        epochs=2,
-        learning_rate=3e-4,
+        epochs=1,
+        learning_rate=1e-3,
         scale=20,
     )
 

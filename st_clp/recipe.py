@@ -263,6 +263,9 @@ def load_collections(settings: RunSettings) -> Collections:
                     len(held_out.queries),
                 )
                 evaluate.append(held_out)
+        if settings.max_train_queries is not None:
+            collection = collection.sample(settings.max_train_queries, settings.seed)
+            collection.require_positives()
         train.append(collection)
     for source in settings.eval_collection:
         split = settings.eval_split or next((name for name in EVAL_SPLITS if name in Collection.splits(source)), None)

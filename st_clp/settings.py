@@ -28,6 +28,26 @@ def option(default: Any, help: str, group: str, *, choices: tuple[str, ...] | No
 DATA, MINING, LOSS, MODEL, TRAINING = "Data", "Mining", "Loss", "Mixture of experts", "Training"
 
 
+NO_LIMIT = float("inf")
+LIMITS: dict[str, tuple[float, float]] = {
+    "holdout": (0, 0.9),
+    "max_train_queries": (1, NO_LIMIT),
+    "max_seq_length": (1, NO_LIMIT),
+    "encode_batch_size": (1, NO_LIMIT),
+    "num_negatives": (0, NO_LIMIT),
+    "queries_per_negative": (0, NO_LIMIT),
+    "penalty_weight": (0, 1),
+    "scale": (1e-9, NO_LIMIT),
+    "mini_batch_size": (1, NO_LIMIT),
+    "experts": (0, NO_LIMIT),
+    "experts_per_token": (1, NO_LIMIT),
+    "epochs": (1e-9, NO_LIMIT),
+    "batch_size": (1, NO_LIMIT),
+    "learning_rate": (0, NO_LIMIT),
+    "warmup": (0, NO_LIMIT),
+}
+
+
 @dataclass
 class RunSettings:
     """Everything that a run depends on. The help of each field is in its metadata and in ``st-clp run --help``."""
@@ -47,6 +67,9 @@ class RunSettings:
     eval_split: str | None = option(None, "The split to evaluate on. By default dev, validation or test.", DATA)
     holdout: float = option(
         0.1, "The share of training queries (1,000 at most) to evaluate on where there is no other split.", DATA
+    )
+    max_train_queries: int | None = option(
+        None, "Train on no more queries of each collection than this, drawn at random.", DATA
     )
     text_field: list[str] = option([], "A document's fields to join as its text. By default title and text.", DATA)
     max_seq_length: int | None = option(None, "Tokens of a text to read. By default as the model has it.", DATA)
@@ -117,17 +140,10 @@ class RunSettings:
             choices, value = item.metadata["choices"], getattr(self, item.name)
             if choices and value is not None and value not in choices:
                 raise SettingsError(f"{item.name} must be one of {', '.join(choices)}, got {value!r}")
-        limits: dict[str, tuple[float, float]] = {
-            "holdout": (0, 0.9), "max_seq_length": (1, float("inf")), "encode_batch_size": (1, float("inf")),
-            "num_negatives": (0, float("inf")), "queries_per_negative": (0, float("inf")),
-            "penalty_weight": (0, 1), "scale": (1e-9, float("inf")), "mini_batch_size": (1, float("inf")),
-            "experts": (0, float("inf")), "experts_per_token": (1, float("inf")), "epochs": (1e-9, float("inf")),
-            "batch_size": (1, float("inf")), "learning_rate": (0, float("inf")), "warmup": (0, float("inf")),
-        }  # fmt: skip
-        for name, (low, high) in limits.items():
+        for name, (low, high) in LIMITS.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
-                upper = "" if high == float("inf") else f" and at most {high:g}"
+                upper = "" if high == NO_LIMIT else f" and at most {high:g}"
                 raise SettingsError(f"{name} must be at least {low:g}{upper}, got {value:g}")
         if self.experts == 1 or 0 < self.experts < self.experts_per_token:
             raise SettingsError(

@@ -18,6 +18,7 @@ from sentence_transformers import (
 )
 from sentence_transformers.base.modules import Router
 from torch import nn
+from transformers import ProgressCallback
 
 from st_clp.losses import CachedCLPLoss, CLPLoss
 from st_clp.settings import RunSettings, SettingsError
@@ -91,12 +92,24 @@ def make_trainer(
     rows: Dataset | DatasetDict = next(iter(datasets.values())) if len(datasets) == 1 else DatasetDict(dict(datasets))
     columns = [name for name in next(iter(datasets.values())).column_names if name != "label"]
     steps = sum(len(dataset) // settings.batch_size + 1 for dataset in datasets.values()) * settings.epochs
-    return SentenceTransformerTrainer(
+    trainer = SentenceTransformerTrainer(
         model=model,
         args=make_arguments(model, settings, checkpoints, columns, steps=max(1, int(steps))),
         train_dataset=rows,
         loss=make_loss(model, settings),
     )
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(LossInProgressBar)
+    return trainer
+
+
+class LossInProgressBar(ProgressCallback):
+    """The Trainer's progress bar with the loss in it, in place of a line for each logged step."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Show the latest loss."""
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
 
 
 def make_arguments(

@@ -212,18 +212,22 @@ class Collection:
         query_ids = sorted(self.judgments)
         number = min(at_most, max(1, round(len(query_ids) * share)))
         held_out = set(random.Random(seed).sample(query_ids, number))
-        parts = []
-        for split, keep in (("train", False), ("dev", True)):
-            chosen = [query_id for query_id in self.judgments if (query_id in held_out) == keep]
-            parts.append(
-                replace(
-                    self,
-                    queries={query_id: self.queries[query_id] for query_id in chosen},
-                    judgments={query_id: self.judgments[query_id] for query_id in chosen},
-                    split=split,
-                )
-            )
-        return parts[0], parts[1]
+        return self._with_queries(set(query_ids) - held_out, "train"), self._with_queries(held_out, "dev")
+
+    def sample(self, number: int, seed: int) -> Collection:
+        """The same collection with at most ``number`` of its queries, drawn at random and kept in their order."""
+        if len(self.judgments) <= number:
+            return self
+        return self._with_queries(set(random.Random(seed).sample(sorted(self.judgments), number)), self.split)
+
+    def _with_queries(self, query_ids: set[str], split: str | None) -> Collection:
+        chosen = [query_id for query_id in self.judgments if query_id in query_ids]
+        return replace(
+            self,
+            queries={query_id: self.queries[query_id] for query_id in chosen},
+            judgments={query_id: self.judgments[query_id] for query_id in chosen},
+            split=split,
+        )
 
     def say_left_out(self) -> None:
         """Log a warning that counts what reading left out, if anything."""

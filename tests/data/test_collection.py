@@ -260,3 +260,14 @@ def test_holding_out_splits_the_queries(number: int, share: float, seed: int) ->
     assert len(held_out.queries) == max(1, round(number * share))
     assert set(held_out.judgments) == set(held_out.queries)
     assert held_out.queries == collection.hold_out(share, seed)[1].queries
+
+
+@given(number=st.integers(1, 30), wanted=st.integers(1, 40), seed=st.integers(0, 3))
+def test_a_sample_keeps_the_order_and_no_more_than_was_asked_for(number: int, wanted: int, seed: int) -> None:
+    collection = Collection.from_dict(
+        {"d": "text"}, {f"q{i}": f"query {i}" for i in range(number)}, {f"q{i}": {"d": 1} for i in range(number)}
+    )
+    sample = collection.sample(wanted, seed)
+    assert len(sample.queries) == len(sample.judgments) == min(number, wanted)
+    assert list(sample.queries) == [query_id for query_id in collection.queries if query_id in sample.queries]
+    assert sample.queries == collection.sample(wanted, seed).queries
