@@ -162,7 +162,7 @@ class CachedCLPLoss(CachedLossMixin, CLPLoss):
             total += loss.detach()
         pairs = zip(batch.vectors.tensors(), leaves.tensors(), strict=True)
         roots = [(root, leaf.grad) for root, leaf in pairs if root.requires_grad]
-        # A column that nothing has read (all weights are 0) has the gradient 0.
+        # A column that the penalty does not read has the gradient 0.
         gradients = [torch.zeros_like(root) if gradient is None else gradient for root, gradient in roots]
         torch.autograd.backward([root for root, _ in roots], gradients)
         return total

@@ -14,6 +14,7 @@ from sentence_transformers.base.losses.gradcache import _create_minibatch
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 
 from st_clp.losses import CachedCLPLoss, CLPLoss
+from st_clp.losses.penalties import PENALTIES, penalty
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "cosine": {},
@@ -71,6 +72,27 @@ def test_all_weights_0_leave_the_weighted_contrastive_term(
     plain_value, plain_gradients = run_loss(CLPLoss(tiny_model, queries_per_negative=0), columns[:4])
     torch.testing.assert_close(value, 0.75 * plain_value)
     torch.testing.assert_close(gradients, 0.75 * plain_gradients)
+
+
+@pytest.mark.parametrize("loss_class", [CLPLoss, CachedCLPLoss])
+def test_another_penalty_is_one_function(
+    loss_class: type[CLPLoss], lookup_model: Any, run_loss: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # So that it is taken out again afterwards.
+    monkeypatch.setitem(PENALTIES, "spread", PENALTIES["cosine"])
+
+    @penalty("spread")
+    def spread(batch: Any, rows: slice, options: Any) -> torch.Tensor:
+        """The first number of each negative; the queries of the negatives are not read at all."""
+        return batch.vectors.documents[1:, rows, 0].T
+
+    table = torch.randn(8, 3, generator=torch.Generator().manual_seed(0)).double()
+    loss = loss_class(lookup_model(table), penalty="spread", penalty_weight=1.0)
+    value, gradients = run_loss(loss, [[0, 1], [2, 3], [4, 5], [6, 7]], torch.tensor([[1.0], [0.5]]))
+    assert value.item() == pytest.approx(float(table[4, 0] + 0.5 * table[5, 0]) / 1.5)
+    expected = torch.zeros_like(table)
+    expected[4, 0], expected[5, 0] = 1 / 1.5, 0.5 / 1.5
+    torch.testing.assert_close(gradients.reshape(8, 3), expected)
 
 
 @pytest.mark.parametrize("mini_batch_size", [2, 5])
