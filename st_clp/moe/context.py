@@ -86,6 +86,12 @@ class _Recalling:
             with entered(context):
                 return function(*inner_args, **inner_kwargs)
 
+        # a reentrant checkpoint gives no gradient to what is inside it unless one of its inputs has one, and below
+        # the first trainable layer none has
+        reentrant = getattr(self.checkpoint, "keywords", {}).get("use_reentrant", False)
+        if reentrant and args and isinstance(args[0], Tensor) and torch.is_grad_enabled():
+            hidden = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()
+            args = (hidden, *args[1:])
         return self.checkpoint(in_context, *args, **kwargs)
 
 

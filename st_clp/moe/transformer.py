@@ -188,7 +188,9 @@ class MoETransformer(Transformer):
             kwargs.pop("revision", None)
         encoder_class = _saved_encoder_class(config)
         building: Any = _with_experts(encoder_class, settings)
-        model, info = building.from_pretrained(model_name_or_path, config=config, output_loading_info=True, **kwargs)
+        # disagreements are gathered and refused below, all at once, rather than partly here
+        loading = {**kwargs, "weights_only": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+        model, info = building.from_pretrained(model_name_or_path, config=config, **loading)
         model.__class__ = encoder_class
         _align(model)
         # the reference's encoders may come without the pooler, which no embedding uses
@@ -252,14 +254,19 @@ def _align(encoder: PreTrainedModel) -> None:
             parameter.data = parameter.data.clone()
 
 
+def _name(key: str | tuple[str, ...]) -> str:
+    """Return a weight's name; where its shape is wrong, the library gives the shapes along."""
+    return key if isinstance(key, str) else key[0]
+
+
 def _refuse_disagreement(path: str, info: dict[str, Any], settings: MoESettings, allowed: tuple[str, ...]) -> None:
     info = {
-        kind: [name for name in names if not str(name).startswith(allowed)] if allowed else names
+        kind: sorted(name for name in map(_name, names) if not name.startswith(allowed or ("\0",)))
         for kind, names in info.items()
         if kind.endswith("_keys")
     }
     problems = [
-        f"{label}: {', '.join(sorted(map(str, info[key])))}"
+        f"{label}: {', '.join(info[key])}"
         for key, label in (
             ("missing_keys", "in the settings but not among the weights"),
             ("unexpected_keys", "among the weights but not in the settings"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -84,11 +85,11 @@ class ExpertUsage:
             ImportError: If matplotlib is not installed.
         """
         try:
-            from matplotlib.figure import Figure
+            figures = importlib.import_module("matplotlib.figure")
         except ImportError as error:
             raise ImportError("A plot of the experts' use needs matplotlib: pip install matplotlib.") from error
         groups = list(self.layers[0].groups) or ["all texts"]
-        figure = Figure(figsize=(2.2 + 2.2 * len(groups), 1.2 + 0.3 * len(self.layers)), layout="constrained")
+        figure = figures.Figure(figsize=(2.2 + 2.2 * len(groups), 1.2 + 0.3 * len(self.layers)), layout="constrained")
         for place, group in enumerate(groups, start=1):
             axes = figure.add_subplot(1, len(groups), place)
             table = [_normalized(layer.groups.get(group, layer.tokens)) for layer in self.layers]
