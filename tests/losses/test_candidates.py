@@ -54,8 +54,9 @@ def test_a_negative_that_is_the_positives_text_is_left_out(lookup_model: Any, ru
     assert value.item() == pytest.approx(cross_entropy(0, 2, [3]))
 
 
-def test_same_text_is_seen_through_padding_on_the_left(tiny_model: SentenceTransformer, run_loss: Any) -> None:
-    tiny_model.tokenizer.padding_side = "left"
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_same_text_is_seen_through_padding(side: str, tiny_model: SentenceTransformer, run_loss: Any) -> None:
+    tiny_model.tokenizer.padding_side = side
     # The text "river" stands in columns of different width, so its padding differs.
     rows = [["which river", "which lake"], ["river", "lake"], ["one two three four", "river"]]
     with torch.no_grad():
