@@ -28,7 +28,7 @@ from st_clp.moe import is_moe, load, train_only, upcycle
 from st_clp.report import METRICS, machine, print_scores, versions, write_card
 from st_clp.rundir import RunDirectory, slug, write_json
 from st_clp.settings import RunSettings, SettingsError
-from st_clp.training import load_base_model, make_trainer
+from st_clp.training import check_training_arguments, load_base_model, make_trainer
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +91,15 @@ class _Run:
 
     def go(self, *, resume: bool, overwrite: bool) -> dict[str, Any]:
         # Everything that may be wrong with the input is found before the folder is made or anything is computed.
+        check_training_arguments(self.settings)
+        self.candidate_filter = CandidateFilter(
+            self.settings.range_min,
+            self.settings.range_max,
+            self.settings.absolute_margin,
+            self.settings.relative_margin,
+            self.settings.max_score,
+            self.settings.min_score,
+        )
         self.collections = load_collections(self.settings)
         if self.directory.finished("train") is None:
             self._base_model()
@@ -160,14 +169,7 @@ class _Run:
                 collection,
                 num_negatives=settings.num_negatives,
                 queries_per_negative=settings.queries_per_negative,
-                candidate_filter=CandidateFilter(
-                    settings.range_min,
-                    settings.range_max,
-                    settings.absolute_margin,
-                    settings.relative_margin,
-                    settings.max_score,
-                    settings.min_score,
-                ),
+                candidate_filter=self.candidate_filter,
                 sampling_strategy=settings.sampling_strategy,  # type: ignore[arg-type]
                 judged_negatives=settings.judged_negatives,  # type: ignore[arg-type]
                 batch_size=settings.encode_batch_size,
@@ -301,9 +303,8 @@ def _eval_split(source: str, settings: RunSettings) -> tuple[str, str] | None:
         source = parent
     if settings.eval_split:
         if settings.eval_split not in splits:
-            raise CollectionError(
-                f"{source} has no split {settings.eval_split!r}; it has {', '.join(splits) or 'none'}"
-            )
+            have = ", ".join(splits) or "none"
+            raise CollectionError(f"{source} has no split {settings.eval_split!r} to evaluate on; it has {have}")
         return source, settings.eval_split
     chosen = next((name for name in EVAL_SPLITS if name in splits and name != settings.train_split), None)
     return (source, chosen) if chosen else None

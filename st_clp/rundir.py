@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -110,13 +112,9 @@ class RunDirectory:
 
 
 def slug(name: str) -> str:
-    """A name as one path component; different names stay different."""
-    safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in name.strip("/").replace("/", "-"))
-    if safe == name.replace("/", "-"):
-        return safe
-    from st_clp.data.sources.training_rows import text_id
-
-    return f"{safe[-60:]}-{text_id(name)[:8]}"
+    """A name as one path component: readable, and different for different names."""
+    readable = re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.")[-60:]
+    return f"{readable}-{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}".lstrip("-")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -85,7 +85,7 @@ def make_trainer(
         checkpoints: Folder for checkpoints.
 
     Raises:
-        SettingsError: A training argument is not known, or cannot be used here.
+        SettingsError: A training argument cannot be used here.
     """
     from datasets import DatasetDict
 
@@ -137,16 +137,24 @@ def make_arguments(
     }
     if any(isinstance(module, Router) for module in model.modules()):
         arguments["router_mapping"] = column_kinds(columns, "query", "document")
+    try:
+        return SentenceTransformerTrainingArguments(**{**arguments, **settings.training_arg})
+    except (TypeError, ValueError) as error:
+        raise SettingsError(f"the training arguments cannot be used: {error}") from error
+
+
+def check_training_arguments(settings: RunSettings) -> None:
+    """Refuse an argument that the Trainer does not know, before any work is done.
+
+    Raises:
+        SettingsError: An argument is not known; the message gives the nearest one.
+    """
     known = {item.name for item in dataclasses.fields(SentenceTransformerTrainingArguments)}
     for name in settings.training_arg:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)
             advice = f"; did you mean {nearest[0]}?" if nearest else ""
             raise SettingsError(f"training_arg: SentenceTransformerTrainingArguments has no {name!r}{advice}")
-    try:
-        return SentenceTransformerTrainingArguments(**{**arguments, **settings.training_arg})
-    except (TypeError, ValueError) as error:
-        raise SettingsError(f"the training arguments cannot be used: {error}") from error
 
 
 def column_kinds(columns: list[str], query: str | None, document: str | None) -> dict[str, str]:

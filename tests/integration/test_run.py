@@ -249,7 +249,9 @@ def test_training_rows_without_a_split_hold_some_queries_out(
     counts = report["collections"]
     (train,), (held_out,) = counts["train"].values(), counts["evaluate"].values()
     assert held_out["queries"] == round(0.1 * (train["queries"] + held_out["queries"]))
-    assert set(report["mining"].popitem()[1]["negatives"]) == {"judged"}
+    # What the rows name comes first; a negative of one row that is a positive of another is replaced.
+    negatives = report["mining"].popitem()[1]["negatives"]
+    assert negatives["judged"] > 0.9 * sum(negatives.values())
     # A dense model needs nothing of st_clp to be opened.
     assert type(SentenceTransformer(str(tmp_path / "out"))[0]).__name__ == "Transformer"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -63,6 +64,10 @@ def _unknown(source: str) -> str:
         )
     if path.is_file():
         return f'{source} is a file, but no .jsonl or .jsonl.gz of training rows ({{"query": …, "pos": […]}}).'
+    if importlib.util.find_spec("ir_datasets") is None:
+        return (
+            f"unknown collection {source!r}; ids of ir_datasets can be named once it is there: pip install ir-datasets"
+        )
     known = [name for kind in SOURCES for name in kind.known_names()]
     nearest = difflib.get_close_matches(source, known, n=5, cutoff=0.6)
     advice = f"Did you mean {', '.join(nearest)}?" if nearest else "Any id of the ir_datasets catalogue can be named."

@@ -83,10 +83,16 @@ def load(source: str, *, split: str | None, text_fields: Sequence[str] | None) -
         have = splits(source)
         advice = f"name one of its splits: {', '.join(have)}" if have else "it has documents only"
         raise CollectionError(f"{dataset_id}: there are no queries with judgments here; {advice}")
-    queries = {query.query_id: query.default_text() for query in dataset.queries_iter()}
     judgments: dict[str, dict[str, int]] = {}
-    for judgment in dataset.qrels_iter():
-        judgments.setdefault(judgment.query_id, {})[judgment.doc_id] = int(judgment.relevance)
+    try:
+        queries = {query.query_id: query.default_text() for query in dataset.queries_iter()}
+        for judgment in dataset.qrels_iter():
+            judgments.setdefault(judgment.query_id, {})[judgment.doc_id] = int(judgment.relevance)
+    except OSError as error:  # what a failed download raises is one too
+        raise CollectionError(
+            f"{dataset_id}: ir_datasets could not download or read its queries and judgments ({error}). Check the "
+            f"network, or put the files into {IrdsCorpus._home()} (IR_DATASETS_HOME says where else)"
+        ) from error
     language = dataset.queries_lang() or dataset.docs_lang()
     if split is None and _registered(dataset_id.rpartition("/")[0]):
         split = dataset_id.rpartition("/")[2]
