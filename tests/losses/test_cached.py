@@ -75,6 +75,23 @@ def test_all_weights_0_leave_the_weighted_contrastive_term(
 
 
 @pytest.mark.parametrize("loss_class", [CLPLoss, CachedCLPLoss])
+@pytest.mark.parametrize("penalty", ["cosine", "contrastive"])
+def test_an_empty_text_stands_for_a_query_that_is_not_known(
+    penalty: str, loss_class: type[CLPLoss], tiny_model: SentenceTransformer, columns: list[list[str]], run_loss: Any
+) -> None:
+    tiny_model.double().train()
+    loss = loss_class(tiny_model, penalty=penalty, penalty_weight=0.5)
+    # Three rows with one negative; only the first and the last have a query for it.
+    rows = [column[:3] for column in (*columns[:3], columns[4])]
+    labels = torch.tensor([[1.0], [0.0], [1.0]])
+    empty = run_loss(loss, [*rows[:3], [rows[3][0], "", rows[3][2]]], labels)
+    something = run_loss(loss, [*rows[:3], [rows[3][0], "which king was queen", rows[3][2]]], labels)
+    torch.testing.assert_close(empty, something, rtol=1e-10, atol=1e-12)
+    assert empty[1].isfinite().all()
+    assert run_loss(loss, [*rows[:3], [rows[3][0], "", rows[3][2]]])[0] != empty[0]
+
+
+@pytest.mark.parametrize("loss_class", [CLPLoss, CachedCLPLoss])
 def test_another_penalty_is_one_function(
     loss_class: type[CLPLoss], lookup_model: Any, run_loss: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "cosine": {"settings": {"penalty_weight": 0.4}, "labels": LABELS},
     "contrastive": {"settings": {"penalty_weight": 0.4, "penalty": "contrastive"}, "labels": LABELS},
     "no labels": {"settings": {"penalty": "contrastive", "margin": 0.0}, "labels": None},
+    "guide": {"settings": {"penalty": "contrastive"}, "labels": LABELS, "guided": True},
     "all weights 0": {"settings": {}, "labels": LABELS * 0},
     "rows apart": {"settings": {"in_batch_negatives": False, "penalty": "contrastive"}, "labels": LABELS},
     "pairs": {"settings": {}, "labels": None, "columns": 2},
@@ -48,8 +49,20 @@ def batch(columns: list[list[str]]) -> list[list[str]]:
 
 
 @pytest.fixture(scope="module")
+def guide_path(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the tiny model with other weights."""
+    guide = SentenceTransformer(str(tiny_model_path), device="cpu")
+    generator = torch.Generator().manual_seed(3)
+    for parameter in guide.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    folder = tmp_path_factory.mktemp("guide")
+    guide.save(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
 def results(
-    batch: list[list[str]], tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory
+    batch: list[list[str]], tiny_model_path: Path, guide_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("processes")
     cases = [
@@ -59,7 +72,9 @@ def results(
         }
         for case in CASES
     ]
-    torch.save({"model": str(tiny_model_path), "columns": batch, "cases": cases}, folder / "cases.pt")
+    torch.save(
+        {"model": str(tiny_model_path), "guide": str(guide_path), "columns": batch, "cases": cases}, folder / "cases.pt"
+    )
     script = Path(__file__).parent / "two_processes.py"
     command = [sys.executable, str(script), str(folder / "cases.pt"), str(folder / "out.pt")]
     done = subprocess.run(
@@ -71,11 +86,16 @@ def results(
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[f"{case['loss']}-{case['name']}" for case in CASES])
 def test_two_processes_equal_one(
-    index: int, results: list[dict[str, Any]], batch: list[list[str]], tiny_model: SentenceTransformer
+    index: int,
+    results: list[dict[str, Any]],
+    batch: list[list[str]],
+    tiny_model: SentenceTransformer,
+    guide_path: Path,
 ) -> None:
     case = CASES[index]
     model = tiny_model.double().train()
-    loss = CLPLoss(model, **case["settings"])
+    guide = SentenceTransformer(str(guide_path), device="cpu").double() if case.get("guided") else None
+    loss = CLPLoss(model, guide=guide, **case["settings"])
     value = loss([model.preprocess(column) for column in batch[: case["columns"]]], case["labels"])
     value.backward()
 

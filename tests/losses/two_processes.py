@@ -25,6 +25,8 @@ def compute(job: dict[str, Any], case: dict[str, Any], rank: int) -> dict[str, A
 
     model = SentenceTransformer(job["model"], device="cpu").double().train()
     model[0].auto_model.pooler = None  # DDP waits for parameters that nothing uses
+    if case.get("guided"):
+        case["settings"]["guide"] = SentenceTransformer(job["guide"], device="cpu").double()
     loss = getattr(st_clp.losses, case["loss"])(model, gather_across_devices=True, **case["settings"])
     loss.model = DistributedDataParallel(model)
     columns, labels = job["columns"][: case["columns"]], case["labels"]
