@@ -21,64 +21,104 @@ if TYPE_CHECKING:
     from st_clp.moe.routing import Router
 
 
+CENTER_RATE = 0.1
+"""How far one optimizer step moves the remembered mean token towards the step's own."""
+
+
 class Balance:
     """What one router has counted, and the rule that moves its bias.
 
     The bias of an expert moves by ``rate * spread * (1 - use)`` with ``use`` its tokens relative to an even share and
     ``spread`` the standard deviation of the logits: a step is the same whatever scale the router has learnt. The
-    first training batch of an untrained router sets the bias so that this batch is even.
+    tokens' mean, remembered over steps, is taken off beforehand (``Router.selection_bias``). The first training
+    batch of a router that has no balance yet sets it so that this batch is even.
     """
 
     def __init__(self, settings: MoESettings) -> None:
         self.settings = settings
         self.reset()
-        self._pending = [0.0] * settings.num_experts
-        self._spread: Tensor | None = None
+        self._clear()
         self._seen_version = -1
         self._calibrated: bool | None = None
 
     def reset(self) -> None:
-        """Forget the use counted so far (not the bias)."""
+        """Forget the use counted so far (not the balance)."""
         self.used = [0] * self.settings.num_experts
 
+    def _clear(self) -> None:
+        self._counts = [0.0] * self.settings.num_experts
+        self._passes = 0
+        self._spread: Tensor | float = 0.0
+        self._mean: Tensor | float = 0.0
+
     def count(
-        self, router: Router, logits: Tensor, mask: Tensor | None, counts: list[int], context: ForwardContext | None
+        self,
+        router: Router,
+        logits: Tensor,
+        tokens: Tensor,
+        mask: Tensor | None,
+        counts: list[int],
+        context: ForwardContext | None,
     ) -> None:
         """Count one forward pass, unless this pass has been counted or is one that shall not count."""
         if context is None or not context.counts or not context.first_time(router):
             return
         self.used = [total + new for total, new in zip(self.used, counts, strict=True)]
-        if router.training and self.settings.uses_bias:
-            self._pending = [total + new for total, new in zip(self._pending, counts, strict=True)]
-            self._spread = _spread(logits, mask)
+        if router.training and self.settings.uses_bias and router.weight.requires_grad:
+            self._counts = [total + new for total, new in zip(self._counts, counts, strict=True)]
+            self._spread = self._spread + _spread(logits, mask)
+            self._mean = self._mean + _mean(tokens, mask)
+            self._passes += 1
 
-    def adjust(self, router: Router, logits: Tensor, mask: Tensor | None) -> None:
-        """Move the bias if the optimizer has stepped since the last counted pass."""
+    def adjust(self, router: Router, logits: Tensor, tokens: Tensor, mask: Tensor | None) -> None:
+        """Move the balance if the optimizer has stepped since the last counted pass."""
         if not router.weight.requires_grad:
             return
         if self._calibrated is None:
-            self._calibrated = bool(router.balance_bias.any())
+            self._calibrated = bool(router.balance_bias.any() or router.balance_center.any())
         if not self._calibrated:
             self._calibrated = True
-            bias = _even_bias(logits if mask is None else logits[mask], self.settings)
-            if _distributed():
-                torch.distributed.broadcast(bias, src=0)
-            router.balance_bias.copy_(bias)
+            self._calibrate(router, logits, tokens, mask)
         version = router.weight._version
         if version == self._seen_version:
             return
         self._seen_version = version
-        if self._spread is None:
+        if not self._passes:
             return
-        counted = torch.cat([torch.tensor(self._pending, device=logits.device), self._spread.reshape(1)])
+        counted = torch.cat(
+            [
+                torch.tensor(self._counts, device=logits.device),
+                torch.as_tensor(self._spread, device=logits.device).reshape(1) / self._passes,
+                torch.as_tensor(self._mean, device=logits.device) / self._passes,
+            ]
+        )
         if _distributed():
             torch.distributed.all_reduce(counted)
-            counted[-1] /= torch.distributed.get_world_size()
-        counts, spread = counted[:-1], counted[-1]
-        lack = (1 - counts * (len(counts) / counts.sum().clamp(min=1))).clamp(-1, 1)
+            counted /= torch.distributed.get_world_size()
+        experts = self.settings.num_experts
+        counts, spread, mean = counted[:experts], counted[experts], counted[experts + 1 :]
+        lack = (1 - counts * (experts / counts.sum().clamp(min=1e-9))).clamp(-1, 1)
         router.balance_bias.add_((lack - lack.mean()) * spread, alpha=self.settings.balance_rate)
-        self._pending = [0.0] * self.settings.num_experts
-        self._spread = None
+        router.balance_center.lerp_(mean, CENTER_RATE)
+        self._clear()
+
+    def _calibrate(self, router: Router, logits: Tensor, tokens: Tensor, mask: Tensor | None) -> None:
+        center = _mean(tokens, mask)
+        centered = logits - router.weight.detach().float() @ center
+        bias = _even_bias(centered if mask is None else centered[mask], self.settings)
+        if _distributed():
+            for tensor in (center, bias):
+                torch.distributed.broadcast(tensor, src=0)
+        router.balance_center.copy_(center)
+        router.balance_bias.copy_(bias)
+
+
+def _mean(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean token, (dim,) float32."""
+    if mask is None:
+        return tokens.float().mean(0)
+    weights = mask.float() / mask.sum().clamp(min=1)
+    return weights @ tokens.float()
 
 
 def _distributed() -> bool:

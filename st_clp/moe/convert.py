@@ -99,8 +99,8 @@ def _put_experts(
         _copy(dense, expert)
     if module.gate is not None and not dense.weight.is_meta:
         module.gate.draw(ROUTER_SCALE, generator)
-        if settings.uses_bias:
-            module.gate.balance_bias = torch.zeros(settings.num_experts, device=factory["device"])
+        for buffer in module.gate.buffers():
+            buffer.zero_()
     projection.replace(module)
 
 

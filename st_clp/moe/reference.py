@@ -62,7 +62,7 @@ def check_writable_as_reference(encoder: Any, settings: MoESettings) -> None:
         reasons.append("both projections are mixtures, and the reference converts one")
     if settings.layers != tuple(range(encoder.config.num_hidden_layers)):
         reasons.append("not every layer is converted")
-    if any(bool(bias.any()) for name, bias in encoder.named_buffers() if name.endswith("balance_bias")):
+    if any(bool(value.any()) for name, value in encoder.named_buffers() if ".gate.balance_" in name):
         reasons.append("its routers choose with a balance bias, which the reference does not have")
     if reasons:
         raise ValueError(
@@ -89,6 +89,6 @@ def write_reference(encoder: Any, settings: MoESettings, path: str | Path) -> No
     weights = {
         name: value.detach().cpu().contiguous()
         for name, value in encoder.state_dict().items()
-        if not name.endswith("balance_bias")
+        if ".gate.balance_" not in name
     }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

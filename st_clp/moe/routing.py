@@ -52,6 +52,7 @@ class Router(nn.Module):
     """
 
     balance_bias: Tensor
+    balance_center: Tensor
 
     def __init__(self, dim: int, settings: MoESettings, layer: int, **factory: Any) -> None:
         super().__init__()
@@ -59,8 +60,9 @@ class Router(nn.Module):
         self.layer = layer
         self.weight = nn.Parameter(torch.empty(settings.num_experts, dim, **factory))
         if settings.uses_bias:
-            bias = torch.zeros(settings.num_experts, dtype=torch.float32, device=factory.get("device"))
-            self.register_buffer("balance_bias", bias)
+            device = factory.get("device")
+            self.register_buffer("balance_bias", torch.zeros(settings.num_experts, device=device))
+            self.register_buffer("balance_center", torch.zeros(dim, device=device))
         self.balance = Balance(settings)
         # the entropy summed over tokens, and the tokens, while someone measures it
         self.entropy: tuple[float, int] | None = None
@@ -72,38 +74,49 @@ class Router(nn.Module):
             self.weight.copy_(values.to(self.weight.dtype))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Router:
-        """Move with the model, but keep the bias in float32: its steps are below the resolution of bfloat16."""
-        before = self._buffers.get("balance_bias")
+        """Move with the model, but keep the balance in float32: its steps are below the resolution of bfloat16."""
+        before = dict(self._buffers)
         super()._apply(fn, recurse)
-        if before is not None and not before.is_meta:
-            self.balance_bias = before.to(device=self.balance_bias.device, dtype=torch.float32)
+        for name, value in before.items():
+            if value is not None and not value.is_meta:
+                setattr(self, name, value.to(device=self.weight.device, dtype=torch.float32))
         return self
+
+    def selection_bias(self) -> Tensor:
+        """What is added to the logits for choosing, (experts,): the balance's bias, less the mean token's logits.
+
+        Without the latter, any step of the weights along the tokens' common direction would move all tokens at once.
+        """
+        return self.balance_bias - self.weight.detach().float() @ self.balance_center
 
     def forward(self, tokens: Tensor, leading: tuple[int, ...]) -> Plan:
         """Decide for ``tokens`` (tokens, dim), whose shape was ``leading`` + (dim,)."""
         with torch.autocast(tokens.device.type, enabled=False):
             logits = nn.functional.linear(tokens.float(), self.weight.float())
-        return self._plan(logits, leading)
+        return self._plan(logits, tokens.detach(), leading)
 
     @torch.compiler.disable
-    def _plan(self, logits: Tensor, leading: tuple[int, ...]) -> Plan:
+    def _plan(self, logits: Tensor, tokens: Tensor, leading: tuple[int, ...]) -> Plan:
         context = current_context()
         mask, routed = (None, logits.shape[0]) if context is None else context.mask_for(logits.shape[0])
-        chosen = self._choose(logits.detach(), mask)
+        if self.settings.uses_bias and self.training:
+            self.balance.adjust(self, logits.detach(), tokens, mask)
+        scores = logits + self.selection_bias() if self.settings.uses_bias else logits
+        chosen = self._choose(scores.detach())
         experts, per_token = self.settings.num_experts, self.settings.num_experts_per_tok
         slots = chosen.reshape(-1)
         if mask is not None:
             slot_mask = mask if per_token == 1 else mask.repeat_interleave(per_token)
             slots = slots.masked_fill(~slot_mask, experts)
         counts = torch.bincount(slots, minlength=experts + 1)[:experts].tolist()
-        self.balance.count(self, logits.detach(), mask, counts, context)
+        self.balance.count(self, logits.detach(), tokens, mask, counts, context)
         if self.entropy is not None:
-            self._measure_entropy(logits.detach() if mask is None else logits.detach()[mask])
+            self._measure_entropy(scores.detach() if mask is None else scores.detach()[mask])
         if self.settings.balance == "loss" and logits.requires_grad and self.training:
-            logits = add_balance_gradient(logits, mask, counts, self.settings.balance_weight)
+            scores = logits = add_balance_gradient(logits, mask, counts, self.settings.balance_weight)
         weights = torch.softmax(logits.gather(1, chosen), dim=-1) if per_token > 1 else None
         if max(counts) == logits.shape[0] * per_token:  # one expert does it all: there is nothing to sort
-            shares = self._shares(logits) if per_token == 1 else None
+            shares = self._shares(scores) if per_token == 1 else None
             return Plan(leading, counts, per_token, None, None, None, weights, shares)
         order = torch.argsort(slots, stable=True)[: routed * per_token]
         source = order if per_token == 1 else order // per_token
@@ -111,18 +124,14 @@ class Router(nn.Module):
         if mask is None:
             back = torch.empty_like(order)
             back[order] = torch.arange(order.numel(), device=order.device)
-        shares = self._shares(logits, source) if per_token == 1 else None
+        shares = self._shares(scores, source) if per_token == 1 else None
         return Plan(leading, counts, per_token, order, source, back, weights, shares)
 
-    def _choose(self, logits: Tensor, mask: Tensor | None) -> Tensor:
+    def _choose(self, scores: Tensor) -> Tensor:
         """Return the experts of each token, (tokens, experts per token)."""
-        if self.settings.uses_bias:
-            if self.training:
-                self.balance.adjust(self, logits, mask)
-            logits = logits + self.balance_bias
         if self.settings.num_experts_per_tok == 1:
-            return logits.argmax(dim=-1, keepdim=True)
-        return logits.topk(self.settings.num_experts_per_tok, dim=-1).indices
+            return scores.argmax(dim=-1, keepdim=True)
+        return scores.topk(self.settings.num_experts_per_tok, dim=-1).indices
 
     def _measure_entropy(self, logits: Tensor) -> None:
         assert self.entropy is not None
@@ -130,10 +139,11 @@ class Router(nn.Module):
         entropy = -(logarithms.exp() * logarithms).sum() / math.log(max(self.settings.num_experts, 2))
         self.entropy = (self.entropy[0] + float(entropy), self.entropy[1] + logits.shape[0])
 
-    def _shares(self, logits: Tensor, source: Tensor | None = None) -> Tensor | None:
-        if not logits.requires_grad:
+    def _shares(self, scores: Tensor, source: Tensor | None = None) -> Tensor | None:
+        """The distribution that the choice comes from, which stands for the choice in the backward pass."""
+        if not scores.requires_grad:
             return None
-        return torch.softmax(logits if source is None else logits.index_select(0, source), dim=-1)
+        return torch.softmax(scores if source is None else scores.index_select(0, source), dim=-1)
 
     def extra_repr(self) -> str:
         return f"dim={self.weight.shape[1]}, experts={self.weight.shape[0]}, routing={self.settings.routing!r}"

@@ -236,7 +236,7 @@ def _with_experts(encoder_class: type[PreTrainedModel], settings: MoESettings) -
         encoder_class.__init__(self, config, *args, **kwargs)
         build_experts(self, settings)
 
-    strict = {*(encoder_class._keep_in_fp32_modules_strict or ()), "balance_bias"}
+    strict = {*(encoder_class._keep_in_fp32_modules_strict or ()), "balance_bias", "balance_center"}
     body = {"__init__": build, "__module__": encoder_class.__module__, "_keep_in_fp32_modules_strict": strict}
     return type(encoder_class.__name__, (encoder_class,), body)
 

@@ -1,0 +1,233 @@
+"""Routing: who is routed and counted, what the router learns from, and how use is kept even."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses import (
+    CachedMultipleNegativesRankingLoss,
+    MultipleNegativesRankingLoss,
+)
+from torch import nn
+
+import st_clp
+from st_clp.moe import expert_usage, reset_usage
+from st_clp.moe.grouped import GroupedLinear, slices
+
+TEXTS = ["a cat on the river", "the king", "what is the capital of a country", "red green blue " * 8]
+OTHERS = ["the king cat", "a river", "red", "blue flower"]
+
+
+def features(model: SentenceTransformer) -> list[dict[str, Any]]:
+    return [model.preprocess(TEXTS), model.preprocess(OTHERS)]
+
+
+def tokens_in(columns: Iterable[dict[str, Any]]) -> int:
+    return sum(int(column["attention_mask"].sum()) for column in columns)
+
+
+def counts(model: SentenceTransformer) -> list[list[int]]:
+    return [layer.tokens for layer in expert_usage(model).layers]
+
+
+def gates(model: SentenceTransformer) -> dict[str, nn.Parameter]:
+    return {name: value for name, value in model.named_parameters() if name.endswith("gate.weight")}
+
+
+def biases(model: SentenceTransformer) -> list[torch.Tensor]:
+    return [value.clone() for name, value in model.named_buffers() if name.endswith("balance_bias")]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=5), st.booleans(), st.integers(0, 100))
+def test_the_grouped_product_is_that_of_the_experts_one_by_one(sizes: list[int], bias: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    experts = [nn.Linear(4, 3, bias=bias).double() for _ in sizes]
+    rows = torch.randn(sum(sizes), 4, dtype=torch.float64, requires_grad=True)
+    parameters = [*[e.weight for e in experts], *[e.bias for e in experts]]
+    result = GroupedLinear.apply(rows, None, sizes, None, *parameters)
+    expected = torch.cat([expert(rows[part]) for expert, part in zip(experts, slices(sizes), strict=True)])
+    torch.testing.assert_close(result, expected)
+    wanted = [rows, *[parameter for parameter in parameters if parameter is not None]]
+    direction = torch.randn_like(result)
+    found = torch.autograd.grad(result, wanted, direction)
+    for one, other in zip(found, torch.autograd.grad(expected, wanted, direction, allow_unused=True), strict=True):
+        torch.testing.assert_close(one, torch.zeros_like(one) if other is None else other)
+
+
+@pytest.mark.parametrize("projection", ["intermediate", "output", "feed_forward"])
+@pytest.mark.parametrize("per_token", [1, 2])
+def test_the_router_has_a_gradient(tiny_model: SentenceTransformer, projection: str, per_token: int) -> None:
+    model = st_clp.upcycle(tiny_model, 3, per_token, projection)
+    MultipleNegativesRankingLoss(model.train())(features(model), None).backward()
+    assert len(gates(model)) == 2
+    assert all(gate.grad is not None and gate.grad.abs().sum() > 0 for gate in gates(model).values())
+
+
+def test_the_reference_router_has_none(tiny_model: SentenceTransformer) -> None:
+    model = st_clp.upcycle(tiny_model, routing="reference")
+    MultipleNegativesRankingLoss(model.train())(features(model), None).backward()
+    assert all(gate.grad is not None and not gate.grad.any() for gate in gates(model).values())
+    assert not biases(model)
+
+
+def test_every_expert_takes_part_in_the_backward_pass(tiny_model: SentenceTransformer) -> None:
+    """Distributed training waits for a gradient of every parameter, also of an expert that had no token."""
+    model = st_clp.upcycle(tiny_model, 8, balance="none", projection="feed_forward")
+    with torch.no_grad():
+        for gate in gates(model).values():
+            gate.zero_()  # all logits are equal: every token goes to one expert
+    st_clp.train_only(model, "moe")
+    MultipleNegativesRankingLoss(model.train())(features(model), None).backward()
+    assert sorted(map(bool, counts(model)[0])) == [False] * 7 + [True]
+    assert all(value.grad is not None for value in model.parameters() if value.requires_grad)
+
+
+def test_the_routers_gradient_is_that_of_the_mixture_of_all_experts() -> None:
+    """With every token tried, dL/dp_j is the product of the output's gradient and expert j's output."""
+    from st_clp.moe import MoESettings
+    from st_clp.moe.router_signal import TIE_BREAK, RouterSignal
+
+    torch.manual_seed(0)
+    sizes = [3, 0, 4]
+    experts = [nn.Linear(5, 6).double() for _ in sizes]
+    rows, direction = torch.randn(7, 5, dtype=torch.float64), torch.randn(7, 6, dtype=torch.float64)
+    shares = torch.rand(7, 3, dtype=torch.float64, requires_grad=True)
+    signal = RouterSignal(MoESettings(num_experts=3, router_sample=1.0))
+    parameters = [*[e.weight for e in experts], *[e.bias for e in experts]]
+    GroupedLinear.apply(rows, shares, sizes, signal, *parameters).backward(direction)
+    expected = torch.stack([(direction * expert(rows)).sum(-1) for expert in experts], dim=1)
+    for expert, part in enumerate(slices(sizes)):
+        expected[part, expert] *= 1 + TIE_BREAK
+    assert shares.grad is not None
+    torch.testing.assert_close(shares.grad, expected.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_trying_some_tokens_has_the_mean_of_trying_all() -> None:
+    from st_clp.moe import MoESettings
+    from st_clp.moe.router_signal import RouterSignal
+
+    torch.manual_seed(0)
+    rows, weights = torch.randn(29, 4), [torch.randn(3, 4) for _ in range(3)]
+    gradient, parts = torch.randn(29, 3), slices([10, 1, 18])
+    rows_gradient = torch.cat([gradient[part] @ weight for part, weight in zip(parts, weights, strict=True)])
+
+    def signal(sample: float, times: int) -> torch.Tensor:
+        signal, total = RouterSignal(MoESettings(num_experts=3, router_sample=sample)), torch.zeros(29, 3)
+        for _ in range(times):
+            into = torch.zeros(29, 3)
+            signal(into, gradient, rows, rows_gradient, parts, weights, [None] * 3)
+            total += into / times
+        return total
+
+    torch.testing.assert_close(signal(0.125, 8), signal(1.0, 1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("projection", ["intermediate", "output", "feed_forward"])
+@pytest.mark.parametrize("per_token", [1, 2])
+def test_padding_is_neither_routed_nor_counted(
+    tiny_model: SentenceTransformer, projection: str, per_token: int
+) -> None:
+    model = st_clp.upcycle(tiny_model, 3, per_token, projection)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "experts.1." in name or "experts.2." in name:
+                value *= 1.5
+    alone = torch.cat([model.encode([text], convert_to_tensor=True) for text in TEXTS])
+    reset_usage(model)
+    together = model.encode(TEXTS, convert_to_tensor=True)
+    torch.testing.assert_close(together, alone, atol=1e-6, rtol=0)
+    assert [sum(layer) for layer in counts(model)] == [per_token * tokens_in([model.preprocess(TEXTS)])] * 2
+
+
+@pytest.mark.parametrize("kind", ["plain", "checkpointed", "reentrant", "cached", "cached and checkpointed"])
+@pytest.mark.parametrize("per_token", [1, 2])
+def test_a_training_step_counts_each_token_once(tiny_model: SentenceTransformer, kind: str, per_token: int) -> None:
+    model = st_clp.upcycle(tiny_model, 3, per_token)
+    st_clp.train_only(model, "moe")
+    model.train()
+    if kind.endswith(("checkpointed", "reentrant")):
+        model.gradient_checkpointing_enable({"use_reentrant": kind == "reentrant"})
+    columns = features(model)
+    total = per_token * tokens_in(columns)
+    loss = CachedMultipleNegativesRankingLoss(model, mini_batch_size=2)
+    (loss if "cached" in kind else MultipleNegativesRankingLoss(model))(columns, None).backward()
+    assert [sum(layer) for layer in counts(model)] == [total, total]
+    assert all(value.grad is not None and value.grad.abs().sum() > 0 for value in gates(model).values())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_gives_the_same_gradients(
+    make_tiny_model: Callable[..., SentenceTransformer], reentrant: bool
+) -> None:
+    def gradients(checkpointed: bool) -> dict[str, torch.Tensor]:
+        model = st_clp.upcycle(make_tiny_model(seed=3), 3, router_sample=1.0)
+        st_clp.train_only(model, "moe")
+        model.train()
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        MultipleNegativesRankingLoss(model)(features(model), None).backward()
+        return {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+
+    plain, recomputed = gradients(False), gradients(True)
+    assert plain.keys() == recomputed.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(recomputed[name], value, msg=name)
+
+
+def test_both_passes_of_a_cached_step_route_alike(tiny_model: SentenceTransformer) -> None:
+    model = st_clp.upcycle(tiny_model, balance_rate=1.0)
+    seen: list[list[torch.Tensor]] = []
+    model[0].register_forward_hook(lambda *_: seen.append(biases(model)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss = CachedMultipleNegativesRankingLoss(model.train(), mini_batch_size=2)
+    steps = []
+    for _ in range(3):
+        seen.clear()
+        optimizer.zero_grad()
+        loss(features(model), None).backward()
+        optimizer.step()
+        assert len(seen) == 8
+        assert all(torch.equal(a, b) for later in seen[1:] for a, b in zip(later, seen[0], strict=True))
+        steps.append(seen[0])
+    assert not torch.equal(steps[1][0], steps[0][0])  # it did move between steps
+
+
+def test_evaluation_leaves_the_balance_alone(tiny_model: SentenceTransformer) -> None:
+    model = st_clp.upcycle(tiny_model)
+    model.encode(TEXTS)
+    assert not any(bias.any() for bias in biases(model))
+    st_clp.train_only(model, "moe")
+    MultipleNegativesRankingLoss(model.train())(features(model), None).backward()
+    before = biases(model)
+    model.encode(TEXTS)
+    assert all(torch.equal(a, b) for a, b in zip(before, biases(model), strict=True))
+
+
+def test_the_auxiliary_loss_pushes_away_from_the_crowded_expert(tiny_model: SentenceTransformer) -> None:
+    def gradient(balance: str) -> torch.Tensor:
+        model = st_clp.upcycle(copy.deepcopy(tiny_model), layers=[0], balance=balance, balance_weight=3.0)
+        hidden: list[torch.Tensor] = []
+        layer = model[0].model.encoder.layer[0]
+        layer.intermediate.register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0].detach()))
+        with torch.no_grad():
+            layer.intermediate.dense.gate.weight.copy_(torch.stack([torch.ones(32), torch.zeros(32)]) * 1e-3)
+        (model.train()(model.preprocess(TEXTS))["sentence_embedding"] * 0).sum().backward()  # any loss, without a word
+        mask = model.preprocess(TEXTS)["attention_mask"].bool()
+        rows = hidden[0][mask]
+        use = expert_usage(model).layers[0].shares
+        weight = layer.intermediate.dense.gate.weight
+        shares = torch.softmax(rows @ weight.t(), dim=-1).mean(0)
+        (expected,) = torch.autograd.grad(3.0 * 2 * (shares * torch.tensor(use)).sum(), weight)
+        torch.testing.assert_close(weight.grad, expected if balance == "loss" else torch.zeros_like(expected))
+        return expected
+
+    assert gradient("loss").abs().sum() > 0
+    gradient("none")
