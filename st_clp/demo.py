@@ -29,7 +29,7 @@ def demo_settings(output: str) -> RunSettings:
         model=str(get_model_path()),
         collection=[f"embedded/{language}" for language in LANGUAGES],
         output=output,
-        max_train_queries=300,
+        max_train_queries=200,
         max_seq_length=96,
         num_negatives=1,
         range_max=30,

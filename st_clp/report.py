@@ -61,12 +61,17 @@ def score_rows(before: Scores, after: Scores) -> list[list[str]]:
 def print_scores(console: Console, before: Scores, after: Scores) -> None:
     """The table on the terminal."""
     table = Table(title="Before → after fine-tuning", title_justify="left", title_style="bold")
-    table.add_column("collection")
+    table.add_column("collection", no_wrap=True)
     for metric in METRICS:
-        table.add_column(TITLES[metric], justify="right")
+        table.add_column(TITLES[metric], justify="right", no_wrap=True)
     rows = score_rows(before, after)
     for number, row in enumerate(rows):
-        table.add_row(*row, end_section=number == len(rows) - 2 and len(rows) > 1)
+        # Without the zeros before the points the table fits into 80 columns.
+        table.add_row(
+            row[0],
+            *(cell.replace("0.", ".") for cell in row[1:]),
+            end_section=number == len(rows) - 2 and len(rows) > 1,
+        )
     console.print(table)
 
 

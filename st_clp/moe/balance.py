@@ -79,7 +79,19 @@ class Balance:
         if not self._calibrated:
             self._calibrated = True
             self._calibrate(router, logits, tokens, mask)
-        version = router.weight._version
+        self._move(router)
+
+    def settle(self, router: Router) -> None:
+        """Move the balance now as the next forward pass would, so that a checkpoint holds all there is to know.
+
+        Among several processes one alone may save, and cannot: there the last step's counts stay out of a checkpoint.
+        """
+        if not _distributed():
+            self._move(router)
+
+    @torch.no_grad()
+    def _move(self, router: Router) -> None:
+        version, device = router.weight._version, router.weight.device
         if version == self._seen_version:
             return
         self._seen_version = version
@@ -87,9 +99,9 @@ class Balance:
             return
         counted = torch.cat(
             [
-                torch.tensor(self._counts, device=logits.device),
-                torch.as_tensor(self._spread, device=logits.device).reshape(1) / self._passes,
-                torch.as_tensor(self._mean, device=logits.device) / self._passes,
+                torch.tensor(self._counts, device=device),
+                torch.as_tensor(self._spread, device=device).reshape(1) / self._passes,
+                torch.as_tensor(self._mean, device=device) / self._passes,
             ]
         )
         if _distributed():

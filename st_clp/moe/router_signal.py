@@ -5,8 +5,8 @@ The softmax over one selected logit is the constant 1 and has no gradient. Here 
 expert alone; in the backward pass ``m`` stands for the router's distribution ``p`` (a straight-through estimate).
 Then ``dL/dp_j = <dL/dy, E_j(x)>``, and through the softmax the logit of expert j falls by
 ``p_j <dL/dy, E_j(x) - sum_i p_i E_i(x)>``: to first order, by how much the loss would grow if j did the work rather
-than the mean expert. That needs the other experts' results too. They are computed for every n-th token only (another
-n-th each time, counted n-fold, so the estimate has no bias), which costs a share of 1/n of one product an expert.
+than the mean expert. That needs the other experts' results too. They are computed for every n-th token only (from a
+random one on, counted n-fold, so the estimate has no bias), which costs a share of 1/n of one product an expert.
 
 At conversion the experts are equal and that difference is zero. A hundredth of the chosen expert's own term, at all
 tokens, then breaks the tie; as soon as the experts differ, the comparison outweighs it. (Measured on two kinds of
@@ -67,7 +67,8 @@ class RouterSignal:
             into[part, expert] = own[part] * (TIE_BREAK if self.stride else 1.0)
         if not self.stride:
             return
-        self._turn = (self._turn + 1) % self.stride
+        # drawn, not counted: the generator's state is in a checkpoint, so a resumed training tries the same tokens
+        self._turn = int(torch.randint(self.stride, ()))
         tried = torch.arange(self._turn, rows.shape[0], self.stride, device=rows.device)
         if not tried.numel():
             return

@@ -158,6 +158,9 @@ class MoETransformer(Transformer):
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
         """Save the encoder, its tokenizer and the settings to ``output_path``."""
+        for layer in expert_layers(self.model):
+            if layer.gate is not None:
+                layer.gate.balance.settle(layer.gate)
         # names as the modules have them: the older layouts of some families have no place for experts
         self.model.save_pretrained(
             output_path, safe_serialization=safe_serialization, save_original_format=not is_moe(self.model)

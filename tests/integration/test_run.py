@@ -260,7 +260,7 @@ def test_two_collections_train_together_and_each_is_reported(
     tiny_model_path: Path, collection_path: Path, other_collection_path: Path, tmp_path: Path
 ) -> None:
     other = other_collection_path
-    settings = settings_of(tiny_model_path, collection_path, tmp_path / "out", epochs=1, mini_batch_size=4)
+    settings = settings_of(tiny_model_path, collection_path, tmp_path / "out", epochs=1, mini_batch_size=16)
     settings.collection.append(str(other))
     report = recipe.run(settings)
     assert set(report["scores"]["after"]) == {f"{collection_path}/dev", f"{other}/dev"}
