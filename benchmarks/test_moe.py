@@ -1,7 +1,8 @@
 """A mixture's feed-forward against the dense one with the same active weights, and against the reference's way.
 
-``make bench`` runs the cases one by one. ``python benchmarks/test_moe.py`` measures them side by side, round by round
-in turn, so that whatever else the machine does falls on all alike, and prints the table of ``moe.md``.
+``make bench`` runs the cases one by one. ``python benchmarks/test_moe.py [THREADS]`` measures them side by side, round
+by round in turn, so that whatever else the machine does falls on all alike, and prints the table of ``moe.md``. With
+one thread it takes the processor's time, which other programs do not add to, and with more the time on the clock.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import copy
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
@@ -90,15 +92,16 @@ def forward_and_backward(layer: nn.Module, hidden: Tensor) -> Callable[[], None]
     return run
 
 
-def in_turn(cases: dict[str, Callable[[], None]], rounds: int = 9) -> dict[str, float]:
+def in_turn(cases: dict[str, Callable[[], None]], rounds: int = 5) -> dict[str, float]:
     """Run the cases in turn and return each one's median time in milliseconds."""
     times: dict[str, list[float]] = {name: [] for name in cases}
     for round_ in range(rounds + 2):
         for name, case in cases.items():
-            start = time.perf_counter()
+            clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+            start = clock()
             case()
             if round_ >= 2:
-                times[name].append(1000 * (time.perf_counter() - start))
+                times[name].append(1000 * (clock() - start))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -157,7 +160,7 @@ def report() -> None:
     models, texts = encoders(), sentences()
     for model in models.values():
         train_only(model, "all")
-    show("model.encode, MiniLM", "float32", in_turn({k: lambda m=m: m.encode(texts) for k, m in models.items()}, 9))
+    show("model.encode, MiniLM", "float32", in_turn({k: lambda m=m: m.encode(texts) for k, m in models.items()}))
 
 
 def show(what: str, dtype: str, times: dict[str, float]) -> None:
@@ -171,4 +174,5 @@ def show(what: str, dtype: str, times: dict[str, float]) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(int(sys.argv[1]) if len(sys.argv) > 1 else torch.get_num_threads())
     report()

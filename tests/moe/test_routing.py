@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -119,16 +120,17 @@ def test_trying_some_tokens_has_the_mean_of_trying_all(monkeypatch: pytest.Monke
     gradient, parts = torch.randn(29, 3), slices([10, 1, 18])
     rows_gradient = torch.cat([gradient[part] @ weight for part, weight in zip(parts, weights, strict=True)])
 
-    def signal(sample: float, times: int) -> torch.Tensor:
-        signal, total = RouterSignal(MoESettings(num_experts=3, router_sample=sample)), torch.zeros(29, 3)
-        for start in range(times):  # each token that the trying may start from, once
-            monkeypatch.setattr(torch, "randint", lambda high, size, start=start: torch.tensor(start % high))
+    def estimates(sample: float, draws: int) -> list[torch.Tensor]:
+        signal, found = RouterSignal(MoESettings(num_experts=3, router_sample=sample)), {}
+        for _ in range(draws):
             into = torch.zeros(29, 3)
             signal(into, gradient, rows, rows_gradient, parts, weights, [None] * 3)
-            total += into / times
-        return total
+            found[tuple(into[:, 0].tolist())] = into
+        return list(found.values())
 
-    torch.testing.assert_close(signal(0.125, 8), signal(1.0, 1), rtol=1e-4, atol=1e-4)
+    (everything,), some = estimates(1.0, 1), estimates(0.125, 100)
+    assert len(some) == 8  # each of the eight ways to take every eighth token
+    torch.testing.assert_close(torch.stack(some).mean(0), everything, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("projection", ["intermediate", "output", "feed_forward"])
@@ -199,6 +201,17 @@ def test_both_passes_of_a_cached_step_route_alike(tiny_model: SentenceTransforme
         assert all(torch.equal(a, b) for later in seen[1:] for a, b in zip(later, seen[0], strict=True))
         steps.append(seen[0])
     assert not torch.equal(steps[1][0], steps[0][0])  # it did move between steps
+
+
+def test_a_checkpoint_holds_the_last_steps_use(tiny_model: SentenceTransformer, tmp_path: Path) -> None:
+    model = st_clp.upcycle(tiny_model, balance_rate=1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    MultipleNegativesRankingLoss(model.train())(features(model), None).backward()
+    optimizer.step()
+    model.save(str(tmp_path))
+    saved = biases(st_clp.load(tmp_path, device="cpu"))
+    MultipleNegativesRankingLoss(model)(features(model), None)  # the next step's forward pass moves it no further
+    assert all(torch.equal(a, b) for a, b in zip(saved, biases(model), strict=True))
 
 
 def test_evaluation_leaves_the_balance_alone(tiny_model: SentenceTransformer) -> None:
