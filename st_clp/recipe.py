@@ -24,7 +24,7 @@ from st_clp.data import Collection, CollectionError
 from st_clp.mining import mine
 from st_clp.mining.candidates import CandidateFilter
 from st_clp.mining.rows import read_rows, to_dataset, write_rows
-from st_clp.moe import is_moe, load, train_only, upcycle
+from st_clp.moe import expert_usage, is_moe, load, train_only, upcycle
 from st_clp.report import METRICS, machine, print_scores, versions, write_card
 from st_clp.rundir import RunDirectory, slug, write_json
 from st_clp.settings import RunSettings, SettingsError
@@ -33,6 +33,7 @@ from st_clp.training import check_training_arguments, load_base_model, make_trai
 logger = logging.getLogger(__name__)
 
 EVAL_SPLITS = ("dev", "validation", "valid", "val", "test")
+USAGE_QUERIES = 100  # of each collection, to see what the experts do
 STAGES = ("evaluate-before", "mine", "train", "evaluate-after")
 
 
@@ -141,7 +142,22 @@ class _Run:
 
     def _evaluate_after(self) -> dict[str, Any]:
         # What is evaluated is what was saved, as whoever opens the folder gets it.
-        return {"scores": self._evaluate(load(str(self.directory.path)), "after")}
+        model = load(str(self.directory.path))
+        return {"scores": self._evaluate(model, "after"), "expert_usage": self._expert_usage(model)}
+
+    def _expert_usage(self, model: SentenceTransformer) -> dict[str, Any] | None:
+        """How evenly the experts are used, by collection; None of a dense model."""
+        if not is_moe(model):
+            return None
+        pairs = [
+            (query, collection.name)
+            for collection in self.collections.evaluate
+            for query in list(collection.queries.values())[:USAGE_QUERIES]
+        ]
+        usage = expert_usage(model, [query for query, _ in pairs], by=[name for _, name in pairs])
+        for layer, expert in usage.dead:
+            self.console.print(f"  expert {expert} of layer {layer} is hardly used")
+        return usage.to_dict()
 
     def _evaluate(self, model: SentenceTransformer, when: str) -> dict[str, dict[str, float]]:
         scores = {}
@@ -234,6 +250,7 @@ class _Run:
             "scores": {when: results[f"evaluate-{when}"]["scores"] for when in ("before", "after")},
             "mining": results["mine"]["accounts"],
             "training": {name: value for name, value in results["train"].items() if name != "seconds"},
+            "expert_usage": results["evaluate-after"]["expert_usage"],
             "seconds": {name: result["seconds"] for name, result in results.items()},
         }
 

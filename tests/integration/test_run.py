@@ -61,6 +61,10 @@ def test_a_run_leaves_a_better_model_a_card_a_report_and_runs(
     assert report["settings"]["collection"] == [str(collection_path)]
     assert report["versions"]["st-clp"] == st_clp.__version__
     assert report["training"]["trainable_parameters"] < report["training"]["all_parameters"]
+    usage = report["expert_usage"]["layers"]
+    assert [layer["layer"] for layer in usage] == [0, 1]
+    assert all(sum(layer["shares"]) == pytest.approx(1) for layer in usage)
+    assert set(usage[0]["groups"]) == {name}
     losses = [entry["loss"] for entry in report["training"]["history"]]
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
     card = (output / "README.md").read_text()
