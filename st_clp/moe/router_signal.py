@@ -9,9 +9,11 @@ than the mean expert. That needs the other experts' results too. They are comput
 random one on, counted n-fold, so the estimate has no bias), which costs a share of 1/n of one product an expert.
 
 At conversion the experts are equal and that difference is zero. A hundredth of the chosen expert's own term, at all
-tokens, then breaks the tie; as soon as the experts differ, the comparison outweighs it. (Measured on two kinds of
-text, tests/moe/test_specialization.py: the comparison on an eighth of the tokens separates them as well as on all of
-them; the chosen expert's term alone separates them less, and its deviation from the batch's mean least.)
+tokens, then breaks the tie; as soon as the experts differ, the comparison outweighs it.
+
+How far two kinds of text part company (0 to 1, mean of two layers and four seeds of a tiny model, 200 steps; before
+the mean token was taken off in the balance): router fixed 0.14, the chosen expert's own term alone 0.29, its
+deviation from the batch's mean 0.27 (and uneven use), the comparison on an eighth of the tokens 0.33, on all 0.35.
 """
 
 from __future__ import annotations
