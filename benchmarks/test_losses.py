@@ -32,9 +32,9 @@ from st_clp.losses import CachedCLPLoss, CLPLoss
 
 WORDS = "river lake mountain city country money bank language people capital north south small old water stone".split()
 NEGATIVES = 4
-BATCH, DOCUMENT_WORDS, QUERY_WORDS = 8, (60, 110), (5, 12)
+BATCH, DOCUMENT_WORDS, QUERY_WORDS = 6, (40, 80), (5, 12)
 ROUNDS = 7
-# For memory: short documents, so that 512 rows are encoded in under a minute.
+# For memory: short documents, so that 512 rows are encoded in about a minute.
 MEMORY_BATCH, MINI_BATCH, MEMORY_WORDS = 512, 32, (16, 22)
 Features = list[dict[str, Tensor]]
 
