@@ -188,6 +188,7 @@ class _Run:
                 candidate_filter=self.candidate_filter,
                 sampling_strategy=settings.sampling_strategy,  # type: ignore[arg-type]
                 judged_negatives=settings.judged_negatives,  # type: ignore[arg-type]
+                prefer_known_queries=settings.prefer_known_queries,
                 batch_size=settings.encode_batch_size,
                 seed=settings.seed,
                 store_dir=self.directory.store("before", collection.corpus_name),

@@ -93,6 +93,9 @@ class RunSettings:
         MINING,
         choices=("rank", "first", "ignore"),
     )
+    prefer_known_queries: bool = option(
+        True, "Take candidates that a training query asks for before those that none does.", MINING
+    )
 
     penalty_weight: float = option(0.1, "The weight of the penalty in the loss (the paper's lambda), 0 to 1.", LOSS)
     penalty: str = option("cosine", "The kind of penalty.", LOSS, choices=("cosine", "contrastive"))

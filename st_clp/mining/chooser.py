@@ -9,6 +9,7 @@ from typing import Literal
 
 from st_clp.data import Collection, CollectionError
 from st_clp.mining.candidates import Candidate, CandidateFilter
+from st_clp.mining.negative_queries import JudgedQueries
 from st_clp.mining.ranking import Ranking
 
 SamplingStrategy = Literal["top", "random"]
@@ -47,6 +48,7 @@ class Chooser:
         sampling_strategy: SamplingStrategy,
         judged_negatives: JudgedNegatives,
         seed: int,
+        prefer: JudgedQueries | None = None,
     ) -> None:
         self._collection = collection
         self._corpus_ids = corpus_ids
@@ -55,6 +57,7 @@ class Chooser:
         self._sampling_strategy = sampling_strategy
         self._judged_negatives = judged_negatives
         self._seed = seed
+        self._prefer = prefer
         self.refused: dict[str, Counter[str]] = {}
 
     def choose(self, query_id: str, ranking: Ranking) -> list[Choice]:
@@ -78,8 +81,7 @@ class Chooser:
         best_positive = max(ranking.positive_scores[query_id].values())
         passed, refused = self._sift(query_id, [c for c in candidates if c.doc_id not in taken], judged, best_positive)
         missing = self._number - len(chosen)
-        if self._sampling_strategy == "random" and len(passed) > missing:
-            passed = sorted(generator.sample(passed, missing), key=lambda candidate: candidate.rank)
+        passed = self._order(query_id, passed, max(0, missing), generator)
         chosen += [Choice.of(candidate, "ranking") for candidate in passed]
         # Of those refused for their score, the deepest are the least likely to be unjudged answers.
         chosen += [Choice.of(candidate, "filtered") for candidate in reversed(refused)]
@@ -87,6 +89,20 @@ class Chooser:
         if len(chosen) < self._number:
             chosen += self._fill(query_id, chosen, candidates, ranking, generator)
         return chosen
+
+    def _order(
+        self, query_id: str, passed: list[Candidate], number: int, generator: random.Random
+    ) -> list[Candidate]:
+        """The candidates in the order in which they are taken: with a known query first, where that is preferred."""
+        known: list[Candidate] = []
+        if self._prefer is not None:
+            known = [c for c in passed if self._prefer.knows(c.doc_id, query_id=query_id)]
+        taken = {candidate.doc_id for candidate in known}
+        others = [candidate for candidate in passed if candidate.doc_id not in taken]
+        if self._sampling_strategy == "random":
+            known = _draw(known, number, generator)
+            others = _draw(others, number - len(known), generator)
+        return known + others
 
     def _sift(
         self, query_id: str, candidates: list[Candidate], judged: set[str], positive_score: float
@@ -130,6 +146,13 @@ class Chooser:
                 f"{self._number} negatives of query {query_id!r}; ask for fewer (num_negatives)"
             )
         return filled
+
+
+def _draw(candidates: list[Candidate], number: int, generator: random.Random) -> list[Candidate]:
+    """So many of the candidates at random, best first; all of them where there are no more."""
+    if len(candidates) <= number:
+        return candidates
+    return sorted(generator.sample(candidates, number), key=lambda candidate: candidate.rank)
 
 
 def _judged_first(candidates: list[Candidate], judged: set[str]) -> list[Choice]:

@@ -57,6 +57,7 @@ def mine_hard_negatives(
     min_score: float | None = None,
     sampling_strategy: SamplingStrategy = "top",
     judged_negatives: JudgedNegatives | None = None,
+    prefer_known_queries: bool = True,
     batch_size: int = 32,
     seed: int = 0,
     store_dir: str | os.PathLike[str] | None = None,
@@ -84,6 +85,9 @@ def mine_hard_negatives(
             them in the ranking, where the margins do not apply to them; ``"first"`` takes them before all others;
             ``"ignore"`` treats them as not judged. None: ``"first"`` for training rows that name their negatives,
             ``"rank"`` otherwise.
+        prefer_known_queries: Take candidates for which the judgments know a query before those without one, so
+            that the penalty holds as many negatives as can be. In a small corpus this also keeps documents that
+            no training query asks for from being pushed away by every query and pulled by none.
         batch_size: Texts in one forward pass.
         seed: Of everything random.
         store_dir: A folder to keep the documents' embeddings in, to be reused; None keeps them in memory.
@@ -106,6 +110,7 @@ def mine_hard_negatives(
         candidate_filter=CandidateFilter(range_min, range_max, absolute_margin, relative_margin, max_score, min_score),
         sampling_strategy=sampling_strategy,
         judged_negatives=judged_negatives,
+        prefer_known_queries=prefer_known_queries,
         batch_size=batch_size,
         seed=seed,
         store_dir=store_dir,
@@ -126,6 +131,7 @@ def mine(
     candidate_filter: CandidateFilter | None = None,
     sampling_strategy: SamplingStrategy = "top",
     judged_negatives: JudgedNegatives | None = None,
+    prefer_known_queries: bool = True,
     batch_size: int = 32,
     seed: int = 0,
     store_dir: str | os.PathLike[str] | None = None,
@@ -151,6 +157,7 @@ def mine(
         show_progress_bar=show_progress_bar,
     )
     searched = time.perf_counter()
+    known = JudgedQueries(collection, seed=seed)
     chooser = Chooser(
         collection,
         store.ids,
@@ -159,9 +166,10 @@ def mine(
         sampling_strategy=sampling_strategy,
         judged_negatives=judged_negatives or ("first" if collection.judged_negatives else "rank"),
         seed=seed,
+        prefer=known if prefer_known_queries else None,
     )
     chosen, texts = _choose(collection, ranking, chooser)
-    rows = _make_rows(collection, ranking, chosen, texts, queries_per_negative, seed)
+    rows = _make_rows(collection, ranking, chosen, texts, known, queries_per_negative)
     account = MiningAccount(
         collection.name,
         queries=len(collection.queries),
@@ -224,11 +232,9 @@ def _make_rows(
     ranking: Ranking,
     chosen: dict[str, list[Choice]],
     texts: dict[str, str],
+    known: JudgedQueries,
     queries_per_negative: int,
-    seed: int,
 ) -> list[TrainingRow]:
-    known = JudgedQueries(collection, seed=seed)
-
     def negative(choice: Choice, query_id: str, positive_id: str) -> Negative:
         queries = known.find(choice.doc_id, query_id=query_id, positive_id=positive_id, number=queries_per_negative)
         return Negative(choice.doc_id, texts[choice.doc_id], choice.rank, choice.score, choice.source, tuple(queries))

@@ -26,6 +26,13 @@ class JudgedQueries:
             for doc_id in doc_ids:
                 self._queries_of[doc_id].append(query_id)
 
+    def knows(self, negative_id: str, *, query_id: str) -> bool:
+        """Whether a row of this query would find a query for this negative, whichever positive the row has."""
+        return all(
+            self.find(negative_id, query_id=query_id, positive_id=positive_id)
+            for positive_id in self._positives[query_id]
+        )
+
     def find(self, negative_id: str, *, query_id: str, positive_id: str, number: int = 1) -> list[str]:
         """Up to ``number`` queries that the negative answers, in a seeded order.
 
