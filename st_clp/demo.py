@@ -43,7 +43,8 @@ def demo_settings(output: str) -> RunSettings:
 
 def run_demo(output: str) -> None:
     """Run the method, then open the saved model in a fresh process and search with it."""
-    from st_clp.cli import print_answers, run_settings
+    from st_clp.commands.run import run_settings
+    from st_clp.commands.search import print_answers
     from st_clp.data import Collection
     from st_clp.searching import RunSearcher
 

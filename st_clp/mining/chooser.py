@@ -90,9 +90,7 @@ class Chooser:
             chosen += self._fill(query_id, chosen, candidates, ranking, generator)
         return chosen
 
-    def _order(
-        self, query_id: str, passed: list[Candidate], number: int, generator: random.Random
-    ) -> list[Candidate]:
+    def _order(self, query_id: str, passed: list[Candidate], number: int, generator: random.Random) -> list[Candidate]:
         """The candidates in the order in which they are taken: with a known query first, where that is preferred."""
         known: list[Candidate] = []
         if self._prefer is not None:

@@ -1,0 +1,59 @@
+"""Commands that end with a message and what to do, not with a traceback."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import ParamSpec
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from st_clp.data.errors import CollectionError
+from st_clp.settings import SettingsError
+
+P = ParamSpec("P")
+
+# These are about the input: trying again with the same would end the same way.
+ENDS_A_RUN = (SettingsError, CollectionError)
+
+# The output folder of the run that is under way, for the advice after it was stopped.
+under_way: list[str] = []
+
+
+def with_advice(command: Callable[P, None]) -> Callable[P, None]:
+    """End a command with a message, not a traceback, where it meets an error that its user can mend."""
+
+    @functools.wraps(command)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+        console = Console(stderr=True, soft_wrap=True, highlight=False)
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt:
+            console.print(f"\n[yellow]Stopped.[/yellow] {_resume_advice()}")
+            raise typer.Exit(130) from None
+        except (ValueError, ModuleNotFoundError, OSError) as error:
+            # Whoever wants to see where an error comes from sets ST_CLP_TRACEBACK=1.
+            if os.environ.get("ST_CLP_TRACEBACK"):
+                raise
+            console.print(f"[red]Error:[/red] {escape(_message(error))}")
+            raise typer.Exit(1) from None
+
+    return guarded
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        where = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror}{where}. {_resume_advice()}".rstrip()
+    if isinstance(error, ENDS_A_RUN):
+        return str(error)
+    return f"{error or type(error).__name__}\n{_resume_advice()}".rstrip()
+
+
+def _resume_advice() -> str:
+    if not under_way:
+        return ""
+    return f"What was finished is kept; go on with: st-clp run --output {under_way[-1]} --resume"
