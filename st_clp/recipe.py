@@ -292,7 +292,20 @@ def load_collections(settings: RunSettings) -> Collections:
         evaluate.append(Collection.load(source, split=split, text_fields=fields))
     if not evaluate:
         raise CollectionError("there is nothing to evaluate on: name --eval-collection, or give --holdout a share")
+    for collection in evaluate:
+        _require_ids_for_run_files(collection)
     return Collections(train, evaluate)
+
+
+def _require_ids_for_run_files(collection: Collection) -> None:
+    """Refuse ids that a TREC run file cannot carry before anything is encoded, not after."""
+    for query_id, documents in collection.judgments.items():
+        for kind, identifier in [("query", query_id), *(("document", doc_id) for doc_id in documents)]:
+            if identifier.split() != [identifier]:
+                raise CollectionError(
+                    f"{collection.name}: the {kind} id {identifier!r} is empty or holds white space, which the run "
+                    "files of an evaluation cannot carry; give the collection ids without white space"
+                )
 
 
 def _train_split(source: str, settings: RunSettings) -> str | None:

@@ -223,6 +223,7 @@ def test_an_output_folder_in_use_is_refused_unless_told(
         (["--collection", "{collection}", "--output", "/proc/out"], "/proc/out"),
         (["--config", "{tmp}/bad.yaml"], "there is no setting 'num_negative'; did you mean num_negatives?"),
         ([], "no collection"),
+        (["--collection", "{tmp}/spaced"], "the document id 'd 1' is empty or holds white space"),
     ],
 )
 def test_mistakes_end_in_a_message_that_helps_and_leave_nothing(
@@ -232,6 +233,7 @@ def test_mistakes_end_in_a_message_that_helps_and_leave_nothing(
     (tmp_path / "broken.jsonl").write_text('{"query": "a", "pos": ["b"]}\n{"query": \n')
     (tmp_path / "bad.yaml").write_text("num_negative: 3\n")
     shutil.copytree(collection_path, tmp_path / "unjudged", ignore=shutil.ignore_patterns("*.tsv"))
+    write_collection_with_white_space_in_an_id(tmp_path / "spaced")
     filled = [text.format(tmp=tmp_path, collection=collection_path) for text in arguments]
     common = [] if "--model" in filled else ["--model", str(tiny_model_path)]
     common += [] if "--output" in filled else ["--output", str(tmp_path / "out")]
@@ -240,6 +242,14 @@ def test_mistakes_end_in_a_message_that_helps_and_leave_nothing(
     assert message in " ".join(result.output.split())
     assert "Traceback" not in result.output
     assert not (tmp_path / "out").exists()
+
+
+def write_collection_with_white_space_in_an_id(folder: Path) -> None:
+    (folder / "qrels").mkdir(parents=True)
+    (folder / "corpus.jsonl").write_text("".join(f'{{"_id": "d {i}", "text": "document {i}"}}\n' for i in (1, 2, 3)))
+    (folder / "queries.jsonl").write_text('{"_id": "q1", "text": "a"}\n{"_id": "q2", "text": "b"}\n')
+    (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\nq2\td 2\t1\n")
+    (folder / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td 1\t1\n")
 
 
 def test_training_rows_without_a_split_hold_some_queries_out(
@@ -255,7 +265,7 @@ def test_training_rows_without_a_split_hold_some_queries_out(
     assert held_out["queries"] == round(0.1 * (train["queries"] + held_out["queries"]))
     # What the rows name comes first; a negative of one row that is a positive of another is replaced.
     negatives = report["mining"].popitem()[1]["negatives"]
-    assert negatives["judged"] > 0.9 * sum(negatives.values())
+    assert negatives["judged"] > 0.8 * sum(negatives.values())
     # A dense model needs nothing of st_clp to be opened.
     assert type(SentenceTransformer(str(tmp_path / "out"))[0]).__name__ == "Transformer"
 

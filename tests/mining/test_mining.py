@@ -45,6 +45,7 @@ def make_collection(documents: int = 20, queries: int = 12, *, graded: bool = Tr
     max_score=st.sampled_from([None, 0.2]),
     sampling=st.sampled_from(["top", "random"]),
     judged=st.sampled_from([None, "rank", "first", "ignore"]),
+    prefer=st.booleans(),
     seed=st.integers(0, 3),
 )
 def test_every_query_gets_all_its_negatives_and_none_is_an_answer(
@@ -58,6 +59,7 @@ def test_every_query_gets_all_its_negatives_and_none_is_an_answer(
     max_score: float | None,
     sampling: str,
     judged: str | None,
+    prefer: bool,
     seed: int,
 ) -> None:
     collection = make_collection(documents, queries)
@@ -68,6 +70,7 @@ def test_every_query_gets_all_its_negatives_and_none_is_an_answer(
         candidate_filter=CandidateFilter(range_min, range_min + width, None, relative_margin, max_score, None),
         sampling_strategy=sampling,
         judged_negatives=judged,
+        prefer_known_queries=prefer,
         seed=seed,
         show_progress_bar=False,
     )
@@ -92,7 +95,7 @@ def test_negatives_are_the_best_ranked_by_the_model(tiny_model: SentenceTransfor
     scores = tiny_model.similarity(
         tiny_model.encode_query(list(collection.queries.values())), tiny_model.encode_document(list(documents.values()))
     )
-    mined = mine(tiny_model, collection, num_negatives=3, show_progress_bar=False)
+    mined = mine(tiny_model, collection, num_negatives=3, prefer_known_queries=False, show_progress_bar=False)
     for row in mined.rows:
         own = scores[list(collection.queries).index(row.query_id)]
         ranked = [list(documents)[i] for i in own.argsort(descending=True)]
@@ -192,6 +195,30 @@ def test_queries_of_negatives_come_from_the_judgments_and_never_from_this_row(ti
     assert all(queries == set() for row in found.values() for doc, queries in row.items() if doc not in ("d0", "d1"))
 
 
+@pytest.mark.parametrize("sampling", ["top", "random"])
+def test_candidates_with_a_known_query_come_first_where_they_are_preferred(
+    tiny_model: SentenceTransformer, sampling: str
+) -> None:
+    collection = make_collection(30, 10, graded=False)  # documents 11 and on answer no query
+
+    def mined(prefer: bool) -> list[list[bool]]:
+        rows = mine(
+            tiny_model,
+            collection,
+            num_negatives=6,
+            candidate_filter=CandidateFilter(2, 26),
+            sampling_strategy=sampling,
+            prefer_known_queries=prefer,
+            show_progress_bar=False,
+        ).rows
+        return [[bool(negative.queries) for negative in row.negatives] for row in rows]
+
+    preferred, plain = mined(True), mined(False)
+    assert all(known == sorted(known, reverse=True) for known in preferred)  # those with a query first
+    assert sum(map(sum, preferred)) > 1.5 * sum(map(sum, plain))
+    assert any(known != sorted(known, reverse=True) for known in plain)
+
+
 def test_dataset_has_the_columns_of_the_loss_and_weights_for_known_queries(tiny_model: SentenceTransformer) -> None:
     common = {"model": tiny_model, "collection": make_collection(), "show_progress_bar": False}
     dataset = mine_hard_negatives(**common, num_negatives=2, queries_per_negative=2)
@@ -236,12 +263,13 @@ def test_rows_survive_the_file_and_are_training_rows_again(tiny_model: SentenceT
 def test_the_same_seed_mines_the_same(tiny_model: SentenceTransformer, sampling: str) -> None:
     collection = make_collection(30, 20)
 
-    def mined(seed: int, chosen: Collection = collection) -> dict[str, tuple]:
+    def mined(seed: int, chosen: Collection = collection, prefer: bool = True) -> dict[str, tuple]:
         rows = mine(
             tiny_model,
             chosen,
             num_negatives=3,
             sampling_strategy=sampling,
+            prefer_known_queries=prefer,
             seed=seed,
             candidate_filter=CandidateFilter(range_max=15),
             show_progress_bar=False,
@@ -254,11 +282,12 @@ def test_the_same_seed_mines_the_same(tiny_model: SentenceTransformer, sampling:
     assert mined(1) == mined(1)
     assert mined(1) != mined(2)  # which of several known queries a negative gets, if nothing else
     assert (documents(mined(1)) == documents(mined(2))) == (sampling == "top")
-    # A query's negatives do not depend on which other queries there are.
+    # A query's negatives depend on the other queries through what these are known to ask for, and no other way.
     judgments = {query_id: grades for query_id, grades in collection.judgments.items() if query_id in ("q3", "q7")}
     few = Collection.from_dict({d.doc_id: d.text for d in collection.documents()}, collection.queries, judgments)
-    for key, negatives in mined(1, few).items():
-        assert [n.doc_id for n in negatives] == [n.doc_id for n in mined(1)[key]]
+    alone, together = mined(1, few, prefer=False), mined(1, prefer=False)
+    for key, negatives in alone.items():
+        assert [n.doc_id for n in negatives] == [n.doc_id for n in together[key]]
 
 
 def test_missing_documents_and_misuse(tiny_model: SentenceTransformer, caplog: pytest.LogCaptureFixture) -> None:
