@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
+import shutil
 from collections.abc import Callable
 from typing import ParamSpec
 
@@ -18,6 +20,8 @@ P = ParamSpec("P")
 
 # These are about the input: trying again with the same would end the same way.
 ENDS_A_RUN = (SettingsError, CollectionError)
+
+ALMOST_NOTHING = 64 * 1024  # bytes
 
 # The output folder of the run that is under way, for the advice after it was stopped.
 under_way: list[str] = []
@@ -40,8 +44,23 @@ def with_advice(command: Callable[P, None]) -> Callable[P, None]:
                 raise
             console.print(f"[red]Error:[/red] {escape(_message(error))}")
             raise typer.Exit(1) from None
+        except Exception as error:
+            # Writers of weights have errors of their own for a full disk, none of them an OSError.
+            if os.environ.get("ST_CLP_TRACEBACK") or not _disk_is_full(error):
+                raise
+            console.print(f"[red]Error:[/red] No space left on the disk; make room. {_resume_advice()}".rstrip())
+            raise typer.Exit(1) from None
 
     return guarded
+
+
+def _disk_is_full(error: BaseException) -> bool:
+    seen: BaseException | None = error
+    while seen is not None:
+        if os.strerror(errno.ENOSPC) in str(seen):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return any(shutil.disk_usage(path).free < ALMOST_NOTHING for path in under_way if os.path.isdir(path))
 
 
 def _message(error: Exception) -> str:

@@ -75,7 +75,9 @@ def _name_values(pairs: list[str]) -> dict[str, Any]:
         name, separator, value = pair.partition("=")
         if not separator:
             raise SettingsError(f"--training-arg takes NAME=VALUE, got {pair!r}")
-        found[name.replace("-", "_")] = yaml.safe_load(value)
+        # To YAML a bare no is false, but save_strategy=no means the word.
+        word = value == "no" and name.endswith("strategy")
+        found[name.replace("-", "_")] = value if word else yaml.safe_load(value)
     return found
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from typer.testing import CliRunner, Result
 
@@ -279,3 +280,21 @@ def test_two_collections_train_together_and_each_is_reported(
     report = recipe.run(settings)
     assert set(report["scores"]["after"]) == {f"{collection_path}/dev", f"{other}/dev"}
     assert sum(report["training"]["rows"].values()) == 240
+
+
+def test_a_full_disk_ends_in_advice_whoever_meets_it(
+    tiny_model_path: Path, collection_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What safetensors raises is no OSError; only a real full disk makes it raise, so its own error stands in for one.
+    def no_space(self: SentenceTransformer, *arguments: object, **options: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    arguments = ["--collection", str(collection_path), "--model", str(tiny_model_path), "--experts", "0"]
+    arguments += ["--num-negatives", "1", "--epochs", "1", "--output", str(tmp_path / "out")]
+    with monkeypatch.context() as patch:
+        patch.setattr(SentenceTransformer, "save", no_space)
+        stopped = invoke(*arguments, "--training-arg", "save_strategy=no")
+    assert stopped.exit_code == 1
+    assert "No space left on the disk; make room" in " ".join(stopped.output.split())
+    assert "--resume" in stopped.output
+    assert invoke("--output", str(tmp_path / "out"), "--resume").exit_code == 0
