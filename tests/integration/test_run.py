@@ -18,7 +18,7 @@ from sentence_transformers import SentenceTransformer
 from typer.testing import CliRunner, Result
 
 import st_clp
-from st_clp import cli, recipe
+from st_clp import cli, mine_hard_negatives, recipe
 from st_clp.data import Collection
 from st_clp.settings import RunSettings
 
@@ -254,10 +254,16 @@ def write_collection_with_white_space_in_an_id(folder: Path) -> None:
 
 
 def test_training_rows_without_a_split_hold_some_queries_out(
-    finished: tuple[Path, dict], tiny_model_path: Path, tmp_path: Path
+    collection_path: Path, tiny_model_path: Path, tmp_path: Path
 ) -> None:
-    rows = next((finished[0] / "run" / "mined").glob("*.jsonl"))
-    shutil.copy(rows, tmp_path / "rows.jsonl")
+    mine_hard_negatives(
+        SentenceTransformer(str(tiny_model_path)),
+        Collection.load(str(collection_path), split="train"),
+        num_negatives=2,
+        prefer_known_queries=False,  # so that few negatives of a row are another row's positives
+        output_file=tmp_path / "rows.jsonl",
+        show_progress_bar=False,
+    )
     report = recipe.run(
         settings_of(tiny_model_path, tmp_path / "rows.jsonl", tmp_path / "out", experts=0, epochs=1, num_negatives=2)
     )
@@ -266,7 +272,7 @@ def test_training_rows_without_a_split_hold_some_queries_out(
     assert held_out["queries"] == round(0.1 * (train["queries"] + held_out["queries"]))
     # What the rows name comes first; a negative of one row that is a positive of another is replaced.
     negatives = report["mining"].popitem()[1]["negatives"]
-    assert negatives["judged"] > 0.8 * sum(negatives.values())
+    assert negatives["judged"] > 0.9 * sum(negatives.values())
     # A dense model needs nothing of st_clp to be opened.
     assert type(SentenceTransformer(str(tmp_path / "out"))[0]).__name__ == "Transformer"
 
