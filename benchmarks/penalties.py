@@ -28,11 +28,11 @@ from transformers import set_seed
 
 from evaluators import CollectionEvaluator
 from st_clp import CLPLoss, Collection
+from st_clp.encoding import hardware_has_bf16
 from st_clp.mining import TrainingRow, mine
 from st_clp.mining.candidates import CandidateFilter
 from st_clp.mining.rows import to_dataset
 from st_clp.rundir import write_json
-from st_clp.training import hardware_has_bf16
 
 VARIANTS: list[tuple[str, float]] = [
     ("cosine", 0.0), ("cosine", 0.1), ("cosine", 0.3), ("contrastive", 0.1), ("contrastive", 0.3),

@@ -15,6 +15,7 @@ from evaluators.files import file_part
 from evaluators.metrics import DEFAULT_METRICS, QueryScores, mean_scores
 from evaluators.runs import Run
 from st_clp.data import Collection
+from st_clp.encoding import ComputeDtype
 
 Datasets = Mapping[str, "Collection | Mapping[str, Collection]"]
 
@@ -31,8 +32,8 @@ class BenchmarkEvaluator(RetrievalEvaluator):
         name: Goes before every metric, with an underscore.
         store_dir: A folder for the documents' embeddings, with a folder in it for each corpus. None: they are kept in
             memory, those of one corpus at a time.
-        metrics, run_depth, batch_size, show_progress_bar, ignore_identical_ids, write_csv, write_json, save_runs: As in
-            :class:`CollectionEvaluator`.
+        metrics, run_depth, dtype, batch_size, show_progress_bar, ignore_identical_ids, write_csv, write_json,
+        save_runs: As in :class:`CollectionEvaluator`.
 
     Attributes:
         evaluators: The :class:`CollectionEvaluator` of each collection, by its key.
@@ -51,7 +52,8 @@ class BenchmarkEvaluator(RetrievalEvaluator):
         metrics: Iterable[str] = DEFAULT_METRICS,
         *,
         run_depth: int | None = None,
-        batch_size: int = 32,
+        dtype: ComputeDtype = "model",
+        batch_size: int | None = None,
         show_progress_bar: bool = False,
         ignore_identical_ids: bool = True,
         store_dir: str | os.PathLike[str] | None = None,
@@ -67,6 +69,7 @@ class BenchmarkEvaluator(RetrievalEvaluator):
                 name="_".join(filter(None, [name, key])),
                 metrics=[metric.name for metric in self.metrics],
                 run_depth=run_depth,
+                dtype=dtype,
                 batch_size=batch_size,
                 show_progress_bar=show_progress_bar,
                 ignore_identical_ids=ignore_identical_ids,

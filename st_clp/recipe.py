@@ -165,6 +165,7 @@ class _Run:
             evaluator = CollectionEvaluator(
                 collection,
                 name="collection",
+                dtype=self.settings.encode_dtype,  # type: ignore[arg-type]
                 batch_size=self.settings.encode_batch_size,
                 show_progress_bar=True,
                 store_dir=self.directory.store(when, collection.corpus_name),
@@ -189,6 +190,7 @@ class _Run:
                 sampling_strategy=settings.sampling_strategy,  # type: ignore[arg-type]
                 judged_negatives=settings.judged_negatives,  # type: ignore[arg-type]
                 prefer_known_queries=settings.prefer_known_queries,
+                dtype=settings.encode_dtype,  # type: ignore[arg-type]
                 batch_size=settings.encode_batch_size,
                 seed=settings.seed,
                 store_dir=self.directory.store("before", collection.corpus_name),

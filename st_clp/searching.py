@@ -57,6 +57,7 @@ class RunSearcher:
                     self.model,
                     collection,
                     directory.store("after", name),
+                    dtype=settings.encode_dtype,  # type: ignore[arg-type]
                     batch_size=settings.encode_batch_size,
                 ),
             )

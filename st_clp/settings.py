@@ -73,7 +73,15 @@ class RunSettings:
     )
     text_field: list[str] = option([], "A document's fields to join as its text. By default title and text.", DATA)
     max_seq_length: int | None = option(None, "Tokens of a text to read. By default as the model has it.", DATA)
-    encode_batch_size: int = option(32, "Texts in one forward pass when encoding.", DATA)
+    encode_batch_size: int | None = option(
+        None, "No more texts than this in one forward pass when encoding. By default as many as fill it.", DATA
+    )
+    encode_dtype: str = option(
+        "auto",
+        "What encoding computes in: the model's own precision, bfloat16, or bfloat16 where the hardware is fast in it.",
+        DATA,
+        choices=("auto", "model", "bfloat16"),
+    )
 
     num_negatives: int = option(4, "Hard negatives for each query.", MINING)
     queries_per_negative: int = option(1, "Queries for each negative, found in the training judgments.", MINING)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import logging
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -20,6 +18,7 @@ from sentence_transformers.base.modules import Router
 from torch import nn
 from transformers import ProgressCallback
 
+from st_clp.encoding import hardware_has_bf16
 from st_clp.losses import CachedCLPLoss, CLPLoss
 from st_clp.settings import RunSettings, SettingsError
 
@@ -161,13 +160,3 @@ def column_kinds(columns: list[str], query: str | None, document: str | None) ->
     """Column to what belongs to queries or to documents, as the column holds the one or the other."""
     kinds = {name: query if name == "anchor" or name.startswith("negative_query") else document for name in columns}
     return {name: kind for name, kind in kinds.items() if kind}
-
-
-def hardware_has_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 matrices in hardware."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu" and platform.machine().lower() in ("x86_64", "amd64"):
-        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-    return False

@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 
 from st_clp import cli
 from st_clp.commands import run
+from st_clp.encoding import hardware_has_bf16
 from st_clp.rundir import RunDirectory, slug
 from st_clp.settings import RunSettings, SettingsError
-from st_clp.training import column_kinds, hardware_has_bf16, load_base_model, make_arguments
+from st_clp.training import column_kinds, load_base_model, make_arguments
 
 
 @given(

@@ -3,5 +3,13 @@
 from st_clp.encoding.encode import encode_documents, encode_queries
 from st_clp.encoding.fingerprint import model_fingerprint
 from st_clp.encoding.store import EmbeddingStore
+from st_clp.encoding.working_model import ComputeDtype, hardware_has_bf16
 
-__all__ = ["EmbeddingStore", "encode_documents", "encode_queries", "model_fingerprint"]
+__all__ = [
+    "ComputeDtype",
+    "EmbeddingStore",
+    "encode_documents",
+    "encode_queries",
+    "hardware_has_bf16",
+    "model_fingerprint",
+]

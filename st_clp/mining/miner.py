@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from sentence_transformers import SentenceTransformer
 
 from st_clp.data import Collection
-from st_clp.encoding import EmbeddingStore
+from st_clp.encoding import ComputeDtype, EmbeddingStore
 from st_clp.mining.account import MiningAccount
 from st_clp.mining.candidates import CandidateFilter
 from st_clp.mining.chooser import Choice, Chooser, JudgedNegatives, SamplingStrategy
@@ -58,7 +58,8 @@ def mine_hard_negatives(
     sampling_strategy: SamplingStrategy = "top",
     judged_negatives: JudgedNegatives | None = None,
     prefer_known_queries: bool = True,
-    batch_size: int = 32,
+    dtype: ComputeDtype = "auto",
+    batch_size: int | None = None,
     seed: int = 0,
     store_dir: str | os.PathLike[str] | None = None,
     output_file: str | os.PathLike[str] | None = None,
@@ -88,9 +89,12 @@ def mine_hard_negatives(
         prefer_known_queries: Take candidates for which the judgments know a query before those without one, so
             that the penalty holds as many negatives as can be. In a small corpus this also keeps documents that
             no training query asks for from being pushed away by every query and pulled by none.
-        batch_size: Texts in one forward pass.
+        dtype: What the model computes in: ``"model"`` its own precision, ``"bfloat16"``, or ``"auto"``: bfloat16 where
+            the hardware multiplies it, several times as fast.
+        batch_size: No more texts than this in one forward pass. None: as many as fill it with tokens.
         seed: Of everything random.
-        store_dir: A folder to keep the documents' embeddings in, to be reused; None keeps them in memory.
+        store_dir: A folder to keep the documents' embeddings in, and the queries' in one beside it, so that mining can
+            be stopped and gone on with, and mining again with other options encodes nothing; None keeps them in memory.
         output_file: Write the rows here too, as JSON lines in the format of the paper's code.
         show_progress_bar: Show progress.
 
@@ -111,6 +115,7 @@ def mine_hard_negatives(
         sampling_strategy=sampling_strategy,
         judged_negatives=judged_negatives,
         prefer_known_queries=prefer_known_queries,
+        dtype=dtype,
         batch_size=batch_size,
         seed=seed,
         store_dir=store_dir,
@@ -132,7 +137,8 @@ def mine(
     sampling_strategy: SamplingStrategy = "top",
     judged_negatives: JudgedNegatives | None = None,
     prefer_known_queries: bool = True,
-    batch_size: int = 32,
+    dtype: ComputeDtype = "auto",
+    batch_size: int | None = None,
     seed: int = 0,
     store_dir: str | os.PathLike[str] | None = None,
     show_progress_bar: bool = True,
@@ -143,7 +149,7 @@ def mine(
     collection.require_positives()
     started = time.perf_counter()
     store = EmbeddingStore.build(
-        model, collection, store_dir, batch_size=batch_size, show_progress_bar=show_progress_bar
+        model, collection, store_dir, dtype=dtype, batch_size=batch_size, show_progress_bar=show_progress_bar
     )
     collection = collection.without_missing_documents(store.ids)
     collection.require_positives()
@@ -153,6 +159,8 @@ def mine(
         collection,
         store,
         candidate_filter.range_max,
+        query_store_dir=None if store_dir is None else f"{os.fspath(store_dir)}.queries",
+        dtype=dtype,
         batch_size=batch_size,
         show_progress_bar=show_progress_bar,
     )

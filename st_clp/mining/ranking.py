@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import numpy as np
 from sentence_transformers import SentenceTransformer
 
-from st_clp.data import Collection
-from st_clp.encoding import EmbeddingStore, encode_queries
+from st_clp.data import Collection, MemoryCorpus
+from st_clp.encoding import ComputeDtype, EmbeddingStore
 from st_clp.mining.candidates import Candidate
 from st_clp.search import pair_scores, search
 
@@ -21,7 +22,9 @@ class Ranking:
         collection: Its queries that have a relevant document are ranked for.
         store: The documents' embeddings by the same model.
         depth: How many candidates for each query.
-        batch_size: Texts in one forward pass.
+        query_store_dir: A folder to keep the queries' embeddings in; None keeps them in memory.
+        dtype: As in :func:`st_clp.encoding.encode_documents`.
+        batch_size: No more texts than this in one forward pass. None: as many as fill it with tokens.
         show_progress_bar: Show the encoding of the queries.
 
     Attributes:
@@ -36,17 +39,23 @@ class Ranking:
         store: EmbeddingStore,
         depth: int,
         *,
-        batch_size: int = 32,
+        query_store_dir: str | os.PathLike[str] | None = None,
+        dtype: ComputeDtype = "model",
+        batch_size: int | None = None,
         show_progress_bar: bool = True,
     ) -> None:
         positives = collection.positives()
         self.query_ids = list(positives)
-        queries = encode_queries(
+        asked = MemoryCorpus(f"{collection.name} queries", {q: collection.queries[q] for q in self.query_ids})
+        queries = EmbeddingStore.build(
             model,
-            [collection.queries[query_id] for query_id in self.query_ids],
+            asked,
+            query_store_dir,
+            task="query",
+            dtype=dtype,
             batch_size=batch_size,
             show_progress_bar=show_progress_bar,
-        )
+        ).rows(range(len(self.query_ids)))
         self.positive_scores = _score_positives(model, store, positives, queries)
         self._excluded = {query_id: set(doc_ids) for query_id, doc_ids in positives.items()}
         # Relevant documents are in the ranking too, so look deeper by as many as the query with the most of them has.

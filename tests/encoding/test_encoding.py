@@ -1,8 +1,8 @@
-"""Encoding in a stream, the fingerprint, and the embedding store."""
+"""Encoding in a stream, and the fingerprint."""
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,26 +12,23 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Router, Transformer
+from transformers import Qwen3Config, Qwen3Model
 
-from st_clp import Collection
-from st_clp.encoding import EmbeddingStore, encode_documents, encode_queries, model_fingerprint
+from st_clp import upcycle
+from st_clp.encoding import encode, encode_documents, encode_queries, model_fingerprint
 
 TEXTS = ["a big river", "the old lake of the north", "fire", "who was king?", "one two three four five six", "bird"]
 
 
-def make_collection(number: int = 6, *, name: str = "c") -> Collection:
-    documents = {f"d{i}": f"{TEXTS[i % len(TEXTS)]} {i}" for i in range(number)}
-    return Collection.from_dict(documents, {"q": "which river"}, {"q": {"d0": 1}}, name=name)
-
-
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(order=st.permutations(range(12)), chunk_size=st.integers(1, 13), batch_size=st.integers(1, 5))
+@given(order=st.permutations(range(12)), window=st.integers(1, 13), batch_size=st.none() | st.integers(1, 5))
 def test_a_stream_gives_the_models_own_embeddings_in_order(
-    tiny_model: SentenceTransformer, order: list[int], chunk_size: int, batch_size: int
+    tiny_model: SentenceTransformer, order: list[int], window: int, batch_size: int | None
 ) -> None:
     texts = [" ".join(TEXTS[: 1 + i % 6]) + f" {i}" for i in order]
-    chunks = list(encode_documents(tiny_model, iter(texts), batch_size=batch_size, chunk_size=chunk_size))
-    assert max(map(len, chunks)) <= chunk_size
+    chunks = list(encode_documents(tiny_model, iter(texts), batch_size=batch_size, window=window))
+    assert [len(chunk) for chunk in chunks[:-1]] == [window] * (len(chunks) - 1)
     np.testing.assert_allclose(np.concatenate(chunks), tiny_model.encode_document(texts), atol=1e-5)
 
 
@@ -70,92 +67,135 @@ def test_fingerprint_changes_with_everything_an_embedding_depends_on(
     assert len(seen) == 7
 
 
-@pytest.mark.parametrize("in_memory", [False, True])
-def test_store_holds_ids_and_embeddings_in_corpus_order(
-    tiny_model: SentenceTransformer, tmp_path: Path, in_memory: bool
+def cosines(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    lengths = np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)
+    return (found * expected).sum(axis=1) / lengths
+
+
+def tiny_decoder(folder: Path, tokenized_by: SentenceTransformer) -> SentenceTransformer:
+    """A decoder that is padded on the left and pooled by its last token, as the large embedding models are."""
+    torch.manual_seed(0)
+    tokenizer = tokenized_by.tokenizer
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+    Qwen3Model(config).save_pretrained(folder)
+    tokenizer.padding_side = "left"
+    tokenizer.save_pretrained(folder)
+    transformer = Transformer(str(folder), max_seq_length=64)
+    pooling = Pooling(transformer.get_embedding_dimension(), "lasttoken")
+    return SentenceTransformer(modules=[transformer, pooling], device="cpu")
+
+
+LONG = [" ".join(TEXTS[: 1 + i % 6]) + f" {i}" for i in range(40)]
+
+
+@pytest.mark.parametrize("dtype", ["model", "bfloat16", "auto"])
+@pytest.mark.parametrize("kind", ["plain", "left padding", "mixture of experts", "dense head", "truncated", "router"])
+def test_every_pipeline_gives_the_models_own_embeddings(
+    make_tiny_model: Callable[..., SentenceTransformer], tmp_path: Path, kind: str, dtype: str
 ) -> None:
-    collection = make_collection(10)
-    path = None if in_memory else tmp_path / "store"
-    store = EmbeddingStore.build(tiny_model, collection, path, batch_size=3, show_progress_bar=False)
-    expected = tiny_model.encode_document([document.text for document in collection.documents()])
-    assert store.ids == [f"d{i}" for i in range(10)]
-    assert (len(store), store.dim) == (10, 32)
-    shards = list(store.shards(rows=4))
-    assert [ids for ids, _ in shards] == [["d0", "d1", "d2", "d3"], ["d4", "d5", "d6", "d7"], ["d8", "d9"]]
-    np.testing.assert_allclose(np.concatenate([embeddings for _, embeddings in shards]), expected, atol=1e-5)
-    np.testing.assert_allclose(store.rows([7, 2]), expected[[7, 2]], atol=1e-5)
-    if path:
-        np.testing.assert_array_equal(EmbeddingStore.open(path).rows(range(10)), store.rows(range(10)))
+    model = make_tiny_model()
+    if kind == "left padding":
+        model = tiny_decoder(tmp_path / "decoder", model)
+    if kind == "mixture of experts":
+        upcycle(model, num_experts=2)
+    if kind == "dense head":
+        model = SentenceTransformer(modules=[*list(model)[:2], Dense(32, 8)], device="cpu")
+    if kind == "truncated":
+        model.truncate_dim = 12
+    if kind == "router":
+        other = make_tiny_model(seed=1)
+        router = Router.for_query_document([*list(model)], [*list(other)])
+        model = SentenceTransformer(modules=[router], device="cpu")
+    precise = dtype == "model"
+    for found, expected in (
+        (np.concatenate(list(encode_documents(model, LONG, dtype=dtype))), model.encode_document(LONG)),
+        (encode_queries(model, LONG, dtype=dtype), model.encode_query(LONG)),
+    ):
+        assert found.shape == expected.shape
+        assert found.dtype == np.float32
+        assert cosines(found, expected).min() > (0.9999 if precise else 0.999)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}  # the model is as it was
 
 
-class CountingCollection:
-    """Builds stores and counts the texts that the model was given."""
-
-    def __init__(self, model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.encoded = 0
-        original = model.encode_document
-
-        def encode_document(texts: list[str], **options: object) -> np.ndarray:
-            self.encoded += len(texts)
-            return original(texts, **options)
-
-        monkeypatch.setattr(model, "encode_document", encode_document)
+def test_bfloat16_really_computes_in_bfloat16(tiny_model: SentenceTransformer) -> None:
+    found = encode_queries(tiny_model, LONG, dtype="bfloat16")
+    assert np.abs(found - tiny_model.encode_query(LONG)).max() > 1e-5
 
 
-def test_store_is_reused_only_for_the_same_model_and_corpus(
-    tiny_model: SentenceTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_training_model_is_not_copied_with_its_trainer(tiny_model: SentenceTransformer) -> None:
+    class Trainer:
+        def __deepcopy__(self, memo: object) -> None:
+            raise AssertionError("the trainer and its data were copied")
+
+    tiny_model.model_card_data.trainer = Trainer()
+    encode_queries(tiny_model, ["fire"], dtype="bfloat16")
+
+
+class OwnEncoder(SentenceTransformer):
+    """A model that encodes in its own way."""
+
+    def encode_document(self, inputs: list[str], **options: object) -> np.ndarray:
+        return 2 * np.asarray(super().encode_document(inputs, **options))
+
+
+def test_a_model_with_its_own_encode_is_asked_itself(tiny_model_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = OwnEncoder(str(tiny_model_path), device="cpu")
+    with caplog.at_level(logging.WARNING, logger="st_clp"):
+        found = np.concatenate(list(encode_documents(model, LONG, window=7, dtype="bfloat16")))
+    np.testing.assert_allclose(found, model.encode_document(LONG), atol=1e-5)
+    assert "encodes by its own encode method" in caplog.text
+
+
+def test_running_out_of_memory_shrinks_the_batches(
+    tiny_model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    counter = CountingCollection(tiny_model, monkeypatch)
-    path = tmp_path / "store"
+    original, sizes = tiny_model.forward, []
 
-    def build(collection: Collection) -> int:
-        before = counter.encoded
-        EmbeddingStore.build(tiny_model, collection, path, show_progress_bar=False)
-        return counter.encoded - before
+    def forward(features: dict[str, torch.Tensor], **options: object) -> dict[str, torch.Tensor]:
+        if features["input_ids"].numel() > 100:
+            raise torch.OutOfMemoryError("out of memory")
+        sizes.append(features["input_ids"].numel())
+        return original(features, **options)
 
-    assert build(make_collection(6)) == 6
-    assert build(make_collection(6)) == 0
-    assert build(make_collection(6, name="other")) == 6
-    assert build(make_collection(7, name="other")) == 7
-    with torch.no_grad():
-        next(tiny_model.parameters())[0, 0] += 1
-    assert build(make_collection(7, name="other")) == 7
-    assert build(make_collection(7, name="other")) == 0
-
-
-def test_a_damaged_or_unfinished_store_is_made_again(
-    tiny_model: SentenceTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    counter = CountingCollection(tiny_model, monkeypatch)
-    collection, path = make_collection(6), tmp_path / "store"
-    EmbeddingStore.build(tiny_model, collection, path, show_progress_bar=False)
-
-    def rebuilt() -> bool:
-        before = counter.encoded
-        store = EmbeddingStore.build(tiny_model, collection, path, show_progress_bar=False)
-        assert len(store) == 6
-        return counter.encoded > before
-
-    whole = (path / "embeddings.npy").read_bytes()
-    (path / "embeddings.npy").write_bytes(whole[:-8])
-    assert rebuilt()
-    (path / "ids.json").write_text(json.dumps(["d0"]))
-    assert rebuilt()
-    (path / "manifest.json").unlink()
-    assert rebuilt()
-    assert not rebuilt()
+    expected = tiny_model.encode_document(LONG)
+    monkeypatch.setattr(tiny_model, "forward", forward)
+    with caplog.at_level(logging.WARNING, logger="st_clp"):
+        found = np.concatenate(list(encode_documents(tiny_model, LONG)))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert max(sizes) <= 100
+    assert "going on with batches of" in caplog.text
+    # A single text that does not fit cannot be helped.
+    tiny_model.max_seq_length = 512
+    with pytest.raises(torch.OutOfMemoryError):
+        next(encode_documents(tiny_model, ["a " * 200]))
 
 
-def test_killed_while_encoding_leaves_no_store(
-    tiny_model: SentenceTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(*args: object, **options: object) -> np.ndarray:
-        raise KeyboardInterrupt
+def test_batches_are_filled_by_tokens(tiny_model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, shapes = tiny_model.forward, []
 
-    monkeypatch.setattr(tiny_model, "encode_document", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        EmbeddingStore.build(tiny_model, make_collection(6), tmp_path / "store", show_progress_bar=False)
-    with pytest.raises(FileNotFoundError, match="no finished embedding store"):
-        EmbeddingStore.open(tmp_path / "store")
-    monkeypatch.undo()
-    assert len(EmbeddingStore.build(tiny_model, make_collection(6), tmp_path / "store", show_progress_bar=False)) == 6
+    def forward(features: dict[str, torch.Tensor], **options: object) -> dict[str, torch.Tensor]:
+        shapes.append(tuple(features["input_ids"].shape))
+        assert bool(features["attention_mask"][:, 0].all())
+        return original(features, **options)
+
+    monkeypatch.setattr(tiny_model, "forward", forward)
+    monkeypatch.setattr(encode, "CPU_TOKENS", 64)
+    next(encode_documents(tiny_model, LONG))
+    assert sum(rows for rows, _ in shapes) == len(LONG)
+    assert all(rows * width <= 64 for rows, width in shapes)
+    assert max(rows for rows, _ in shapes) > min(rows for rows, _ in shapes)
+
+
+def test_misuse_is_refused(tiny_model: SentenceTransformer) -> None:
+    with pytest.raises(ValueError, match="dtype must be one of auto, model, bfloat16, got 'fp8'"):
+        encode_queries(tiny_model, ["fire"], dtype="fp8")
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        encode_queries(tiny_model, ["fire"], batch_size=0)

@@ -185,12 +185,14 @@ def test_embeddings_are_kept_and_reused_for_the_same_model_only(
     evaluator = CollectionEvaluator(collection, store_dir=tmp_path / "store")
     first = evaluator(tiny_model)
     encoded = []
-    encode = SentenceTransformer.encode_document
-    monkeypatch.setattr(
-        SentenceTransformer,
-        "encode_document",
-        lambda self, texts, **settings: encoded.append(len(texts)) or encode(self, texts, **settings),
-    )
+    preprocess = SentenceTransformer.preprocess
+
+    def counted(self, texts, *, task, **settings):
+        if task == "document":
+            encoded.append(len(texts))
+        return preprocess(self, texts, task=task, **settings)
+
+    monkeypatch.setattr(SentenceTransformer, "preprocess", counted)
     assert evaluator(tiny_model) == first
     assert encoded == []
     assert evaluator(make_tiny_model(seed=5)) != first

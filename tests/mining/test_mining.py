@@ -95,7 +95,9 @@ def test_negatives_are_the_best_ranked_by_the_model(tiny_model: SentenceTransfor
     scores = tiny_model.similarity(
         tiny_model.encode_query(list(collection.queries.values())), tiny_model.encode_document(list(documents.values()))
     )
-    mined = mine(tiny_model, collection, num_negatives=3, prefer_known_queries=False, show_progress_bar=False)
+    mined = mine(
+        tiny_model, collection, num_negatives=3, dtype="model", prefer_known_queries=False, show_progress_bar=False
+    )
     for row in mined.rows:
         own = scores[list(collection.queries).index(row.query_id)]
         ranked = [list(documents)[i] for i in own.argsort(descending=True)]

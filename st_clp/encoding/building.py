@@ -1,0 +1,193 @@
+"""Making an embedding store: going on where it was stopped, and encoding no text a second time."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import shutil
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sentence_transformers import SentenceTransformer
+from tqdm.auto import tqdm
+
+from st_clp.data import CollectionError, Corpus, Document
+from st_clp.encoding.encode import Encoder, embedding_dimension, window_size
+from st_clp.encoding.fingerprint import model_fingerprint
+from st_clp.encoding.shards import (
+    KnownEmbeddings,
+    ShardFiles,
+    read_manifest,
+    read_shards,
+    start,
+    text_key,
+    write_manifest,
+)
+from st_clp.encoding.working_model import ComputeDtype, Task, resolve_dtype
+
+logger = logging.getLogger(__name__)
+
+LARGEST = {"float16": 65_504.0, "float32": float(np.finfo(np.float32).max)}
+ENCODING = ("model", "task", "computed_in", "dtype", "dim")  # what must agree for an embedding to be used again
+
+
+class Builder:
+    """Encodes a corpus into memory or a folder; the arguments are those of ``EmbeddingStore.build``."""
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        corpus: Corpus,
+        task: Task,
+        dtype: ComputeDtype,
+        batch_size: int | None,
+        show_progress_bar: bool,
+    ) -> None:
+        self._model = model
+        self._corpus = corpus
+        self._task: Task = task
+        self._computed_in: ComputeDtype = resolve_dtype(model, dtype)
+        self._batch_size = batch_size
+        self._show_progress_bar = show_progress_bar
+        self._stored_as = "float16" if self._computed_in == "bfloat16" else "float32"
+        self._window = window_size(model)
+
+    def in_memory(self) -> tuple[list[str], np.ndarray]:
+        """(ids, embeddings (documents, dim)).
+
+        Raises:
+            CollectionError, ValueError: As in ``EmbeddingStore.build``.
+        """
+        ids: list[str] = []
+        shards: list[np.ndarray] = []
+        with self._progress() as progress:
+            for documents, embeddings in self._encode(iter(self._corpus)):
+                ids += [document.doc_id for document in documents]
+                shards.append(embeddings.astype(self._stored_as))
+                progress.update(len(documents))
+        if not ids:
+            raise self._empty()
+        return ids, np.concatenate(shards)
+
+    def in_folder(self, folder: Path) -> None:
+        """Make ``folder`` the store of this model and corpus.
+
+        Raises:
+            CollectionError, ValueError, OSError: As in ``EmbeddingStore.build``.
+        """
+        manifest = self._manifest()
+        found = read_manifest(folder)
+        known: KnownEmbeddings | None = None
+        if found is not None and all(found.get(name) == manifest[name] for name in ENCODING):
+            known = KnownEmbeddings(ShardFiles(folder, manifest["dim"], manifest["dtype"]))
+            whole = not known.damaged and len(known) == found.get("documents")
+            if whole and all(found.get(name) == value for name, value in manifest.items()):
+                return
+            if not whole:
+                logger.warning("%s is damaged: what does not match its checksum is encoded anew", folder)
+        elif found is not None:
+            logger.info("%s is of another model or task; encoding anew", folder)
+        # Written beside and renamed: a folder of this name is always a whole store.
+        beside = folder.with_name(folder.name + ".partial")
+        self._finish(beside, manifest, known)
+        shutil.rmtree(folder, ignore_errors=True)
+        beside.rename(folder)
+
+    def _finish(self, folder: Path, manifest: dict[str, Any], known: KnownEmbeddings | None) -> None:
+        """Encode what is not in ``folder`` yet, which may hold the beginning of this store."""
+        begun = read_manifest(folder)
+        if begun is None or any(begun.get(name) != value for name, value in manifest.items()):
+            shutil.rmtree(folder, ignore_errors=True)
+            start(folder, manifest)
+        files = ShardFiles(folder, manifest["dim"], manifest["dtype"])
+        stream = iter(self._corpus)
+        with self._progress() as progress:
+            first = self._skip_finished(files, stream, progress)
+            documents = itertools.chain(first, stream)
+            for shard, embeddings in self._encode(documents, known):
+                files.add([d.doc_id for d in shard], [text_key(d.text) for d in shard], embeddings)
+                progress.update(len(shard))
+        total = sum(shard.rows for shard in read_shards(folder))
+        if not total:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise self._empty()
+        write_manifest(folder, {**manifest, "documents": total})
+
+    def _skip_finished(self, files: ShardFiles, stream: Iterator[Document], progress: Any) -> list[Document]:
+        """Pass over the documents whose shards are there and right; what was read further comes back."""
+        kept, read_further = 0, []
+        for shard, ids, keys, _, right in files.read():
+            # Shards are windows, but for the last: a short one in the middle would shift the others.
+            if not right or shard.rows != self._window:
+                break
+            documents = list(itertools.islice(stream, shard.rows))
+            if [d.doc_id for d in documents] != ids or [text_key(d.text) for d in documents] != list(map(bytes, keys)):
+                read_further = documents
+                break
+            kept += 1
+            progress.update(len(documents))
+        files.keep(kept)
+        return read_further
+
+    def _encode(
+        self, documents: Iterator[Document], known: KnownEmbeddings | None = None
+    ) -> Iterator[tuple[list[Document], np.ndarray]]:
+        """Yield (a window's documents, their embeddings), encoding only texts that are not known."""
+        waiting: deque[tuple[list[Document], np.ndarray]] = deque()
+
+        def unknown_texts() -> Iterator[list[str]]:
+            while window := list(itertools.islice(documents, self._window)):
+                rows = known.find([text_key(d.text) for d in window]) if known else np.full(len(window), -1)
+                waiting.append((window, rows))
+                yield [document.text for document, row in zip(window, rows, strict=True) if row < 0]
+
+        encoder = Encoder(self._model, self._task, dtype=self._computed_in, batch_size=self._batch_size)
+        for encoded in encoder.encode_windows(unknown_texts()):
+            window, rows = waiting.popleft()
+            embeddings = np.empty((len(window), encoded.shape[1]), dtype=np.float32)
+            embeddings[rows < 0] = encoded
+            if known is not None:
+                embeddings[rows >= 0] = known.rows(rows[rows >= 0])
+            self._require_storable(window, embeddings)
+            yield window, embeddings
+
+    def _require_storable(self, documents: list[Document], embeddings: np.ndarray) -> None:
+        largest = LARGEST[self._stored_as]
+        wrong = np.flatnonzero(~(np.abs(embeddings).max(axis=1, initial=0) <= largest))
+        if not len(wrong):
+            return
+        doc_id = documents[wrong[0]].doc_id
+        if np.isfinite(embeddings[wrong]).all():
+            raise ValueError(
+                f"{self._corpus.name}: the embedding of {self._task} {doc_id!r} is too large for {self._stored_as}; "
+                'encode with dtype="model"'
+            )
+        raise ValueError(
+            f"{self._corpus.name}: the embedding of {self._task} {doc_id!r} is not finite (NaN or infinite): "
+            "the model is broken, or its precision too low"
+        )
+
+    def _manifest(self) -> dict[str, Any]:
+        return {
+            "model": model_fingerprint(self._model),
+            "task": self._task,
+            "computed_in": self._computed_in,
+            "dtype": self._stored_as,
+            "dim": embedding_dimension(self._model),
+            "corpus": self._corpus.name,
+            "corpus_fingerprint": self._corpus.fingerprint(),
+        }
+
+    def _progress(self) -> Any:
+        return tqdm(
+            total=self._corpus.expected_size(),
+            desc=f"Encoding {self._corpus.name}",
+            unit=f" {'queries' if self._task == 'query' else 'documents'}",
+            disable=not self._show_progress_bar,
+        )
+
+    def _empty(self) -> CollectionError:
+        return CollectionError(f"{self._corpus.name}: the corpus is empty; there is nothing to encode")

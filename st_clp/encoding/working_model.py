@@ -1,0 +1,127 @@
+"""A model as encoding uses it: in the precision that the hardware is fast in, and with its prompts and routes."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import platform
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Router, Transformer
+from sentence_transformers.util import batch_to_device, truncate_embeddings
+
+from st_clp.encoding.batches import Features
+
+logger = logging.getLogger(__name__)
+
+ComputeDtype = Literal["auto", "model", "bfloat16"]
+Task = Literal["query", "document"]
+
+# The names that sentence-transformers looks for when it encodes queries or documents.
+PROMPT_NAMES: dict[str, tuple[str, ...]] = {"query": ("query",), "document": ("document", "passage", "corpus")}
+
+
+class WorkingModel:
+    """One task of a model: tokenises, runs and, for a model that is not a plain text encoder, encodes as a whole.
+
+    Args:
+        model: The model. It is put into evaluation mode, as its own ``encode`` does, and not changed otherwise.
+        task: Whether its texts are queries or documents.
+        dtype: As in :func:`st_clp.encoding.encode_documents`.
+
+    Attributes:
+        by_tokens: Whether the model can be run by tokens; otherwise use :meth:`encode_whole`.
+
+    Raises:
+        ValueError: ``dtype`` is not known.
+    """
+
+    def __init__(self, model: SentenceTransformer, task: Task, dtype: ComputeDtype = "model") -> None:
+        if dtype not in get_args(ComputeDtype):
+            raise ValueError(f"dtype must be one of {', '.join(get_args(ComputeDtype))}, got {dtype!r}")
+        model.eval()
+        self._model = model
+        self._task = task
+        self._prompt = _prompt(model, task)
+        self.device = model.device
+        self.by_tokens = _is_text_encoder(model)
+        if not self.by_tokens:
+            logger.warning("this model is not a plain text encoder: it encodes by its own encode method, more slowly")
+        self._runs = _in_bfloat16(model) if self.by_tokens and resolve_dtype(model, dtype) == "bfloat16" else model
+
+    def preprocess(self, texts: list[str]) -> Features:
+        """Tokenise texts."""
+        return self._model.preprocess(texts, prompt=self._prompt, task=self._task)
+
+    def forward(self, features: Features) -> np.ndarray:
+        """The embeddings of one batch, float32, (texts, dim)."""
+        output = self._runs(batch_to_device(dict(features), self.device), task=self._task)
+        embeddings = output["sentence_embedding"]
+        if self._model.truncate_dim is not None:
+            embeddings = truncate_embeddings(embeddings, self._model.truncate_dim)
+        return embeddings.float().cpu().numpy()
+
+    def encode_whole(self, texts: list[str], batch_size: int) -> np.ndarray:
+        """The embeddings of texts by the model's own method."""
+        method = self._model.encode_query if self._task == "query" else self._model.encode_document
+        return np.asarray(method(texts, batch_size=batch_size, show_progress_bar=False), dtype=np.float32)
+
+
+def resolve_dtype(model: SentenceTransformer, dtype: ComputeDtype) -> Literal["model", "bfloat16"]:
+    """What ``dtype`` comes to for this model on its device."""
+    if dtype == "auto":
+        floats = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+        return "bfloat16" if floats == torch.float32 and hardware_has_bf16(model.device) else "model"
+    return dtype
+
+
+def hardware_has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu" and platform.machine().lower() in ("x86_64", "amd64"):
+        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return False
+
+
+def _prompt(model: SentenceTransformer, task: Task) -> str | None:
+    for name in PROMPT_NAMES[task]:
+        if name in model.prompts:
+            return model.prompts[name]
+    return model.prompts.get(model.default_prompt_name) if model.default_prompt_name is not None else None
+
+
+def _is_text_encoder(model: SentenceTransformer) -> bool:
+    """Whether texts become rows of tokens under an attention mask, by PyTorch, and nothing overrides encoding."""
+    own = ("encode", "encode_query", "encode_document")
+    if any(getattr(type(model), name) is not getattr(SentenceTransformer, name) for name in own):
+        return False
+    first = model[0]
+    inputs = [next(iter(r.children())) for r in first.sub_modules.values()] if isinstance(first, Router) else [first]
+    if not all(isinstance(module, Transformer) and module.backend == "torch" for module in inputs):
+        return False
+    return not any(module.can_flatten_inputs for module in inputs)
+
+
+def _in_bfloat16(model: SentenceTransformer) -> SentenceTransformer:
+    """A copy whose transformers compute in bfloat16 and hand on float32."""
+    # Tokenizers are only read, and the model card holds the trainer and its data: neither is to be copied.
+    shared: list[Any] = [model.model_card_data]
+    shared += [module.processor for module in model.modules() if isinstance(module, Transformer)]
+    working = copy.deepcopy(model, memo={id(item): item for item in shared})
+    for module in working.modules():
+        if isinstance(module, Transformer):
+            module.bfloat16()
+            module.register_forward_hook(_hand_on_float32)
+    return working.eval()
+
+
+def _hand_on_float32(module: torch.nn.Module, arguments: Any, features: Features) -> Features:
+    return {
+        name: value.float() if isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16 else value
+        for name, value in features.items()
+    }
