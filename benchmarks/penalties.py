@@ -29,8 +29,7 @@ from transformers import set_seed
 from evaluators import CollectionEvaluator
 from st_clp import CLPLoss, Collection
 from st_clp.encoding import hardware_has_bf16
-from st_clp.mining import TrainingRow, mine
-from st_clp.mining.candidates import CandidateFilter
+from st_clp.mining import MiningOptions, TrainingRow, mine
 from st_clp.mining.rows import to_dataset
 from st_clp.rundir import write_json
 
@@ -87,10 +86,9 @@ def run_seed(
     rows = mine(
         model,
         train,
-        num_negatives=options.num_negatives,
-        candidate_filter=CandidateFilter(range_min=2, range_max=30),
-        sampling_strategy="random",
-        seed=seed,
+        MiningOptions(
+            num_negatives=options.num_negatives, range_min=2, range_max=30, sampling_strategy="random", seed=seed
+        ),
         show_progress_bar=False,
     ).rows
     dataset = to_dataset(rows, num_negatives=options.num_negatives)

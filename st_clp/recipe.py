@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,7 @@ from transformers import set_seed
 
 from evaluators import CollectionEvaluator
 from st_clp.data import Collection, CollectionError
-from st_clp.mining import mine
-from st_clp.mining.candidates import CandidateFilter
+from st_clp.mining import MiningOptions, mine
 from st_clp.mining.rows import read_rows, to_dataset, write_rows
 from st_clp.moe import expert_usage, is_moe, load, train_only, upcycle
 from st_clp.report import METRICS, machine, print_scores, versions, write_card
@@ -93,14 +92,7 @@ class _Run:
     def go(self, *, resume: bool, overwrite: bool) -> dict[str, Any]:
         # Everything that may be wrong with the input is found before the folder is made or anything is computed.
         check_training_arguments(self.settings)
-        self.candidate_filter = CandidateFilter(
-            self.settings.range_min,
-            self.settings.range_max,
-            self.settings.absolute_margin,
-            self.settings.relative_margin,
-            self.settings.max_score,
-            self.settings.min_score,
-        )
+        self.mining_options = mining_options(self.settings)
         self.collections = load_collections(self.settings)
         if self.directory.finished("train") is None:
             self._base_model()
@@ -184,15 +176,9 @@ class _Run:
             mined = mine(
                 self._base_model(),
                 collection,
-                num_negatives=settings.num_negatives,
-                queries_per_negative=settings.queries_per_negative,
-                candidate_filter=self.candidate_filter,
-                sampling_strategy=settings.sampling_strategy,  # type: ignore[arg-type]
-                judged_negatives=settings.judged_negatives,  # type: ignore[arg-type]
-                prefer_known_queries=settings.prefer_known_queries,
+                self.mining_options,
                 dtype=settings.encode_dtype,  # type: ignore[arg-type]
                 batch_size=settings.encode_batch_size,
-                seed=settings.seed,
                 store_dir=self.directory.store("before", collection.corpus_name),
             )
             write_rows(self._rows_file(collection), mined.rows)
@@ -256,6 +242,16 @@ class _Run:
             "expert_usage": results["evaluate-after"]["expert_usage"],
             "seconds": {name: result["seconds"] for name, result in results.items()},
         }
+
+
+def mining_options(settings: RunSettings) -> MiningOptions:
+    """The settings that are about mining.
+
+    Raises:
+        ValueError: A value that cannot be meant.
+    """
+    values = {item.name: getattr(settings, item.name) for item in fields(MiningOptions) if hasattr(settings, item.name)}
+    return MiningOptions(**values)
 
 
 def load_collections(settings: RunSettings) -> Collections:

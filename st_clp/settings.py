@@ -36,6 +36,8 @@ LIMITS: dict[str, tuple[float, float]] = {
     "encode_batch_size": (1, NO_LIMIT),
     "num_negatives": (0, NO_LIMIT),
     "queries_per_negative": (0, NO_LIMIT),
+    "duplicate_threshold": (-1, 1),
+    "max_positives_per_query": (1, NO_LIMIT),
     "penalty_weight": (0, 1),
     "scale": (1e-9, NO_LIMIT),
     "mini_batch_size": (1, NO_LIMIT),
@@ -103,6 +105,25 @@ class RunSettings:
     )
     prefer_known_queries: bool = option(
         True, "Take candidates that a training query asks for before those that none does.", MINING
+    )
+    duplicate_threshold: float | None = option(
+        None, "Candidates with at least this cosine to a relevant document are no negatives.", MINING
+    )
+    on_shortage: str = option(
+        "relax",
+        "For a query that the filters leave with too few negatives: take the nearest misses, take random documents, "
+        "leave it with fewer, or drop it.",
+        MINING,
+        choices=("relax", "random", "fewer", "drop"),
+    )
+    candidates: str = option(
+        "model",
+        "What ranks the candidates: the model, BM25 (needs bm25s), or both by reciprocal rank.",
+        MINING,
+        choices=("model", "bm25", "mixed"),
+    )
+    max_positives_per_query: int | None = option(
+        None, "Make no more rows of a query than this, with its best-judged positives.", MINING
     )
 
     penalty_weight: float = option(0.1, "The weight of the penalty in the loss (the paper's lambda), 0 to 1.", LOSS)

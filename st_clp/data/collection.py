@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection as AnyCollection
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -102,10 +103,17 @@ class Collection:
         Judgments that name a query or document that is not there are left out, counted in ``left_out`` and said.
 
         Raises:
-            CollectionError: There are no documents.
+            CollectionError: There are no documents, or something that should be text is not.
         """
         if not documents:
             raise CollectionError(f"{name}: the corpus is empty; give at least one document")
+        for what, texts in (("document", documents), ("query", queries)):
+            for identifier, text in texts.items():
+                if not isinstance(text, str) or not isinstance(identifier, str):
+                    raise CollectionError(
+                        f"{name}: {what} {identifier!r} must be a text under an id that is a text; it is "
+                        f"{type(text).__name__} under {type(identifier).__name__}"
+                    )
         collection = cls.checked(
             MemoryCorpus(corpus_name or name, dict(documents)),
             queries,
@@ -186,18 +194,27 @@ class Collection:
 
     def without_missing_documents(self, known_ids: Iterable[str]) -> Collection:
         """A copy whose judgments name only documents in ``known_ids``; the others are counted in ``left_out``."""
-        known = known_ids if isinstance(known_ids, (set, frozenset, Mapping)) else set(known_ids)
+        missing = {doc_id for grades in self.judgments.values() for doc_id in grades}
+        # There may be many more documents than judgments: these are struck off, those are not collected.
+        if isinstance(known_ids, (Set, Mapping)):
+            missing -= known_ids.keys() if isinstance(known_ids, Mapping) else known_ids
+        else:
+            missing.difference_update(known_ids)
+        return self.without_documents(missing, "judgments of a document that is not there")
+
+    def without_documents(self, doc_ids: Set[str], cause: str) -> Collection:
+        """A copy without the judgments of these documents, which are counted in ``left_out`` under ``cause``."""
         judgments: dict[str, dict[str, int]] = {}
-        missing = 0
+        number = 0
         for query_id, grades in self.judgments.items():
-            kept = {doc_id: grade for doc_id, grade in grades.items() if doc_id in known}
-            missing += len(grades) - len(kept)
+            kept = {doc_id: grade for doc_id, grade in grades.items() if doc_id not in doc_ids}
+            number += len(grades) - len(kept)
             if kept:
                 judgments[query_id] = kept
-        if not missing:
+        if not number:
             return self
         left_out = dict(self.left_out)
-        _count(left_out, "judgments of a document that is not there", missing)
+        _count(left_out, cause, number)
         queries = {query_id: text for query_id, text in self.queries.items() if query_id in judgments}
         return replace(self, queries=queries, judgments=judgments, left_out=left_out)
 
@@ -212,21 +229,22 @@ class Collection:
         query_ids = sorted(self.judgments)
         number = min(at_most, max(1, round(len(query_ids) * share)))
         held_out = set(random.Random(seed).sample(query_ids, number))
-        return self._with_queries(set(query_ids) - held_out, "train"), self._with_queries(held_out, "dev")
+        return self.with_queries(set(query_ids) - held_out, "train"), self.with_queries(held_out, "dev")
 
     def sample(self, number: int, seed: int) -> Collection:
         """The same collection with at most ``number`` of its queries, drawn at random and kept in their order."""
         if len(self.judgments) <= number:
             return self
-        return self._with_queries(set(random.Random(seed).sample(sorted(self.judgments), number)), self.split)
+        return self.with_queries(set(random.Random(seed).sample(sorted(self.judgments), number)), self.split)
 
-    def _with_queries(self, query_ids: set[str], split: str | None) -> Collection:
+    def with_queries(self, query_ids: AnyCollection[str], split: str | None = None) -> Collection:
+        """The same collection with only these of its queries, in its order; under the name of another split or not."""
         chosen = [query_id for query_id in self.judgments if query_id in query_ids]
         return replace(
             self,
             queries={query_id: self.queries[query_id] for query_id in chosen},
             judgments={query_id: self.judgments[query_id] for query_id in chosen},
-            split=split,
+            split=split or self.split,
         )
 
     def say_left_out(self) -> None:

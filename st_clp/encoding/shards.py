@@ -15,7 +15,6 @@ on.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -25,9 +24,12 @@ from typing import IO, Any
 
 import numpy as np
 
+from st_clp.encoding.ids import FileIds
+
 MANIFEST, EMBEDDINGS, IDS, KEYS, SHARDS = "manifest.json", "embeddings.bin", "ids.jsonl", "keys.bin", "shards.jsonl"
 FORMAT = 2
 KEY_BYTES = 16
+HELD_IDS = 1_000_000  # as Python strings, some 70 bytes each; more are read from the file as they are needed
 
 
 @dataclass(frozen=True)
@@ -215,11 +217,10 @@ def start(folder: Path, manifest: dict[str, Any]) -> None:
     write_manifest(folder, manifest)
 
 
-def read_ids(folder: Path) -> list[str]:
+def read_ids(folder: Path) -> Sequence[str]:
     """All ids of the recorded shards, in order."""
-    total = sum(shard.rows for shard in read_shards(folder))
-    with open(folder / IDS, encoding="ascii") as file:
-        return [json.loads(line) for line in itertools.islice(file, total)]
+    ids = FileIds(folder / IDS, sum(shard.rows for shard in read_shards(folder)))
+    return ids if len(ids) > HELD_IDS else list(ids)
 
 
 def _line(shard: Shard) -> bytes:

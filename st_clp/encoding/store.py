@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection as AnyCollection
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ class EmbeddingStore:
         embeddings: float16 or float32, (number of documents, dim); may be a memory map.
     """
 
-    def __init__(self, ids: list[str], embeddings: np.ndarray) -> None:
+    def __init__(self, ids: Sequence[str], embeddings: np.ndarray) -> None:
         self.ids = ids
         self._embeddings = embeddings
 
@@ -42,11 +43,16 @@ class EmbeddingStore:
     def shards(self, rows: int = SHARD_ROWS) -> Iterator[tuple[list[str], np.ndarray]]:
         """Yield (ids, float32 embeddings (at most ``rows``, dim)) in corpus order."""
         for begin in range(0, len(self.ids), rows):
-            yield self.ids[begin : begin + rows], np.asarray(self._embeddings[begin : begin + rows], np.float32)
+            yield list(self.ids[begin : begin + rows]), np.asarray(self._embeddings[begin : begin + rows], np.float32)
 
     def rows(self, positions: Iterable[int]) -> np.ndarray:
         """The embeddings at these positions of ``ids``, float32, (number of positions, dim)."""
         return np.asarray(self._embeddings[np.fromiter(positions, dtype=np.int64)], np.float32)
+
+    def positions(self, doc_ids: AnyCollection[str]) -> dict[str, int]:
+        """Where these documents are in ``ids``; ids that the store does not have are absent from the answer."""
+        wanted = set(doc_ids)
+        return {doc_id: row for row, doc_id in enumerate(self.ids) if doc_id in wanted}
 
     @classmethod
     def build(

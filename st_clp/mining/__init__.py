@@ -2,6 +2,16 @@
 
 from st_clp.mining.account import MiningAccount
 from st_clp.mining.miner import MinedNegatives, mine, mine_hard_negatives
-from st_clp.mining.rows import Negative, TrainingRow
+from st_clp.mining.options import MiningOptions
+from st_clp.mining.rows import DETAIL_COLUMNS, Negative, TrainingRow
 
-__all__ = ["MinedNegatives", "MiningAccount", "Negative", "TrainingRow", "mine", "mine_hard_negatives"]
+__all__ = [
+    "DETAIL_COLUMNS",
+    "MinedNegatives",
+    "MiningAccount",
+    "MiningOptions",
+    "Negative",
+    "TrainingRow",
+    "mine",
+    "mine_hard_negatives",
+]

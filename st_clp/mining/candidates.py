@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -11,13 +12,20 @@ class Candidate:
 
     Attributes:
         doc_id: Its id.
-        rank: Its place in the model's ranking, the query's relevant documents left out, from 0.
-        score: Its similarity to the query.
+        rank: Its place in the ranking, the query's relevant documents left out, from 0.
+        score: Its similarity to the query by the model, or the cross-encoder's score where one rescored.
     """
 
     doc_id: str
     rank: int
     score: float
+
+
+class Refusal(NamedTuple):
+    """Why a candidate may not be a negative, and by how much its score is on the wrong side of a limit."""
+
+    reason: str
+    excess: float
 
 
 @dataclass(frozen=True)
@@ -55,17 +63,20 @@ class CandidateFilter:
         """Whether its rank is within ``range_min`` and ``range_max``."""
         return self.range_min <= candidate.rank < self.range_max
 
-    def reason(self, candidate: Candidate, positive_score: float) -> str | None:
+    def refusal(self, candidate: Candidate, positive_score: float) -> Refusal | None:
         """Why this candidate may not be a negative for its score; None where it may."""
-        if self.absolute_margin is not None and candidate.score > positive_score - self.absolute_margin:
-            return "within absolute_margin of the positive"
-        # The margin is a share of the positive's size, so that it points downwards for negative scores too.
-        if self.relative_margin is not None and candidate.score > positive_score - self.relative_margin * abs(
-            positive_score
-        ):
-            return "within relative_margin of the positive"
-        if self.max_score is not None and candidate.score > self.max_score:
-            return "above max_score"
+        limits: list[tuple[str, float]] = []
+        if self.absolute_margin is not None:
+            limits.append(("within absolute_margin of the positive", positive_score - self.absolute_margin))
+        if self.relative_margin is not None:
+            # The margin is a share of the positive's size, so that it points downwards for negative scores too.
+            margin = self.relative_margin * abs(positive_score)
+            limits.append(("within relative_margin of the positive", positive_score - margin))
+        if self.max_score is not None:
+            limits.append(("above max_score", self.max_score))
+        for reason, limit in limits:
+            if candidate.score > limit:
+                return Refusal(reason, candidate.score - min(limit for _, limit in limits))
         if self.min_score is not None and candidate.score < self.min_score:
-            return "below min_score"
+            return Refusal("below min_score", self.min_score - candidate.score)
         return None

@@ -1,19 +1,17 @@
-"""Choosing a query's negatives among what the model ranks for it."""
+"""Choosing a query's negatives among what is ranked for it."""
 
 from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from st_clp.data import Collection, CollectionError
-from st_clp.mining.candidates import Candidate, CandidateFilter
+from st_clp.mining.candidates import Candidate
 from st_clp.mining.negative_queries import JudgedQueries
+from st_clp.mining.options import JudgedNegatives, MiningOptions
 from st_clp.mining.ranking import Ranking
-
-SamplingStrategy = Literal["top", "random"]
-JudgedNegatives = Literal["rank", "first", "ignore"]
 
 
 @dataclass(frozen=True)
@@ -32,45 +30,50 @@ class Choice:
 
 
 class Chooser:
-    """Chooses each query's negatives. The arguments are those of :func:`st_clp.mining.mine_hard_negatives`.
+    """Chooses each query's negatives.
+
+    Args:
+        collection: The judgments.
+        corpus_ids: All documents, for random ones.
+        options: What to choose, as in :func:`st_clp.mining.mine_hard_negatives`.
+        prefer: Knows the documents that are taken first; None where there is no preference.
 
     Attributes:
         refused: Query id to the candidates that the filters refused, reason to count.
+        short: The queries for which the filters left fewer candidates than negatives are wanted.
     """
 
     def __init__(
         self,
         collection: Collection,
-        corpus_ids: list[str],
-        candidate_filter: CandidateFilter,
+        corpus_ids: Sequence[str],
+        options: MiningOptions,
         *,
-        num_negatives: int,
-        sampling_strategy: SamplingStrategy,
-        judged_negatives: JudgedNegatives,
-        seed: int,
         prefer: JudgedQueries | None = None,
     ) -> None:
         self._collection = collection
         self._corpus_ids = corpus_ids
-        self._filter = candidate_filter
-        self._number = num_negatives
-        self._sampling_strategy = sampling_strategy
-        self._judged_negatives = judged_negatives
-        self._seed = seed
+        self._options = options
+        self._filter = options.candidate_filter
+        self._number = options.num_negatives
+        self._judged_negatives: JudgedNegatives = options.judged_negatives or (
+            "first" if collection.judged_negatives else "rank"
+        )
         self._prefer = prefer
         self.refused: dict[str, Counter[str]] = {}
+        self.short: set[str] = set()
 
     def choose(self, query_id: str, ranking: Ranking) -> list[Choice]:
-        """Exactly ``num_negatives`` negatives of a query.
+        """A query's negatives: ``num_negatives`` of them, unless ``on_shortage`` allows fewer.
 
-        In this order: those judged not relevant (where they come first), candidates that pass the filters,
-        candidates that were refused, random documents.
+        In this order: those judged not relevant (where they come first), candidates that pass the filters, and
+        then what ``on_shortage`` says.
 
         Raises:
             CollectionError: The corpus has too few other documents.
         """
         # Seeded by the query, so that its negatives do not depend on the other queries.
-        generator = random.Random(f"{self._seed}\0{query_id}")
+        generator = random.Random(f"{self._options.seed}\0{query_id}")
         candidates = ranking.candidates(query_id)
         judged = {doc_id for doc_id, grade in self._collection.judgments[query_id].items() if grade <= 0}
         judged -= ranking.excluded(query_id)
@@ -80,14 +83,34 @@ class Chooser:
         taken = {choice.doc_id for choice in chosen}
         best_positive = max(ranking.positive_scores[query_id].values())
         passed, refused = self._sift(query_id, [c for c in candidates if c.doc_id not in taken], judged, best_positive)
+        if ranking.by_score:
+            passed.sort(key=lambda candidate: (-candidate.score, candidate.rank))
         missing = self._number - len(chosen)
         passed = self._order(query_id, passed, max(0, missing), generator)
-        chosen += [Choice.of(candidate, "ranking") for candidate in passed]
-        # Of those refused for their score, the deepest are the least likely to be unjudged answers.
-        chosen += [Choice.of(candidate, "filtered") for candidate in reversed(refused)]
-        chosen = chosen[: self._number]
+        chosen = [*chosen, *(Choice.of(candidate, "ranking") for candidate in passed)][: self._number]
+        self.short.discard(query_id)
         if len(chosen) < self._number:
-            chosen += self._fill(query_id, chosen, candidates, ranking, generator)
+            self.short.add(query_id)
+            chosen = self._make_up(query_id, chosen, refused, candidates, ranking, generator)
+        return chosen
+
+    def _make_up(
+        self,
+        query_id: str,
+        chosen: list[Choice],
+        refused: list[Candidate],
+        candidates: list[Candidate],
+        ranking: Ranking,
+        generator: random.Random,
+    ) -> list[Choice]:
+        """What becomes of a query with too few negatives."""
+        if self._options.on_shortage in ("fewer", "drop"):
+            return chosen
+        relaxed = [Choice.of(candidate, "relaxed") for candidate in refused]
+        if self._options.on_shortage == "relax":
+            chosen = [*chosen, *relaxed][: self._number]
+        if len(chosen) < self._number:
+            chosen = [*chosen, *self._fill(query_id, chosen, refused, candidates, ranking, generator)]
         return chosen
 
     def _order(self, query_id: str, passed: list[Candidate], number: int, generator: random.Random) -> list[Candidate]:
@@ -97,7 +120,7 @@ class Chooser:
             known = [c for c in passed if self._prefer.knows(c.doc_id, query_id=query_id)]
         taken = {candidate.doc_id for candidate in known}
         others = [candidate for candidate in passed if candidate.doc_id not in taken]
-        if self._sampling_strategy == "random":
+        if self._options.sampling_strategy == "random":
             known = _draw(known, number, generator)
             others = _draw(others, number - len(known), generator)
         return known + others
@@ -105,43 +128,50 @@ class Chooser:
     def _sift(
         self, query_id: str, candidates: list[Candidate], judged: set[str], positive_score: float
     ) -> tuple[list[Candidate], list[Candidate]]:
-        """(candidates that may be negatives, those within range that were refused for their score), best first."""
-        passed, refused = [], []
+        """(candidates that may be negatives, best first; those within range that were refused, nearest miss first)."""
+        passed: list[Candidate] = []
+        refused: list[tuple[float, Candidate]] = []
         reasons: Counter[str] = Counter()
         # A margin guards against unjudged answers; a document that was judged needs no guard.
         trusted = judged if self._judged_negatives != "ignore" else set()
         for candidate in candidates:
             if not self._filter.in_range(candidate):
                 continue
-            reason = None if candidate.doc_id in trusted else self._filter.reason(candidate, positive_score)
-            if reason is None:
+            refusal = None if candidate.doc_id in trusted else self._filter.refusal(candidate, positive_score)
+            if refusal is None:
                 passed.append(candidate)
             else:
-                reasons[reason] += 1
-                refused.append(candidate)
+                reasons[refusal.reason] += 1
+                refused.append((refusal.excess, candidate))
         self.refused[query_id] = reasons
-        return passed, refused
+        # The nearest miss is the least likely to be what the filter guards against; of equals, the deepest.
+        refused.sort(key=lambda pair: (pair[0], -pair[1].rank))
+        return passed, [candidate for _, candidate in refused]
 
     def _fill(
         self,
         query_id: str,
         chosen: list[Choice],
+        refused: list[Candidate],
         candidates: list[Candidate],
         ranking: Ranking,
         generator: random.Random,
     ) -> list[Choice]:
-        """Random documents for the places that are left; skipped candidates where the corpus has nothing else."""
+        """Random documents for the places that are left; other candidates where the corpus has nothing else."""
         missing = self._number - len(chosen)
         taken = {choice.doc_id for choice in chosen}
         taboo = taken | ranking.excluded(query_id) | {candidate.doc_id for candidate in candidates}
         sample = generator.sample(self._corpus_ids, min(len(self._corpus_ids), missing + len(taboo)))
         filled = [Choice(doc_id, None, None, "random") for doc_id in sample if doc_id not in taboo][:missing]
-        skipped = [Choice.of(c, "filtered") for c in reversed(candidates) if c.doc_id not in taken]
-        filled += skipped[: missing - len(filled)]
+        left = [candidate for candidate in refused if candidate.doc_id not in taken]
+        seen = taken | {candidate.doc_id for candidate in left}
+        left += [candidate for candidate in reversed(candidates) if candidate.doc_id not in seen]
+        filled += [Choice.of(candidate, "relaxed") for candidate in left[: missing - len(filled)]]
         if len(filled) < missing:
             raise CollectionError(
                 f"{self._collection.corpus_name}: the corpus has {len(self._corpus_ids)} documents, too few for "
-                f"{self._number} negatives of query {query_id!r}; ask for fewer (num_negatives)"
+                f"{self._number} negatives of query {query_id!r}; ask for fewer (num_negatives), or let such queries "
+                "have fewer (on_shortage='fewer')"
             )
         return filled
 

@@ -1,16 +1,15 @@
 """ANCE mining: the model that is about to be trained ranks the corpus, and what it wrongly ranks high is a negative.
 
 Xiong et al. (2021), Approximate Nearest Neighbor Negative Contrastive Learning for Dense Text Retrieval,
-arXiv:2007.00808. Here the search is exact.
+arXiv:2007.00808. Here the search is exact, unless an approximate index is asked for.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from sentence_transformers import SentenceTransformer
@@ -18,16 +17,22 @@ from sentence_transformers import SentenceTransformer
 from st_clp.data import Collection
 from st_clp.encoding import ComputeDtype, EmbeddingStore
 from st_clp.mining.account import MiningAccount
-from st_clp.mining.candidates import CandidateFilter
-from st_clp.mining.chooser import Choice, Chooser, JudgedNegatives, SamplingStrategy
+from st_clp.mining.chooser import Choice, Chooser
 from st_clp.mining.negative_queries import JudgedQueries
-from st_clp.mining.ranking import Ranking
+from st_clp.mining.options import (
+    CandidateSource,
+    JudgedNegatives,
+    MiningOptions,
+    OnShortage,
+    SamplingStrategy,
+)
+from st_clp.mining.ranking import Ranker, Ranking
+from st_clp.mining.rescoring import rescore
 from st_clp.mining.rows import Negative, TrainingRow, to_dataset, write_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-logger = logging.getLogger(__name__)
+    from sentence_transformers import CrossEncoder
 
 
 @dataclass(frozen=True)
@@ -58,17 +63,27 @@ def mine_hard_negatives(
     sampling_strategy: SamplingStrategy = "top",
     judged_negatives: JudgedNegatives | None = None,
     prefer_known_queries: bool = True,
+    duplicate_threshold: float | None = None,
+    on_shortage: OnShortage = "relax",
+    candidates: CandidateSource = "model",
+    cross_encoder: CrossEncoder | None = None,
+    index: str | None = None,
+    nprobe: int | None = None,
+    max_queries: int | None = None,
+    max_positives_per_query: int | None = None,
     dtype: ComputeDtype = "auto",
     batch_size: int | None = None,
     seed: int = 0,
     store_dir: str | os.PathLike[str] | None = None,
     output_file: str | os.PathLike[str] | None = None,
+    output_details: bool = False,
     show_progress_bar: bool = True,
+    verbose: bool = True,
 ) -> Dataset:
     """Mine hard negatives with the model itself, and the queries that they answer, ready for CLPLoss.
 
-    No query with a relevant document is dropped: where the filters leave one short, its negatives are filled up
-    with the deepest-ranked of the refused candidates and then with random documents, counted in the log.
+    Every query with a relevant document comes back, unless ``on_shortage`` says otherwise, and the account says what
+    became of each.
 
     Args:
         model: The model that is about to be trained; its own similarity function ranks.
@@ -89,6 +104,23 @@ def mine_hard_negatives(
         prefer_known_queries: Take candidates for which the judgments know a query before those without one, so
             that the penalty holds as many negatives as can be. In a small corpus this also keeps documents that
             no training query asks for from being pushed away by every query and pulled by none.
+        duplicate_threshold: Candidates whose embedding has at least this cosine with that of a relevant document are
+            no negatives: most are the same passage in other words. A document with the very text of a relevant one
+            never is, whatever this says. None: there is no threshold.
+        on_shortage: What to do for a query that the filters leave with too few negatives. ``"relax"`` takes the
+            candidates that failed a filter by least, then random documents; ``"random"`` takes random documents
+            alone; ``"fewer"`` leaves it with fewer (their columns hold the positive, which CLPLoss never
+            takes for the row's negative); ``"drop"`` leaves out the query. All are counted in the account and marked
+            in the rows.
+        candidates: What ranks: the ``"model"``; ``"bm25"`` (which needs bm25s); or both ``"mixed"`` by reciprocal
+            rank. The scores, and so the margins, are the model's in any case.
+        cross_encoder: Scores the candidates anew; margins and the order of the negatives go by its scores, ranks by
+            the ranking's.
+        index: Search approximately by this FAISS factory, such as ``"IVF4096,PQ64"`` or ``"HNSW32"``; its recall is
+            in the account. None searches exactly.
+        nprobe: How many lists an IVF index looks through for a query.
+        max_queries: Use no more than this many of the collection's queries (so of its language), drawn at random.
+        max_positives_per_query: Make no more than this many rows of a query, with its best-judged positives.
         dtype: What the model computes in: ``"model"`` its own precision, ``"bfloat16"``, or ``"auto"``: bfloat16 where
             the hardware multiplies it, several times as fast.
         batch_size: No more texts than this in one forward pass. None: as many as fill it with tokens.
@@ -96,124 +128,176 @@ def mine_hard_negatives(
         store_dir: A folder to keep the documents' embeddings in, and the queries' in one beside it, so that mining can
             be stopped and gone on with, and mining again with other options encodes nothing; None keeps them in memory.
         output_file: Write the rows here too, as JSON lines in the format of the paper's code.
+        output_details: Add columns with ids, ranks, scores and how each negative was chosen
+            (``st_clp.mining.DETAIL_COLUMNS``); take them out before training.
         show_progress_bar: Show progress.
+        verbose: Print the account.
 
     Returns:
         Columns ``anchor``, ``positive``, ``negative_1`` …, ``negative_query_1`` …, ``label`` (the weight of each
-        negative query: 0 where none is known).
+        negative query: 0 where none is known). The account is kept as ``info.description``; :func:`mine` returns it
+        as an object that can be plotted.
 
     Raises:
         CollectionError: No query has a relevant document, or the corpus is too small for so many negatives.
-        ValueError: An option is out of range.
+        ModuleNotFoundError: Something that an option needs is not installed.
+        ValueError: An option is out of range, or an embedding is not finite (with the document's id).
     """
-    mined = mine(
-        model,
-        collection,
+    options = MiningOptions(
         num_negatives=num_negatives,
         queries_per_negative=queries_per_negative,
-        candidate_filter=CandidateFilter(range_min, range_max, absolute_margin, relative_margin, max_score, min_score),
+        range_min=range_min,
+        range_max=range_max,
+        absolute_margin=absolute_margin,
+        relative_margin=relative_margin,
+        max_score=max_score,
+        min_score=min_score,
         sampling_strategy=sampling_strategy,
         judged_negatives=judged_negatives,
         prefer_known_queries=prefer_known_queries,
+        duplicate_threshold=duplicate_threshold,
+        on_shortage=on_shortage,
+        candidates=candidates,
+        index=index,
+        nprobe=nprobe,
+        max_queries=max_queries,
+        max_positives_per_query=max_positives_per_query,
+        seed=seed,
+    )
+    mined = mine(
+        model,
+        collection,
+        options,
+        cross_encoder=cross_encoder,
         dtype=dtype,
         batch_size=batch_size,
-        seed=seed,
         store_dir=store_dir,
         show_progress_bar=show_progress_bar,
     )
     if output_file is not None:
         write_rows(output_file, mined.rows)
-    logger.info("%s", mined.account)
-    return to_dataset(mined.rows, num_negatives=num_negatives, queries_per_negative=queries_per_negative)
+    if verbose:
+        print(mined.account)
+    return to_dataset(
+        mined.rows,
+        num_negatives=num_negatives,
+        queries_per_negative=queries_per_negative,
+        details=output_details,
+        description=str(mined.account),
+    )
 
 
 def mine(
     model: SentenceTransformer,
     collection: Collection,
+    options: MiningOptions | None = None,
     *,
-    num_negatives: int = 4,
-    queries_per_negative: int = 1,
-    candidate_filter: CandidateFilter | None = None,
-    sampling_strategy: SamplingStrategy = "top",
-    judged_negatives: JudgedNegatives | None = None,
-    prefer_known_queries: bool = True,
+    cross_encoder: CrossEncoder | None = None,
     dtype: ComputeDtype = "auto",
     batch_size: int | None = None,
-    seed: int = 0,
     store_dir: str | os.PathLike[str] | None = None,
     show_progress_bar: bool = True,
 ) -> MinedNegatives:
     """As :func:`mine_hard_negatives`, but returns the rows with ids, ranks, scores and the account."""
-    candidate_filter = candidate_filter or CandidateFilter()
-    _check_options(num_negatives, queries_per_negative, sampling_strategy, judged_negatives)
+    options = options or MiningOptions()
     collection.require_positives()
-    started = time.perf_counter()
+    clock = _Clock()
     store = EmbeddingStore.build(
         model, collection, store_dir, dtype=dtype, batch_size=batch_size, show_progress_bar=show_progress_bar
     )
-    collection = collection.without_missing_documents(store.ids)
-    collection.require_positives()
-    encoded = time.perf_counter()
-    ranking = Ranking(
+    clock.lap("documents")
+    usable = _usable(collection, store)
+    drawn = usable if options.max_queries is None else _draw_queries(usable, options.max_queries, options.seed)
+    ranker = Ranker(
         model,
-        collection,
+        drawn,
         store,
-        candidate_filter.range_max,
+        options,
         query_store_dir=None if store_dir is None else f"{os.fspath(store_dir)}.queries",
         dtype=dtype,
         batch_size=batch_size,
         show_progress_bar=show_progress_bar,
     )
-    searched = time.perf_counter()
-    known = JudgedQueries(collection, seed=seed)
-    chooser = Chooser(
-        collection,
-        store.ids,
-        candidate_filter,
-        num_negatives=num_negatives,
-        sampling_strategy=sampling_strategy,
-        judged_negatives=judged_negatives or ("first" if collection.judged_negatives else "rank"),
-        seed=seed,
-        prefer=known if prefer_known_queries else None,
-    )
-    chosen, texts = _choose(collection, ranking, chooser)
-    rows = _make_rows(collection, ranking, chosen, texts, known, queries_per_negative)
+    clock.lap("queries")
+    ranking = ranker.rank()
+    clock.lap("search")
+    if cross_encoder is not None:
+        rescore(ranking, drawn, cross_encoder, batch_size=batch_size, show_progress_bar=show_progress_bar)
+        clock.lap("rescoring")
+    # Whether a document answers another query is known from all judgments, drawn or not.
+    known = JudgedQueries(usable, seed=options.seed)
+    chooser = Chooser(drawn, store.ids, options, prefer=known if options.prefer_known_queries else None)
+    chosen, texts, blank = _choose(drawn, ranking, chooser)
+    dropped = chooser.short if options.on_shortage == "drop" else set()
+    rows = _make_rows(drawn, ranking, {q: c for q, c in chosen.items() if q not in dropped}, texts, known, options)
+    clock.lap("choice")
     account = MiningAccount(
         collection.name,
         queries=len(collection.queries),
-        queries_without_positive=len(collection.queries) - len(ranking.query_ids),
-        filtered=dict(sum(chooser.refused.values(), Counter())),
-        seconds={
-            "documents": encoded - started,
-            "queries and search": searched - encoded,
-            "choice": time.perf_counter() - searched,
-        },
+        queries_without_positive=len(collection.queries) - len(usable.positives()),
+        queries_not_drawn=len(usable.positives()) - len(drawn.positives()),
+        queries_dropped=len(dropped),
+        filtered=_refused(chooser, ranking, blank),
+        left_out=usable.left_out,
+        search=asdict(ranking.note) if ranking.note else None,
+        seconds=clock.laps,
     )
-    account.add_rows(rows)
+    account.add_rows(rows, options.num_negatives)
     return MinedNegatives(rows, account)
 
 
-def _check_options(
-    num_negatives: int, queries_per_negative: int, sampling_strategy: str, judged_negatives: str | None
-) -> None:
-    if num_negatives < 0:
-        raise ValueError(f"num_negatives must be at least 0, got {num_negatives}")
-    if queries_per_negative < 0:
-        raise ValueError(f"queries_per_negative must be at least 0, got {queries_per_negative}")
-    if sampling_strategy not in ("top", "random"):
-        raise ValueError(f"sampling_strategy must be 'top' or 'random', got {sampling_strategy!r}")
-    if judged_negatives not in (None, "rank", "first", "ignore"):
-        raise ValueError(f"judged_negatives must be 'rank', 'first' or 'ignore', got {judged_negatives!r}")
+class _Clock:
+    """Seconds between laps, by name."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name], self._last = now - self._last, now
+
+
+def _usable(collection: Collection, store: EmbeddingStore) -> Collection:
+    """The collection without judgments that cannot be used: of documents that are not there, or have no text.
+
+    Raises:
+        CollectionError: No query with a relevant document is left.
+    """
+    usable = collection.without_missing_documents(store.ids)
+    relevant = {doc_id for doc_ids in usable.positives().values() for doc_id in doc_ids}
+    blank = {doc_id for doc_id, document in usable.get_documents(relevant).items() if not document.text.strip()}
+    usable = usable.without_documents(blank, "judgments of a document without text")
+    usable.require_positives()
+    if usable is not collection:
+        usable.say_left_out()
+    return usable
+
+
+def _draw_queries(collection: Collection, number: int, seed: int) -> Collection:
+    """The collection with so many of the queries that have a relevant document."""
+    return collection.with_queries(collection.positives()).sample(number, seed)
+
+
+def _refused(chooser: Chooser, ranking: Ranking, blank: int) -> dict[str, int]:
+    refused = dict(sum(chooser.refused.values(), Counter()))
+    if ranking.near_duplicates:
+        refused["near-duplicate of a relevant document"] = ranking.near_duplicates
+    if blank:
+        refused["document without text"] = blank
+    return refused
 
 
 def _choose(
     collection: Collection, ranking: Ranking, chooser: Chooser
-) -> tuple[dict[str, list[Choice]], dict[str, str]]:
-    """Every query's negatives, and the texts of all documents in the rows.
+) -> tuple[dict[str, list[Choice]], dict[str, str], int]:
+    """Every query's negatives, the texts of all documents in the rows, and how many blank documents were passed over.
 
-    A document with the same text as a relevant one is an answer too, whatever its id. Texts are only known once
-    documents are chosen, so such a choice is excluded and made again until there is none.
+    A document with the same text as a relevant one is an answer too, whatever its id, and one without text teaches
+    nothing. Texts are only known once documents are chosen, so such a choice is excluded and made again until there
+    is none.
     """
+    blank: set[str] = set()
     chosen: dict[str, list[Choice]] = {}
     texts: dict[str, str] = {}
     open_queries = ranking.query_ids
@@ -225,14 +309,17 @@ def _choose(
         found = collection.get_documents(wanted - texts.keys())
         texts.update({doc_id: document.text for doc_id, document in found.items()})
         again = []
+        empty = {doc_id for doc_id in found if not texts[doc_id].strip()}
+        ranking.exclude_everywhere(empty)
+        blank |= empty
         for query_id in open_queries:
             answers = {texts[doc_id] for doc_id in ranking.positive_scores[query_id]}
             copies = {choice.doc_id for choice in chosen[query_id] if texts[choice.doc_id] in answers}
-            if copies:
-                ranking.exclude(query_id, copies)
+            ranking.exclude(query_id, copies)
+            if copies or any(choice.doc_id in blank for choice in chosen[query_id]):
                 again.append(query_id)
         open_queries = again
-    return chosen, texts
+    return chosen, texts, len(blank)
 
 
 def _make_rows(
@@ -241,10 +328,12 @@ def _make_rows(
     chosen: dict[str, list[Choice]],
     texts: dict[str, str],
     known: JudgedQueries,
-    queries_per_negative: int,
+    options: MiningOptions,
 ) -> list[TrainingRow]:
     def negative(choice: Choice, query_id: str, positive_id: str) -> Negative:
-        queries = known.find(choice.doc_id, query_id=query_id, positive_id=positive_id, number=queries_per_negative)
+        queries = known.find(
+            choice.doc_id, query_id=query_id, positive_id=positive_id, number=options.queries_per_negative
+        )
         return Negative(choice.doc_id, texts[choice.doc_id], choice.rank, choice.score, choice.source, tuple(queries))
 
     return [
@@ -256,6 +345,15 @@ def _make_rows(
             score,
             tuple(negative(choice, query_id, positive_id) for choice in chosen[query_id]),
         )
-        for query_id in ranking.query_ids
-        for positive_id, score in ranking.positive_scores[query_id].items()
+        for query_id in chosen
+        for positive_id, score in _positives(collection, ranking, query_id, options.max_positives_per_query)
     ]
+
+
+def _positives(collection: Collection, ranking: Ranking, query_id: str, at_most: int | None) -> list[tuple[str, float]]:
+    """The query's relevant documents with their scores: all of them, or the best-judged."""
+    scored = list(ranking.positive_scores[query_id].items())
+    if at_most is None or len(scored) <= at_most:
+        return scored
+    grades = collection.judgments[query_id]
+    return sorted(scored, key=lambda pair: (-grades[pair[0]], -pair[1]))[:at_most]

@@ -1,35 +1,110 @@
-"""What a model ranks for the training queries."""
+"""What is ranked for the training queries: by the model, by BM25, or by both."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from sentence_transformers import SentenceTransformer
 
 from st_clp.data import Collection, MemoryCorpus
 from st_clp.encoding import ComputeDtype, EmbeddingStore
+from st_clp.mining.bm25 import BM25, fuse
 from st_clp.mining.candidates import Candidate
-from st_clp.search import pair_scores, search
+from st_clp.mining.options import MiningOptions
+from st_clp.search import ApproximateIndex, pair_scores, search_rows
+
+QUERIES_TOGETHER = 1024  # whose candidates' embeddings are held at once
+
+
+@dataclass(frozen=True)
+class SearchNote:
+    """How an approximate search went: the index's factory, and its recall over so many queries."""
+
+    index: str
+    recall: float
+    recall_queries: int
 
 
 class Ranking:
-    """The corpus as the model ranks it for every training query, the relevant documents left out.
+    """The corpus as it is ranked for every training query, the relevant documents left out.
+
+    Attributes:
+        query_ids: The queries that are ranked for.
+        positive_scores: Query id to {relevant document's id: its similarity to the query}.
+        near_duplicates: How many candidates were left out for being too like a relevant document.
+        note: How the approximate search went; None after an exact one.
+        by_score: Whether candidates are to be taken by score and not by rank.
+    """
+
+    def __init__(
+        self,
+        positive_scores: dict[str, dict[str, float]],
+        doc_ids: Sequence[str],
+        rows: np.ndarray,
+        scores: np.ndarray,
+        *,
+        note: SearchNote | None = None,
+    ) -> None:
+        self.query_ids = list(positive_scores)
+        self.positive_scores = positive_scores
+        self.near_duplicates = 0
+        self.note = note
+        self.by_score = False
+        self._doc_ids = doc_ids
+        self._place = {query_id: row for row, query_id in enumerate(self.query_ids)}
+        self._rows, self._scores = rows, scores
+        self._excluded = {query_id: set(relevant) for query_id, relevant in positive_scores.items()}
+        self._excluded_everywhere: set[str] = set()
+
+    def candidates(self, query_id: str) -> list[Candidate]:
+        """The query's candidates, best first, without its relevant documents."""
+        place = self._place[query_id]
+        excluded = self.excluded(query_id)
+        found = [
+            (self._doc_ids[row], score)
+            for row, score in zip(self._rows[place].tolist(), self._scores[place].tolist(), strict=True)
+            if row >= 0
+        ]
+        kept = [pair for pair in found if pair[0] not in excluded]
+        return [Candidate(doc_id, rank, score) for rank, (doc_id, score) in enumerate(kept)]
+
+    def excluded(self, query_id: str) -> set[str]:
+        """Documents that are no candidates: the relevant ones, and those that were excluded since."""
+        return self._excluded[query_id] | self._excluded_everywhere
+
+    def exclude(self, query_id: str, doc_ids: set[str]) -> None:
+        """Leave these documents out of the query's candidates too."""
+        self._excluded[query_id] |= doc_ids
+
+    def exclude_everywhere(self, doc_ids: set[str]) -> None:
+        """Leave these documents out of every query's candidates."""
+        self._excluded_everywhere |= doc_ids
+
+    def replace_scores(self, query_id: str, positives: dict[str, float], candidates: dict[str, float]) -> None:
+        """Put a cross-encoder's scores in place of the model's; ranks stay, but negatives are taken by score."""
+        self.by_score = True
+        self.positive_scores[query_id] = positives
+        place = self._place[query_id]
+        for column, row in enumerate(self._rows[place].tolist()):
+            if row >= 0 and (score := candidates.get(self._doc_ids[row])) is not None:
+                self._scores[place, column] = score
+
+
+class Ranker:
+    """Ranks a store's documents for a collection's queries.
 
     Args:
         model: The model that ranks.
         collection: Its queries that have a relevant document are ranked for.
         store: The documents' embeddings by the same model.
-        depth: How many candidates for each query.
+        options: How many candidates, from where, and which of them are near-duplicates.
         query_store_dir: A folder to keep the queries' embeddings in; None keeps them in memory.
         dtype: As in :func:`st_clp.encoding.encode_documents`.
         batch_size: No more texts than this in one forward pass. None: as many as fill it with tokens.
-        show_progress_bar: Show the encoding of the queries.
-
-    Attributes:
-        query_ids: The queries that are ranked for.
-        positive_scores: Query id to {relevant document's id: its similarity to the query}.
+        show_progress_bar: Show progress.
     """
 
     def __init__(
@@ -37,17 +112,20 @@ class Ranking:
         model: SentenceTransformer,
         collection: Collection,
         store: EmbeddingStore,
-        depth: int,
+        options: MiningOptions,
         *,
         query_store_dir: str | os.PathLike[str] | None = None,
         dtype: ComputeDtype = "model",
         batch_size: int | None = None,
         show_progress_bar: bool = True,
     ) -> None:
-        positives = collection.positives()
-        self.query_ids = list(positives)
-        asked = MemoryCorpus(f"{collection.name} queries", {q: collection.queries[q] for q in self.query_ids})
-        queries = EmbeddingStore.build(
+        self._model, self._collection, self._store, self._options = model, collection, store, options
+        self._show_progress_bar = show_progress_bar
+        self._positives = collection.positives()
+        query_ids = list(self._positives)
+        self._texts = [collection.queries[query_id] for query_id in query_ids]
+        asked = MemoryCorpus(f"{collection.name} queries", dict(zip(query_ids, self._texts, strict=True)))
+        self._queries = EmbeddingStore.build(
             model,
             asked,
             query_store_dir,
@@ -55,39 +133,91 @@ class Ranking:
             dtype=dtype,
             batch_size=batch_size,
             show_progress_bar=show_progress_bar,
-        ).rows(range(len(self.query_ids)))
-        self.positive_scores = _score_positives(model, store, positives, queries)
-        self._excluded = {query_id: set(doc_ids) for query_id, doc_ids in positives.items()}
-        # Relevant documents are in the ranking too, so look deeper by as many as the query with the most of them has.
-        most = max(map(len, positives.values()))
-        scores, doc_ids = search(model, queries, store, min(len(store), depth + most))
-        self._rows = {query_id: (doc_ids[row], scores[row]) for row, query_id in enumerate(self.query_ids)}
+        ).rows(range(len(query_ids)))
+        relevant = {doc_id for doc_ids in self._positives.values() for doc_id in doc_ids}
+        self._position = store.positions(relevant)
+        # Relevant documents are ranked too, so look deeper by as many as the query with the most of them has.
+        self._depth = min(len(store), options.range_max + max(map(len, self._positives.values())))
 
-    def candidates(self, query_id: str) -> list[Candidate]:
-        """The query's candidates, best first, without its relevant documents."""
-        excluded = self._excluded[query_id]
-        kept = [(d, float(s)) for d, s in zip(*self._rows[query_id], strict=True) if d not in excluded]
-        return [Candidate(doc_id, rank, score) for rank, (doc_id, score) in enumerate(kept)]
+    def rank(self) -> Ranking:
+        """Rank, by what the options name.
 
-    def excluded(self, query_id: str) -> set[str]:
-        """Documents that are no candidates: the relevant ones, and those that were excluded since."""
-        return self._excluded[query_id]
+        Raises:
+            ModuleNotFoundError: BM25 is asked for and not installed.
+            ValueError: An index that FAISS cannot make.
+        """
+        note = None
+        if self._options.candidates == "bm25":
+            rows = self._by_bm25()
+            scores = self._score(rows)
+        else:
+            rows, scores, note = self._by_model()
+            if self._options.candidates == "mixed":
+                rows = fuse(rows, self._by_bm25(), k=self._depth)
+                scores = self._score(rows)
+        ranking = Ranking(self._score_positives(), self._store.ids, rows, scores, note=note)
+        for query_id, doc_ids in self._near_duplicates(rows):
+            ranking.exclude(query_id, doc_ids)
+            ranking.near_duplicates += len(doc_ids)
+        return ranking
 
-    def exclude(self, query_id: str, doc_ids: set[str]) -> None:
-        """Leave these documents out of the query's candidates too."""
-        self._excluded[query_id] |= doc_ids
+    def _by_model(self) -> tuple[np.ndarray, np.ndarray, SearchNote | None]:
+        if self._options.index is None:
+            scores, rows = search_rows(self._model, self._queries, self._store, self._depth)
+            return rows, scores, None
+        index = ApproximateIndex(
+            self._model,
+            self._store,
+            self._options.index,
+            nprobe=self._options.nprobe,
+            seed=self._options.seed,
+            show_progress_bar=self._show_progress_bar,
+        )
+        found = index.search(self._queries, self._depth)
+        # Codes only come near the embeddings; margins are to compare true scores.
+        scores = self._score(found.rows)
+        order = np.argsort(-scores, axis=1, kind="stable")
+        rows, scores = np.take_along_axis(found.rows, order, axis=1), np.take_along_axis(scores, order, axis=1)
+        return rows, scores, SearchNote(self._options.index, found.recall, found.recall_queries)
+
+    def _by_bm25(self) -> np.ndarray:
+        bm25 = BM25(self._collection.corpus, show_progress_bar=self._show_progress_bar)
+        return bm25.search(self._texts, self._depth)
+
+    def _score(self, rows: np.ndarray) -> np.ndarray:
+        """The model's similarity of each query to the documents in these places; -inf where there is none."""
+        scores = np.full(rows.shape, -np.inf, dtype=np.float32)
+        for begin in range(0, len(rows), QUERIES_TOGETHER):
+            block = rows[begin : begin + QUERIES_TOGETHER]
+            at, column = np.nonzero(block >= 0)
+            documents = self._store.rows(block[at, column].tolist())
+            scores[begin + at, column] = pair_scores(self._model, self._queries[begin + at], documents)
+        return scores
+
+    def _near_duplicates(self, rows: np.ndarray) -> Iterator[tuple[str, set[str]]]:
+        """Yield (query id, its candidates that are too like one of its relevant documents)."""
+        threshold = self._options.duplicate_threshold
+        if threshold is None:
+            return
+        for row, (query_id, doc_ids) in enumerate(self._positives.items()):
+            relevant = [self._position[doc_id] for doc_id in doc_ids]
+            ranked = rows[row][(rows[row] >= 0) & ~np.isin(rows[row], relevant)]
+            likeness = _unit(self._store.rows(ranked.tolist())) @ _unit(self._store.rows(relevant)).T
+            yield query_id, {self._store.ids[place] for place in ranked[(likeness >= threshold).any(axis=1)].tolist()}
+
+    def _score_positives(self) -> dict[str, dict[str, float]]:
+        pairs = [
+            (row, query_id, doc_id)
+            for row, (query_id, doc_ids) in enumerate(self._positives.items())
+            for doc_id in doc_ids
+        ]
+        documents = self._store.rows([self._position[doc_id] for _, _, doc_id in pairs])
+        scores = pair_scores(self._model, self._queries[[row for row, _, _ in pairs]], documents)
+        found: dict[str, dict[str, float]] = {query_id: {} for query_id in self._positives}
+        for (_, query_id, doc_id), score in zip(pairs, scores, strict=True):
+            found[query_id][doc_id] = float(score)
+        return found
 
 
-def _score_positives(
-    model: SentenceTransformer, store: EmbeddingStore, positives: dict[str, list[str]], queries: np.ndarray
-) -> dict[str, dict[str, float]]:
-    position = {doc_id: row for row, doc_id in enumerate(store.ids)}
-    pairs: Sequence[tuple[int, str, str]] = [
-        (row, query_id, doc_id) for row, (query_id, doc_ids) in enumerate(positives.items()) for doc_id in doc_ids
-    ]
-    documents = store.rows(position[doc_id] for _, _, doc_id in pairs)
-    scores = pair_scores(model, queries[[row for row, _, _ in pairs]], documents)
-    found: dict[str, dict[str, float]] = {query_id: {} for query_id in positives}
-    for (_, query_id, doc_id), score in zip(pairs, scores, strict=True):
-        found[query_id][doc_id] = float(score)
-    return found
+def _unit(embeddings: np.ndarray) -> np.ndarray:
+    return embeddings / np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)

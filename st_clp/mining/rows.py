@@ -15,6 +15,17 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+DETAIL_COLUMNS = [
+    "query_id",
+    "positive_id",
+    "positive_score",
+    "negative_ids",
+    "negative_ranks",
+    "negative_scores",
+    "negative_sources",
+]
+
+
 @dataclass(frozen=True)
 class Negative:
     """A hard negative of one row.
@@ -22,9 +33,10 @@ class Negative:
     Attributes:
         doc_id: Its id in the corpus.
         text: Its text.
-        rank: Its place in the model's ranking without the relevant documents, from 0; None if it was not ranked.
-        score: Its similarity to the row's query; None if it was not ranked.
-        source: How it came to be chosen: ``"ranking"``, ``"judged"``, ``"filtered"`` or ``"random"``.
+        rank: Its place in the ranking without the relevant documents, from 0; None if it was not ranked.
+        score: Its similarity to the row's query, or a cross-encoder's score; None if it was not ranked.
+        source: How it came to be chosen: ``"ranking"``, ``"judged"``, ``"relaxed"`` (it was refused by a filter,
+            and there was no other) or ``"random"``.
         queries: Queries that it answers, none of them the row's own.
     """
 
@@ -57,14 +69,34 @@ class TrainingRow:
     negatives: tuple[Negative, ...] = field(default=())
 
 
-def to_dataset(rows: Iterable[TrainingRow], *, num_negatives: int, queries_per_negative: int = 1) -> Dataset:
+def to_dataset(
+    rows: Iterable[TrainingRow],
+    *,
+    num_negatives: int,
+    queries_per_negative: int = 1,
+    details: bool = False,
+    description: str = "",
+) -> Dataset:
     """The columns that CLPLoss reads, as a ``datasets.Dataset``.
 
     Columns, in order: ``anchor``, ``positive``, ``negative_1`` … ``negative_n``, then the queries of the negatives,
     m for each in order, and ``label``: for each of those n·m queries its weight, 1, or 0 where the negative has no
     known query (its column then holds an empty text). Without negative queries (m = 0) there is no label.
+
+    A row with fewer negatives than columns has its positive in the others, with weight 0: CLPLoss, which knows a copy
+    of the positive by its text, never takes it for this row's negative. To the other rows of a batch it is one more
+    copy of an in-batch negative.
+
+    Args:
+        rows: The rows.
+        num_negatives: n.
+        queries_per_negative: m.
+        details: Add ``query_id``, ``positive_id``, ``positive_score``, and for each row's negatives lists of their
+            ``negative_ids``, ``negative_ranks``, ``negative_scores`` and ``negative_sources``. No loss reads these:
+            take them out before training (``dataset.remove_columns(DETAIL_COLUMNS)``).
+        description: Kept as ``dataset.info.description``.
     """
-    from datasets import Dataset
+    from datasets import Dataset, DatasetInfo
 
     columns: dict[str, list[Any]] = {"anchor": [], "positive": []}
     for n in range(1, num_negatives + 1):
@@ -75,19 +107,36 @@ def to_dataset(rows: Iterable[TrainingRow], *, num_negatives: int, queries_per_n
     weighted = bool(num_negatives and queries_per_negative)
     if weighted:
         columns["label"] = []
+    for name in DETAIL_COLUMNS if details else ():
+        columns[name] = []
     for row in rows:
         columns["anchor"].append(row.query)
         columns["positive"].append(row.positive)
         weights: list[float] = []
-        for n, negative in enumerate(row.negatives, start=1):
-            columns[f"negative_{n}"].append(negative.text)
-            known = negative.queries[:queries_per_negative]
+        for n in range(1, num_negatives + 1):
+            negative = row.negatives[n - 1] if n <= len(row.negatives) else None
+            columns[f"negative_{n}"].append(negative.text if negative else row.positive)
+            known = negative.queries[:queries_per_negative] if negative else ()
             for m in range(1, queries_per_negative + 1):
                 columns[query_column(n, m, queries_per_negative)].append(known[m - 1] if m <= len(known) else "")
                 weights.append(float(m <= len(known)))
         if weighted:
             columns["label"].append(weights)
-    return Dataset.from_dict(columns)
+        for name, value in _details(row).items() if details else ():
+            columns[name].append(value)
+    return Dataset.from_dict(columns, info=DatasetInfo(description=description))
+
+
+def _details(row: TrainingRow) -> dict[str, Any]:
+    return {
+        "query_id": row.query_id,
+        "positive_id": row.positive_id,
+        "positive_score": row.positive_score,
+        "negative_ids": [negative.doc_id for negative in row.negatives],
+        "negative_ranks": [negative.rank for negative in row.negatives],
+        "negative_scores": [negative.score for negative in row.negatives],
+        "negative_sources": [negative.source for negative in row.negatives],
+    }
 
 
 def query_column(negative: int, query: int, queries_per_negative: int) -> str:

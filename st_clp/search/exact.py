@@ -6,6 +6,8 @@ through FAISS's brute-force search, the fastest of its kind on a CPU; other func
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
@@ -33,21 +35,38 @@ def search(
     Raises:
         ValueError: k is below 1, the widths differ, or an embedding is not finite.
     """
+    scores, rows = search_rows(model, query_embeddings, store, k)
+    return scores, [[store.ids[row] for row in found] for found in rows]
+
+
+def search_rows(
+    model: SentenceTransformer, query_embeddings: np.ndarray, store: EmbeddingStore, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """As :func:`search`, but in place of ids the documents' places in the store, int64, of the scores' shape."""
+    require_fitting(query_embeddings, store, k)
+    queries = prepare(model, query_embeddings, "queries")
+    best_scores = np.zeros((len(queries), 0), dtype=np.float32)
+    best_rows = np.zeros((len(queries), 0), dtype=np.int64)
+    begin = 0
+    for ids, embeddings in store.shards():
+        scores, rows = _top_k(model, queries, prepare(model, embeddings, "documents"), min(k, len(ids)))
+        best_scores, best_rows = _merge(best_scores, best_rows, scores, rows + begin, k)
+        begin += len(ids)
+    return best_scores, best_rows
+
+
+def require_fitting(query_embeddings: np.ndarray, store: EmbeddingStore, k: int) -> None:
+    """Refuse a search that cannot be meant.
+
+    Raises:
+        ValueError: k is below 1, or the widths differ.
+    """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     if query_embeddings.ndim != 2 or query_embeddings.shape[1] != store.dim:
         raise ValueError(
             f"query embeddings of shape {query_embeddings.shape} do not fit documents of {store.dim} dimensions"
         )
-    queries = _prepare(model, query_embeddings, "queries")
-    best_scores = np.zeros((len(queries), 0), dtype=np.float32)
-    best_rows = np.zeros((len(queries), 0), dtype=np.int64)
-    begin = 0
-    for ids, embeddings in store.shards():
-        scores, rows = _top_k(model, queries, _prepare(model, embeddings, "documents"), min(k, len(ids)))
-        best_scores, best_rows = _merge(best_scores, best_rows, scores, rows + begin, k)
-        begin += len(ids)
-    return best_scores, [[store.ids[row] for row in rows] for rows in best_rows]
 
 
 def pair_scores(model: SentenceTransformer, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
@@ -61,17 +80,18 @@ def pair_scores(model: SentenceTransformer, queries: np.ndarray, documents: np.n
     Returns:
         (rows,), on the same scale as the scores of :func:`search`.
     """
-    prepared = _prepare(model, queries, "queries"), _prepare(model, documents, "documents")
-    if _inner_product(model):
+    prepared = prepare(model, queries, "queries"), prepare(model, documents, "documents")
+    if is_inner_product(model):
         return np.einsum("nd,nd->n", *prepared)
     return model.similarity_pairwise(*(torch.from_numpy(array) for array in prepared)).numpy()
 
 
-def _inner_product(model: SentenceTransformer) -> bool:
+def is_inner_product(model: SentenceTransformer) -> bool:
+    """Whether the model's similarity is the inner product of what :func:`prepare` returns."""
     return str(model.similarity_fn_name) in ("cosine", "dot")
 
 
-def _prepare(model: SentenceTransformer, embeddings: np.ndarray, what: str) -> np.ndarray:
+def prepare(model: SentenceTransformer, embeddings: np.ndarray, what: str) -> np.ndarray:
     """float32, contiguous, of unit length where the similarity is cosine."""
     embeddings = np.ascontiguousarray(embeddings, dtype=np.float32)
     if not np.isfinite(embeddings).all():
@@ -86,11 +106,8 @@ def _prepare(model: SentenceTransformer, embeddings: np.ndarray, what: str) -> n
 def _top_k(
     model: SentenceTransformer, queries: np.ndarray, documents: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    if _inner_product(model):
-        try:
-            import faiss
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError("searching needs FAISS: pip install faiss-cpu") from error
+    if is_inner_product(model):
+        faiss = import_faiss()
         return faiss.knn(queries, documents, k, metric=faiss.METRIC_INNER_PRODUCT)
     # The whole score matrix would not fit; a block of queries against one shard does.
     blocks = [
@@ -98,6 +115,19 @@ def _top_k(
         for block in torch.from_numpy(queries).split(QUERY_BLOCK)
     ]
     return tuple(torch.cat(part).cpu().numpy() for part in zip(*blocks, strict=True))  # type: ignore[return-value]
+
+
+def import_faiss() -> Any:
+    """The module ``faiss``.
+
+    Raises:
+        ModuleNotFoundError: It is not installed; the message says how to.
+    """
+    try:
+        import faiss
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("searching needs FAISS: pip install faiss-cpu") from error
+    return faiss
 
 
 def _merge(

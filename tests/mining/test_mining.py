@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -13,11 +13,19 @@ from sentence_transformers import SentenceTransformer
 
 from st_clp import Collection, mine_hard_negatives
 from st_clp.data import CollectionError
-from st_clp.mining import mine
-from st_clp.mining.candidates import CandidateFilter
+from st_clp.mining import MinedNegatives, MiningOptions
+from st_clp.mining import mine as mine_by_options
 from st_clp.mining.rows import read_rows, write_rows
 
 WORDS = "river lake mountain city country money bank language people capital red blue green old new big small".split()
+
+
+def mine(
+    model: SentenceTransformer, collection: Collection, *, dtype: str = "auto", show_progress_bar: bool, **options: Any
+) -> MinedNegatives:
+    return mine_by_options(
+        model, collection, MiningOptions(**options), dtype=dtype, show_progress_bar=show_progress_bar
+    )
 
 
 def make_collection(documents: int = 20, queries: int = 12, *, graded: bool = True) -> Collection:
@@ -67,7 +75,10 @@ def test_every_query_gets_all_its_negatives_and_none_is_an_answer(
         tiny_model,
         collection,
         num_negatives=num_negatives,
-        candidate_filter=CandidateFilter(range_min, range_min + width, None, relative_margin, max_score, None),
+        range_min=range_min,
+        range_max=range_min + width,
+        relative_margin=relative_margin,
+        max_score=max_score,
         sampling_strategy=sampling,
         judged_negatives=judged,
         prefer_known_queries=prefer,
@@ -125,11 +136,12 @@ def test_a_strict_margin_loses_no_query_and_is_accounted_for(tiny_model: Sentenc
         tiny_model,
         collection,
         num_negatives=4,
-        candidate_filter=CandidateFilter(range_max=10, absolute_margin=10.0),
+        range_max=10,
+        absolute_margin=10.0,
         show_progress_bar=False,
     )
     assert {row.query_id for row in mined.rows} == set(collection.queries)
-    assert mined.account.negatives == {"filtered": len(mined.rows) * 4}
+    assert mined.account.negatives == {"relaxed": len(mined.rows) * 4}
     assert mined.account.filtered == {"within absolute_margin of the positive": 30 * 10}
     # The deepest-ranked come first: they are the least likely to be answers nobody judged.
     assert [negative.rank for negative in mined.rows[0].negatives] == [9, 8, 7, 6]
@@ -138,18 +150,18 @@ def test_a_strict_margin_loses_no_query_and_is_accounted_for(tiny_model: Sentenc
 
 def test_judged_negatives_first_last_or_not_at_all(tiny_model: SentenceTransformer) -> None:
     collection = make_collection(documents=40, queries=10)
-    strict = CandidateFilter(range_max=40, absolute_margin=10.0)
 
     def first_sources(judged: str) -> list[tuple[str, str]]:
         rows = mine(
             tiny_model,
             collection,
             num_negatives=2,
-            candidate_filter=strict,
+            range_max=40,
+            absolute_margin=10.0,
             judged_negatives=judged,
             show_progress_bar=False,
         ).rows
-        return [(row.query_id, row.negatives[0].doc_id) for row in rows if row.negatives[0].source != "filtered"]
+        return [(row.query_id, row.negatives[0].doc_id) for row in rows if row.negatives[0].source != "relaxed"]
 
     not_relevant = {
         query_id: next(doc_id for doc_id, grade in grades.items() if grade == 0)
@@ -208,7 +220,8 @@ def test_candidates_with_a_known_query_come_first_where_they_are_preferred(
             tiny_model,
             collection,
             num_negatives=6,
-            candidate_filter=CandidateFilter(2, 26),
+            range_min=2,
+            range_max=26,
             sampling_strategy=sampling,
             prefer_known_queries=prefer,
             show_progress_bar=False,
@@ -273,7 +286,7 @@ def test_the_same_seed_mines_the_same(tiny_model: SentenceTransformer, sampling:
             sampling_strategy=sampling,
             prefer_known_queries=prefer,
             seed=seed,
-            candidate_filter=CandidateFilter(range_max=15),
+            range_max=15,
             show_progress_bar=False,
         ).rows
         return {f"{row.query_id} {row.positive_id}": row.negatives for row in rows}
@@ -292,7 +305,7 @@ def test_the_same_seed_mines_the_same(tiny_model: SentenceTransformer, sampling:
         assert [n.doc_id for n in negatives] == [n.doc_id for n in together[key]]
 
 
-def test_missing_documents_and_misuse(tiny_model: SentenceTransformer, caplog: pytest.LogCaptureFixture) -> None:
+def test_misuse_and_the_printed_account(tiny_model: SentenceTransformer, capsys: pytest.CaptureFixture[str]) -> None:
     collection = make_collection(5, 3)
     with pytest.raises(CollectionError, match="too few for 9 negatives of query 'q0'"):
         mine(tiny_model, collection, num_negatives=9, show_progress_bar=False)
@@ -300,10 +313,11 @@ def test_missing_documents_and_misuse(tiny_model: SentenceTransformer, caplog: p
         mine_hard_negatives(tiny_model, collection, num_negatives=-1)
     with pytest.raises(ValueError, match="range_min=5 and range_max=5"):
         mine_hard_negatives(tiny_model, collection, range_min=5, range_max=5)
-    with pytest.raises(ValueError, match="sampling_strategy must be 'top' or 'random', got 'best'"):
+    with pytest.raises(ValueError, match="sampling_strategy must be one of 'top', 'random', got 'best'"):
         mine_hard_negatives(tiny_model, collection, sampling_strategy="best")
     with pytest.raises(CollectionError, match="no query has a relevant document"):
         mine_hard_negatives(tiny_model, Collection.from_dict({"d": "x"}, {"q": "y"}, {"q": {"d": 0}}))
-    with caplog.at_level(logging.INFO, logger="st_clp"):
-        mine_hard_negatives(tiny_model, collection, num_negatives=2, show_progress_bar=False)
-    assert "rows from 3 queries" in caplog.text
+    mine_hard_negatives(tiny_model, collection, num_negatives=2, show_progress_bar=False)
+    assert "rows from 3 queries" in capsys.readouterr().out
+    mine_hard_negatives(tiny_model, collection, num_negatives=2, show_progress_bar=False, verbose=False)
+    assert not capsys.readouterr().out

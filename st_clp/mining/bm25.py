@@ -1,0 +1,129 @@
+"""BM25 as a source of candidates: documents that share the query's words, whatever the model thinks of them."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from st_clp.data import Corpus
+
+# Words of every script: letters, the marks that belong to them (the vowel signs of Hindi are marks, which \w leaves
+# out) and digits.
+WORD = r"[\p{L}\p{M}\p{N}]+"
+# Scripts that put no space between words are cut into pairs of characters.
+UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]+"
+
+
+class Words:
+    """Cuts texts of any language into lower-case words for BM25."""
+
+    def __init__(self) -> None:
+        regex = _import("regex")
+        self._word: re.Pattern[str] = regex.compile(WORD)
+        self._unspaced: re.Pattern[str] = regex.compile(UNSPACED)
+
+    def cut(self, text: str) -> list[str]:
+        """The words of a text, in order."""
+        words: list[str] = []
+        for word in self._word.findall(text.lower()):
+            end = 0
+            for match in self._unspaced.finditer(word):
+                if match.start() > end:
+                    words.append(word[end : match.start()])
+                words += _pairs(match.group())
+                end = match.end()
+            if end < len(word):
+                words.append(word[end:])
+        return words
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"BM25 candidates need {name}: pip install 'st-clp[bm25]'") from error
+
+
+def _pairs(characters: str) -> list[str]:
+    return [characters[i : i + 2] for i in range(max(1, len(characters) - 1))]
+
+
+class BM25:
+    """BM25 over a corpus, by bm25s. The index, words and counts, is held in memory.
+
+    Robertson and Zaragoza (2009), The Probabilistic Relevance Framework: BM25 and Beyond; Lù (2024), BM25S,
+    arXiv:2407.03618.
+
+    Args:
+        corpus: The documents; their places in it are what :meth:`search` returns.
+        show_progress_bar: Show progress.
+
+    Raises:
+        ModuleNotFoundError: bm25s is not installed; the message says how to.
+    """
+
+    def __init__(self, corpus: Corpus, *, show_progress_bar: bool = True) -> None:
+        bm25s = _import("bm25s")
+        self._words = Words()
+        self._show_progress_bar = show_progress_bar
+        numbers: dict[str, int] = {}
+        documents: list[list[int]] = []
+        stream: Iterable[Any] = tqdm(
+            corpus,
+            total=corpus.expected_size(),
+            desc=f"Reading {corpus.name} for BM25",
+            unit=" documents",
+            disable=not show_progress_bar,
+        )
+        for document in stream:
+            documents.append([numbers.setdefault(word, len(numbers)) for word in self._words.cut(document.text)])
+        self._number_of = numbers
+        self._size = len(documents)
+        self._index = bm25s.BM25()
+        if numbers:
+            self._index.index((documents, numbers), show_progress=show_progress_bar)
+
+    def search(self, queries: list[str], k: int) -> np.ndarray:
+        """The places of the k best documents of every query, int64, (queries, k); -1 where fewer share a word."""
+        k = min(k, self._size)
+        found = np.full((len(queries), k), -1, dtype=np.int64)
+        for row, query in enumerate(queries):
+            numbers = [self._number_of[word] for word in self._words.cut(query) if word in self._number_of]
+            if not numbers:
+                continue
+            scores = self._index.get_scores_from_ids(numbers)
+            best = np.argpartition(-scores, k - 1)[:k] if k < len(scores) else np.arange(len(scores))
+            best = best[np.lexsort((best, -scores[best]))]
+            best = best[scores[best] > 0]
+            found[row, : len(best)] = best
+        return found
+
+
+def fuse(*rankings: np.ndarray, k: int, constant: int = 60) -> np.ndarray:
+    """One ranking of several by reciprocal rank: a document's score is the sum of 1 / (constant + rank), from 1.
+
+    Cormack, Clarke and Büttcher (2009), Reciprocal Rank Fusion outperforms Condorcet and individual Rank Learning
+    Methods.
+
+    Args:
+        rankings: The documents' places, int64, (queries, any width) each; -1 is no document.
+        k: How many to return.
+        constant: How little the very first ranks stand out.
+
+    Returns:
+        int64, (queries, k), best first, -1 where there are fewer; equal scores by place.
+    """
+    fused = np.full((len(rankings[0]), k), -1, dtype=np.int64)
+    for row in range(len(fused)):
+        places = np.concatenate([ranking[row] for ranking in rankings])
+        scores = np.concatenate([1.0 / (constant + 1 + np.arange(ranking.shape[1])) for ranking in rankings])
+        known, inverse = np.unique(places[places >= 0], return_inverse=True)
+        sums = np.bincount(inverse, weights=scores[places >= 0], minlength=len(known))
+        best = np.lexsort((known, -sums))[:k]
+        fused[row, : len(best)] = known[best]
+    return fused
