@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,44 +20,20 @@ from sentence_transformers import SentenceTransformer
 from transformers import set_seed
 
 from evaluators import CollectionEvaluator
-from st_clp.data import Collection, CollectionError
+from st_clp.data import Collection
 from st_clp.mining import MiningOptions, mine
 from st_clp.mining.rows import read_rows, to_dataset, write_rows
 from st_clp.moe import expert_usage, is_moe, load, train_only, upcycle
 from st_clp.report import METRICS, machine, print_scores, versions, write_card
 from st_clp.rundir import RunDirectory, slug, write_json
-from st_clp.settings import RunSettings, SettingsError
-from st_clp.training import check_training_arguments, load_base_model, make_trainer
+from st_clp.settings import RunSettings
+from st_clp.splits import load_collections
+from st_clp.training import check_training_arguments, load_base_model, load_cross_encoder, make_trainer
 
 logger = logging.getLogger(__name__)
 
-EVAL_SPLITS = ("dev", "validation", "valid", "val", "test")
 USAGE_QUERIES = 100  # of each collection, to see what the experts do
 STAGES = ("evaluate-before", "mine", "train", "evaluate-after")
-
-
-@dataclass
-class Collections:
-    """What a run trains and evaluates on."""
-
-    train: list[Collection]
-    evaluate: list[Collection]
-
-    def describe(self) -> dict[str, Any]:
-        """Names and counts, for the report."""
-        return {
-            kind: {
-                collection.name: {
-                    "corpus": collection.corpus_name,
-                    "language": collection.language,
-                    "queries": len(collection.queries),
-                    "judgments": sum(map(len, collection.judgments.values())),
-                    "left_out": collection.left_out,
-                }
-                for collection in collections
-            }
-            for kind, collections in (("train", self.train), ("evaluate", self.evaluate))
-        }
 
 
 def run(
@@ -171,12 +147,14 @@ class _Run:
 
     def _mine(self) -> dict[str, Any]:
         settings = self.settings
+        cross_encoder = load_cross_encoder(settings.cross_encoder)
         accounts = {}
         for collection in self.collections.train:
             mined = mine(
                 self._base_model(),
                 collection,
                 self.mining_options,
+                cross_encoder=cross_encoder,
                 dtype=settings.encode_dtype,  # type: ignore[arg-type]
                 batch_size=settings.encode_batch_size,
                 store_dir=self.directory.store("before", collection.corpus_name),
@@ -252,88 +230,3 @@ def mining_options(settings: RunSettings) -> MiningOptions:
     """
     values = {item.name: getattr(settings, item.name) for item in fields(MiningOptions) if hasattr(settings, item.name)}
     return MiningOptions(**values)
-
-
-def load_collections(settings: RunSettings) -> Collections:
-    """Find and read the splits to train and to evaluate on.
-
-    Raises:
-        CollectionError: A collection cannot be read, has nothing to train on, or nothing to evaluate on.
-        SettingsError: A collection is named twice.
-    """
-    if len(set(settings.collection)) < len(settings.collection):
-        raise SettingsError(f"a collection is named twice: {', '.join(settings.collection)}")
-    fields = settings.text_field or None
-    train, evaluate = [], []
-    for source in settings.collection:
-        collection = Collection.load(source, split=_train_split(source, settings), text_fields=fields)
-        collection.require_positives()
-        if not settings.eval_collection:
-            found = _eval_split(source, settings)
-            if found is not None:
-                evaluate.append(Collection.load(found[0], split=found[1], text_fields=fields))
-            elif settings.holdout:
-                collection, held_out = collection.hold_out(settings.holdout, settings.seed)
-                logger.warning(
-                    "%s has no split to evaluate on: %d of its training queries are held out for that. Their documents "
-                    "may occur in training; name --eval-collection for a cleaner figure.",
-                    source,
-                    len(held_out.queries),
-                )
-                evaluate.append(held_out)
-        if settings.max_train_queries is not None:
-            collection = collection.sample(settings.max_train_queries, settings.seed)
-            collection.require_positives()
-        train.append(collection)
-    for source in settings.eval_collection:
-        split = settings.eval_split or next((name for name in EVAL_SPLITS if name in Collection.splits(source)), None)
-        evaluate.append(Collection.load(source, split=split, text_fields=fields))
-    if not evaluate:
-        raise CollectionError("there is nothing to evaluate on: name --eval-collection, or give --holdout a share")
-    for collection in evaluate:
-        _require_ids_for_run_files(collection)
-    return Collections(train, evaluate)
-
-
-def _require_ids_for_run_files(collection: Collection) -> None:
-    """Refuse ids that a TREC run file cannot carry before anything is encoded, not after."""
-    for query_id, documents in collection.judgments.items():
-        for kind, identifier in [("query", query_id), *(("document", doc_id) for doc_id in documents)]:
-            if identifier.split() != [identifier]:
-                raise CollectionError(
-                    f"{collection.name}: the {kind} id {identifier!r} is empty or holds white space, which the run "
-                    "files of an evaluation cannot carry; give the collection ids without white space"
-                )
-
-
-def _train_split(source: str, settings: RunSettings) -> str | None:
-    """The split to train on; None where the source names it itself."""
-    splits = Collection.splits(source)
-    if settings.train_split in splits:
-        return settings.train_split
-    if splits:
-        raise CollectionError(
-            f"{source} has no split {settings.train_split!r} to train on; it has {', '.join(splits)} "
-            "(name one with --train-split)"
-        )
-    return None
-
-
-def _eval_split(source: str, settings: RunSettings) -> tuple[str, str] | None:
-    """(source, split) to evaluate on; None where there is none."""
-    splits = Collection.splits(source)
-    if not splits and "/" in source:
-        # The source names a split, as miracl/ko/train does: look beside it.
-        parent, _, own = source.rpartition("/")
-        try:
-            splits = [name for name in Collection.splits(parent) if name != own]
-        except CollectionError:
-            return None
-        source = parent
-    if settings.eval_split:
-        if settings.eval_split not in splits:
-            have = ", ".join(splits) or "none"
-            raise CollectionError(f"{source} has no split {settings.eval_split!r} to evaluate on; it has {have}")
-        return source, settings.eval_split
-    chosen = next((name for name in EVAL_SPLITS if name in splits and name != settings.train_split), None)
-    return (source, chosen) if chosen else None

@@ -8,10 +8,10 @@ from pathlib import Path
 from st_clp.data import Collection
 from st_clp.encoding import EmbeddingStore, encode_queries
 from st_clp.moe import load
-from st_clp.recipe import load_collections
 from st_clp.rundir import RunDirectory
 from st_clp.search import search
 from st_clp.settings import RunSettings, SettingsError
+from st_clp.splits import load_collections
 
 
 @dataclass(frozen=True)

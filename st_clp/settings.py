@@ -38,6 +38,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "queries_per_negative": (0, NO_LIMIT),
     "duplicate_threshold": (-1, 1),
     "max_positives_per_query": (1, NO_LIMIT),
+    "nprobe": (1, NO_LIMIT),
     "penalty_weight": (0, 1),
     "scale": (1e-9, NO_LIMIT),
     "mini_batch_size": (1, NO_LIMIT),
@@ -122,6 +123,13 @@ class RunSettings:
         MINING,
         choices=("model", "bm25", "mixed"),
     )
+    cross_encoder: str | None = option(
+        None, "A cross-encoder, a folder or a name on the Hub, that scores the candidates anew.", MINING
+    )
+    index: str | None = option(
+        None, "Search approximately by this FAISS index, such as IVF4096,PQ64. By default exactly.", MINING
+    )
+    nprobe: int | None = option(None, "How many lists an IVF index looks through for a query.", MINING)
     max_positives_per_query: int | None = option(
         None, "Make no more rows of a query than this, with its best-judged positives.", MINING
     )

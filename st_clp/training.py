@@ -24,6 +24,7 @@ from st_clp.settings import RunSettings, SettingsError
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
+    from sentence_transformers import CrossEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,22 @@ def load_base_model(name: str, *, max_seq_length: int | None = None) -> Sentence
     if max_seq_length is not None:
         model.max_seq_length = max_seq_length
     return model
+
+
+def load_cross_encoder(name: str | None) -> CrossEncoder | None:
+    """The cross-encoder of that name, from a folder or the Hugging Face Hub; None where none is named.
+
+    Raises:
+        SettingsError: There is none to be had, or it cannot be opened.
+    """
+    if name is None:
+        return None
+    from sentence_transformers import CrossEncoder
+
+    try:
+        return CrossEncoder(name)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise SettingsError(f"the cross-encoder {name!r} cannot be loaded: {' '.join(str(error).split())}") from error
 
 
 def make_loss(model: SentenceTransformer, settings: RunSettings) -> nn.Module:

@@ -45,6 +45,11 @@ class Window:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens the texts have, padding aside."""
+        return int(sum(part.lengths.sum() for part in self._parts))
+
     def part_at(self, position: int) -> tuple[_Part, int]:
         """The part that holds this place in the order by length, and the place within it."""
         index = int(np.searchsorted(self._ends, position, side="right"))

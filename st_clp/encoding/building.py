@@ -31,11 +31,16 @@ from st_clp.encoding.working_model import ComputeDtype, Task, resolve_dtype
 logger = logging.getLogger(__name__)
 
 LARGEST = {"float16": 65_504.0, "float32": float(np.finfo(np.float32).max)}
+UNFINISHED = ".partial"  # what the name of a store that is being built ends in
 ENCODING = ("model", "task", "computed_in", "dtype", "dim")  # what must agree for an embedding to be used again
 
 
 class Builder:
-    """Encodes a corpus into memory or a folder; the arguments are those of ``EmbeddingStore.build``."""
+    """Encodes a corpus into memory or a folder; the arguments are those of ``EmbeddingStore.build``.
+
+    Attributes:
+        computed_in: What ``dtype`` comes to for this model on its device.
+    """
 
     def __init__(
         self,
@@ -49,10 +54,10 @@ class Builder:
         self._model = model
         self._corpus = corpus
         self._task: Task = task
-        self._computed_in: ComputeDtype = resolve_dtype(model, dtype)
+        self.computed_in: ComputeDtype = resolve_dtype(model, dtype)
         self._batch_size = batch_size
         self._show_progress_bar = show_progress_bar
-        self._stored_as = "float16" if self._computed_in == "bfloat16" else "float32"
+        self._stored_as = "float16" if self.computed_in == "bfloat16" else "float32"
         self._window = window_size(model)
 
     def in_memory(self) -> tuple[list[str], np.ndarray]:
@@ -91,10 +96,29 @@ class Builder:
         elif found is not None:
             logger.info("%s is of another model or task; encoding anew", folder)
         # Written beside and renamed: a folder of this name is always a whole store.
-        beside = folder.with_name(folder.name + ".partial")
+        beside = _beside(folder)
         self._finish(beside, manifest, known)
         shutil.rmtree(folder, ignore_errors=True)
         beside.rename(folder)
+
+    @property
+    def dim(self) -> int:
+        """The width of the embeddings."""
+        return embedding_dimension(self._model)
+
+    @property
+    def row_bytes(self) -> int:
+        """What an embedding takes on disk."""
+        return self.dim * np.dtype(self._stored_as).itemsize
+
+    def already_encoded(self, folder: Path) -> int:
+        """How many of the texts in this folder, finished or not, would not be encoded again; checksums aside."""
+        manifest = self._manifest()
+        for place in (folder, _beside(folder)):
+            found = read_manifest(place)
+            if found is not None and all(found.get(name) == manifest[name] for name in ENCODING):
+                return sum(shard.rows for shard in read_shards(place))
+        return 0
 
     def _finish(self, folder: Path, manifest: dict[str, Any], known: KnownEmbeddings | None) -> None:
         """Encode what is not in ``folder`` yet, which may hold the beginning of this store."""
@@ -144,7 +168,7 @@ class Builder:
                 waiting.append((window, rows))
                 yield [document.text for document, row in zip(window, rows, strict=True) if row < 0]
 
-        encoder = Encoder(self._model, self._task, dtype=self._computed_in, batch_size=self._batch_size)
+        encoder = Encoder(self._model, self._task, dtype=self.computed_in, batch_size=self._batch_size)
         for encoded in encoder.encode_windows(unknown_texts()):
             window, rows = waiting.popleft()
             embeddings = np.empty((len(window), encoded.shape[1]), dtype=np.float32)
@@ -174,9 +198,9 @@ class Builder:
         return {
             "model": model_fingerprint(self._model),
             "task": self._task,
-            "computed_in": self._computed_in,
+            "computed_in": self.computed_in,
             "dtype": self._stored_as,
-            "dim": embedding_dimension(self._model),
+            "dim": self.dim,
             "corpus": self._corpus.name,
             "corpus_fingerprint": self._corpus.fingerprint(),
         }
@@ -191,3 +215,7 @@ class Builder:
 
     def _empty(self) -> CollectionError:
         return CollectionError(f"{self._corpus.name}: the corpus is empty; there is nothing to encode")
+
+
+def _beside(folder: Path) -> Path:
+    return folder.with_name(folder.name + UNFINISHED)

@@ -187,7 +187,7 @@ class MiningAccount:
         axes.set_xlabel("similarity to the query")
         axes.set_ylabel("share")
         axes.set_title(f"{self.collection}: {self.rows:,} rows")
-        axes.legend(frameon=False)
+        figure.legend(loc="outside lower center", frameon=False)
         figure.savefig(os.fspath(path))
 
 

@@ -213,7 +213,7 @@ def mine(
         drawn,
         store,
         options,
-        query_store_dir=None if store_dir is None else f"{os.fspath(store_dir)}.queries",
+        store_dir=store_dir,
         dtype=dtype,
         batch_size=batch_size,
         show_progress_bar=show_progress_bar,

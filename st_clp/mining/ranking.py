@@ -28,6 +28,11 @@ class SearchNote:
     recall_queries: int
 
 
+def query_store_dir(store_dir: str | os.PathLike[str]) -> str:
+    """Where the queries' embeddings are kept: beside the documents'."""
+    return f"{os.fspath(store_dir)}.queries"
+
+
 class Ranking:
     """The corpus as it is ranked for every training query, the relevant documents left out.
 
@@ -101,7 +106,7 @@ class Ranker:
         collection: Its queries that have a relevant document are ranked for.
         store: The documents' embeddings by the same model.
         options: How many candidates, from where, and which of them are near-duplicates.
-        query_store_dir: A folder to keep the queries' embeddings in; None keeps them in memory.
+        store_dir: The documents' folder, beside which the queries' embeddings are kept; None keeps them in memory.
         dtype: As in :func:`st_clp.encoding.encode_documents`.
         batch_size: No more texts than this in one forward pass. None: as many as fill it with tokens.
         show_progress_bar: Show progress.
@@ -114,7 +119,7 @@ class Ranker:
         store: EmbeddingStore,
         options: MiningOptions,
         *,
-        query_store_dir: str | os.PathLike[str] | None = None,
+        store_dir: str | os.PathLike[str] | None = None,
         dtype: ComputeDtype = "model",
         batch_size: int | None = None,
         show_progress_bar: bool = True,
@@ -128,7 +133,7 @@ class Ranker:
         self._queries = EmbeddingStore.build(
             model,
             asked,
-            query_store_dir,
+            None if store_dir is None else query_store_dir(store_dir),
             task="query",
             dtype=dtype,
             batch_size=batch_size,

@@ -1,0 +1,136 @@
+"""``st-clp mine``: hard negatives alone, for a training script of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from st_clp.commands.options import CONFIG, Extra, given_settings, settings_command
+from st_clp.rundir import slug, write_json
+from st_clp.settings import RunSettings
+
+if TYPE_CHECKING:
+    from st_clp.data import Collection
+
+MINE_HELP = """Mine hard negatives with a model, and the queries that they answer.
+
+For each collection the output folder gets its rows as JSON lines, which `st-clp run --collection` reads and
+`Collection.load` too, an account of what became of every query, and a picture of how the scores lie. The embeddings are
+kept: mining again with other options encodes nothing, and a run that was stopped goes on where it was. Remove them with
+`st-clp store rm`.
+
+**Examples**
+
+`st-clp mine --model BAAI/bge-m3 --collection miracl/ko --output negatives --dry-run`
+
+`st-clp mine --model BAAI/bge-m3 --collection miracl/ko --output negatives --relative-margin 0.05`
+"""
+
+SETTINGS = [
+    "model",
+    "collection",
+    "output",
+    "train_split",
+    "max_train_queries",
+    "text_field",
+    "max_seq_length",
+    "encode_batch_size",
+    "encode_dtype",
+    "num_negatives",
+    "queries_per_negative",
+    "range_min",
+    "range_max",
+    "absolute_margin",
+    "relative_margin",
+    "max_score",
+    "min_score",
+    "sampling_strategy",
+    "judged_negatives",
+    "prefer_known_queries",
+    "duplicate_threshold",
+    "on_shortage",
+    "candidates",
+    "cross_encoder",
+    "index",
+    "nprobe",
+    "max_positives_per_query",
+    "seed",
+]
+
+EXTRAS: dict[str, Extra] = {
+    "config": CONFIG,
+    "store": (Path | None, None, "The folder for the embeddings. [default: embeddings in the output folder]"),
+    "dry_run": (bool, False, "Say what it would cost, from a short trial, and write nothing."),
+}
+
+
+def mine_command() -> Callable[..., None]:
+    """The command, with one option for each setting that mining has."""
+    return settings_command(_mine, "mine", SETTINGS, EXTRAS)
+
+
+def _mine(**options: Any) -> None:
+    from transformers.utils import logging as transformers_logging
+
+    from st_clp.splits import load_training_collections
+    from st_clp.training import load_base_model
+
+    config, store, dry_run = (options.pop(name) for name in EXTRAS)
+    values = RunSettings.read_yaml(config) if config else {}
+    given = {**values, **given_settings(options)}
+    settings = RunSettings.from_dict(given, where=str(config or "command line"))
+    settings.require("model", "collection", "output")
+    work = _estimate if dry_run else _mine_one
+    transformers_logging.disable_progress_bar()  # a bar for every model that is opened says nothing here
+    collections = load_training_collections(settings)
+    model = load_base_model(settings.model, max_seq_length=settings.max_seq_length)
+    output = Path(settings.output)
+    for collection in collections:
+        work(model, collection, settings, output, (store or output / "embeddings") / slug(collection.corpus_name))
+
+
+def _arguments(settings: RunSettings, store: Path) -> tuple[Any, dict[str, Any]]:
+    """(the options, the other arguments) that mining and its estimate share."""
+    import dataclasses
+
+    from st_clp.recipe import mining_options
+
+    options = dataclasses.replace(mining_options(settings), max_queries=settings.max_train_queries)
+    return options, {
+        "dtype": settings.encode_dtype,
+        "batch_size": settings.encode_batch_size,
+        "store_dir": store,
+    }
+
+
+def _estimate(model: Any, collection: Collection, settings: RunSettings, output: Path, store: Path) -> None:
+    from st_clp.mining.estimate import estimate
+
+    options, others = _arguments(settings, store)
+    Console(highlight=False, soft_wrap=True).print(str(estimate(model, collection, options, **others)))
+
+
+def _mine_one(model: Any, collection: Collection, settings: RunSettings, output: Path, store: Path) -> None:
+    from st_clp.mining import mine
+    from st_clp.mining.rows import write_rows
+    from st_clp.training import load_cross_encoder
+
+    console = Console(highlight=False, soft_wrap=True)
+    options, others = _arguments(settings, store)
+    # A folder that cannot be written is found before hours of encoding, not after.
+    output.mkdir(parents=True, exist_ok=True)
+    mined = mine(model, collection, options, cross_encoder=load_cross_encoder(settings.cross_encoder), **others)
+    base = output / slug(collection.name)
+    write_rows(base.with_name(base.name + ".jsonl"), mined.rows)
+    write_json(base.with_name(base.name + ".account.json"), mined.account.to_dict())
+    console.print(str(mined.account))
+    written = [f"{base}.jsonl", f"{base}.account.json"]
+    try:
+        mined.account.plot(f"{base}.png")
+        written.append(f"{base}.png")
+    except (ModuleNotFoundError, ValueError) as error:
+        console.print(f"  no picture: {error}")
+    console.print(f"  written: {', '.join(written)}; the embeddings are kept in {store}")

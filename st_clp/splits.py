@@ -1,0 +1,137 @@
+"""Which splits of its collections a run trains and evaluates on."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from st_clp.data import Collection, CollectionError
+from st_clp.settings import RunSettings, SettingsError
+
+logger = logging.getLogger(__name__)
+
+EVAL_SPLITS = ("dev", "validation", "valid", "val", "test")
+
+
+@dataclass
+class Collections:
+    """What a run trains and evaluates on."""
+
+    train: list[Collection]
+    evaluate: list[Collection]
+
+    def describe(self) -> dict[str, Any]:
+        """Names and counts, for the report."""
+        return {
+            kind: {
+                collection.name: {
+                    "corpus": collection.corpus_name,
+                    "language": collection.language,
+                    "queries": len(collection.queries),
+                    "judgments": sum(map(len, collection.judgments.values())),
+                    "left_out": collection.left_out,
+                }
+                for collection in collections
+            }
+            for kind, collections in (("train", self.train), ("evaluate", self.evaluate))
+        }
+
+
+def load_collections(settings: RunSettings) -> Collections:
+    """Find and read the splits to train and to evaluate on.
+
+    Raises:
+        CollectionError: A collection cannot be read, has nothing to train on, or nothing to evaluate on.
+        SettingsError: A collection is named twice.
+    """
+    fields = settings.text_field or None
+    train, evaluate = [], []
+    for source, collection in zip(settings.collection, load_training_collections(settings), strict=True):
+        if not settings.eval_collection:
+            found = _eval_split(source, settings)
+            if found is not None:
+                evaluate.append(Collection.load(found[0], split=found[1], text_fields=fields))
+            elif settings.holdout:
+                collection, held_out = collection.hold_out(settings.holdout, settings.seed)
+                logger.warning(
+                    "%s has no split to evaluate on: %d of its training queries are held out for that. Their documents "
+                    "may occur in training; name --eval-collection for a cleaner figure.",
+                    source,
+                    len(held_out.queries),
+                )
+                evaluate.append(held_out)
+        if settings.max_train_queries is not None:
+            collection = collection.sample(settings.max_train_queries, settings.seed)
+            collection.require_positives()
+        train.append(collection)
+    for source in settings.eval_collection:
+        split = settings.eval_split or next((name for name in EVAL_SPLITS if name in Collection.splits(source)), None)
+        evaluate.append(Collection.load(source, split=split, text_fields=fields))
+    if not evaluate:
+        raise CollectionError("there is nothing to evaluate on: name --eval-collection, or give --holdout a share")
+    for collection in evaluate:
+        _require_ids_for_run_files(collection)
+    return Collections(train, evaluate)
+
+
+def load_training_collections(settings: RunSettings) -> list[Collection]:
+    """Find and read the splits to train on, with all of their queries.
+
+    Raises:
+        CollectionError: A collection cannot be read or has nothing to train on.
+        SettingsError: A collection is named twice.
+    """
+    if len(set(settings.collection)) < len(settings.collection):
+        raise SettingsError(f"a collection is named twice: {', '.join(settings.collection)}")
+    found = []
+    for source in settings.collection:
+        split = _train_split(source, settings)
+        collection = Collection.load(source, split=split, text_fields=settings.text_field or None)
+        collection.require_positives()
+        found.append(collection)
+    return found
+
+
+def _require_ids_for_run_files(collection: Collection) -> None:
+    """Refuse ids that a TREC run file cannot carry before anything is encoded, not after."""
+    for query_id, documents in collection.judgments.items():
+        for kind, identifier in [("query", query_id), *(("document", doc_id) for doc_id in documents)]:
+            if identifier.split() != [identifier]:
+                raise CollectionError(
+                    f"{collection.name}: the {kind} id {identifier!r} is empty or holds white space, which the run "
+                    "files of an evaluation cannot carry; give the collection ids without white space"
+                )
+
+
+def _train_split(source: str, settings: RunSettings) -> str | None:
+    """The split to train on; None where the source names it itself."""
+    splits = Collection.splits(source)
+    if settings.train_split in splits:
+        return settings.train_split
+    if splits:
+        raise CollectionError(
+            f"{source} has no split {settings.train_split!r} to train on; it has {', '.join(splits)} "
+            "(name one with --train-split)"
+        )
+    return None
+
+
+def _eval_split(source: str, settings: RunSettings) -> tuple[str, str] | None:
+    """(source, split) to evaluate on; None where there is none."""
+    splits = Collection.splits(source)
+    if not splits and "/" in source:
+        # The source names a split, as miracl/ko/train does: look beside it.
+        parent, _, own = source.rpartition("/")
+        try:
+            splits = [name for name in Collection.splits(parent) if name != own]
+        except CollectionError:
+            return None
+        source = parent
+    if settings.eval_split:
+        if settings.eval_split not in splits:
+            have = ", ".join(splits) or "none"
+            raise CollectionError(f"{source} has no split {settings.eval_split!r} to evaluate on; it has {have}")
+        return source, settings.eval_split
+    chosen = next((name for name in EVAL_SPLITS if name in splits and name != settings.train_split), None)
+    return (source, chosen) if chosen else None

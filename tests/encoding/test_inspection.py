@@ -1,0 +1,118 @@
+"""Stores on a disk: found, checked, removed; and ids that are read from the file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sentence_transformers import SentenceTransformer
+from typer.testing import CliRunner
+
+from st_clp import Collection
+from st_clp.cli import app
+from st_clp.encoding import EmbeddingStore, building, shards
+from st_clp.encoding.ids import FileIds
+
+
+@pytest.fixture
+def folder(tiny_model: SentenceTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(building, "window_size", lambda model: 4)
+    for name in ("first", "second"):
+        collection = Collection.from_dict(
+            {f"d{i}": f"a {name} text {i}" for i in range(10)}, {"q": "x"}, {"q": {"d0": 1}}, name=name
+        )
+        EmbeddingStore.build(tiny_model, collection, tmp_path / "stores" / name, show_progress_bar=False)
+    return tmp_path / "stores"
+
+
+def invoke(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["store", *arguments])
+    return result.exit_code, " ".join(result.output.split())
+
+
+def test_stores_are_listed_with_what_they_are_of(folder: Path) -> None:
+    code, output = invoke("ls", str(folder))
+    assert code == 0
+    assert f"{folder}/first 10 documents of first, 32 × float32, model" in output
+    assert "2 stores" in output
+    assert "unfinished" not in output
+    (folder / "second").rename(folder / "second.partial")
+    manifest = json.loads((folder / "second.partial" / "manifest.json").read_text())
+    del manifest["documents"]
+    (folder / "second.partial" / "manifest.json").write_text(json.dumps(manifest))
+    assert "unfinished" in invoke("ls", str(folder))[1]
+    assert invoke("verify", str(folder))[0] == 0
+    code, output = invoke("ls", str(folder / "first" / "nothing"))
+    assert code == 1
+    assert "there is no folder" in output
+
+
+@pytest.mark.parametrize("name", ["embeddings.bin", "ids.jsonl", "keys.bin"])
+def test_a_flipped_byte_anywhere_is_found_and_named(folder: Path, name: str) -> None:
+    assert invoke("verify", str(folder))[0] == 0
+    file = folder / "first" / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    code, output = invoke("verify", str(folder))
+    assert code == 1
+    assert "first: 10 documents, damaged" in output
+    assert "rows 4 to 7 do not match their checksum" in output
+    assert "second: 10 documents, whole" in output
+
+
+def test_lost_shards_are_found(folder: Path) -> None:
+    file = folder / "first" / "shards.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:2]))
+    code, output = invoke("verify", str(folder / "first"))
+    assert code == 1
+    assert "2 documents are missing" in output
+
+
+def test_stores_are_removed_only_when_that_is_meant(folder: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["store", "rm", str(folder)], input="n\n")
+    assert result.exit_code == 1
+    assert (folder / "first").is_dir()
+    (folder / "notes.txt").write_text("mine")
+    assert invoke("rm", str(folder), "--yes")[0] == 0
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    code, output = invoke("rm", str(folder), "--yes")
+    assert code == 1
+    assert "holds no embedding store" in output
+
+
+@given(
+    ids=st.lists(st.text(max_size=8), max_size=20),
+    cut=st.integers(0, 20),
+    begin=st.integers(-22, 22),
+    end=st.integers(-22, 22),
+)
+def test_ids_in_a_file_are_a_sequence(
+    tmp_path_factory: pytest.TempPathFactory, ids: list[str], cut: int, begin: int, end: int
+) -> None:
+    path = tmp_path_factory.mktemp("ids") / "ids.jsonl"
+    path.write_text("".join(json.dumps(identifier) + "\n" for identifier in ids))
+    number = min(cut, len(ids))
+    found, expected = FileIds(path, number), ids[:number]
+    assert list(found) == expected
+    assert len(found) == number
+    assert found[begin:end] == expected[begin:end]
+    assert found[begin:end:3] == expected[begin:end:3]
+    if -number <= begin < number:
+        assert found[begin] == expected[begin]
+    else:
+        with pytest.raises(IndexError):
+            found[begin]
+
+
+def test_a_store_with_many_ids_reads_them_from_the_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = EmbeddingStore.open(folder / "first")
+    monkeypatch.setattr(shards, "HELD_IDS", 5)
+    read = EmbeddingStore.open(folder / "first")
+    assert isinstance(read.ids, FileIds)
+    assert list(read.ids) == held.ids
+    assert read.positions({"d3", "d9", "x"}) == {"d3": 3, "d9": 9}
+    assert [ids for ids, _ in read.shards(4)] == [ids for ids, _ in held.shards(4)]
