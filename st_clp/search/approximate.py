@@ -85,7 +85,7 @@ class ApproximateIndex:
         with tqdm(
             total=len(store), desc=f"Indexing ({factory})", unit=" documents", disable=not show_progress_bar
         ) as progress:
-            for _, embeddings in store.shards():
+            for embeddings in store.blocks():
                 self._index.add(prepare(model, embeddings, "documents"))
                 progress.update(len(embeddings))
         self._look_through(nprobe)

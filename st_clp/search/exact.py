@@ -48,10 +48,10 @@ def search_rows(
     best_scores = np.zeros((len(queries), 0), dtype=np.float32)
     best_rows = np.zeros((len(queries), 0), dtype=np.int64)
     begin = 0
-    for ids, embeddings in store.shards():
-        scores, rows = _top_k(model, queries, prepare(model, embeddings, "documents"), min(k, len(ids)))
+    for embeddings in store.blocks():
+        scores, rows = _top_k(model, queries, prepare(model, embeddings, "documents"), min(k, len(embeddings)))
         best_scores, best_rows = _merge(best_scores, best_rows, scores, rows + begin, k)
-        begin += len(ids)
+        begin += len(embeddings)
     return best_scores, best_rows
 
 
@@ -94,12 +94,13 @@ def is_inner_product(model: SentenceTransformer) -> bool:
 def prepare(model: SentenceTransformer, embeddings: np.ndarray, what: str) -> np.ndarray:
     """float32, contiguous, of unit length where the similarity is cosine."""
     embeddings = np.ascontiguousarray(embeddings, dtype=np.float32)
-    if not np.isfinite(embeddings).all():
+    # A length is finite where all of a row is, and one pass gives both.
+    lengths = np.sqrt(np.einsum("nd,nd->n", embeddings, embeddings))
+    if not np.isfinite(lengths).all() and not np.isfinite(embeddings).all():
         row = int(np.flatnonzero(~np.isfinite(embeddings).all(axis=1))[0])
         raise ValueError(f"the embedding of {what} row {row} is not finite (NaN or infinite): the model is broken")
     if str(model.similarity_fn_name) == "cosine":
-        lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
-        embeddings = embeddings / np.maximum(lengths, 1e-12)
+        embeddings = embeddings * (1 / np.maximum(lengths, 1e-12))[:, None]
     return embeddings
 
 
@@ -135,5 +136,11 @@ def _merge(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The best k of two candidate lists for each query, equal scores by corpus order."""
     scores, rows = np.concatenate([scores, new_scores], axis=1), np.concatenate([rows, new_rows], axis=1)
-    order = np.lexsort((rows, -scores), axis=1)[:, :k]
-    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
+    # Both lists are in order, which a stable sort makes use of; it keeps the earlier list's rows first.
+    order = np.argsort(-scores, axis=1, kind="stable")
+    scores, rows = np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
+    # Within a list equal scores may come in any order.
+    tied = np.flatnonzero((np.diff(scores, axis=1) == 0).any(axis=1))
+    again = np.lexsort((rows[tied], -scores[tied]), axis=1)
+    scores[tied], rows[tied] = (np.take_along_axis(part[tied], again, axis=1) for part in (scores, rows))
+    return scores[:, :k], rows[:, :k]

@@ -20,8 +20,8 @@ def clustered(number: int, seed: int) -> np.ndarray:
 
 def make_store(number: int = 3000) -> EmbeddingStore:
     store = EmbeddingStore([f"d{i}" for i in range(number)], clustered(number, 1))
-    whole = store.shards
-    store.shards = lambda: whole(700)  # type: ignore[method-assign]  # several shards
+    whole = store.blocks
+    store.blocks = lambda: whole(700)  # type: ignore[method-assign]  # several shards
     return store
 
 

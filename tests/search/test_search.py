@@ -30,8 +30,8 @@ def test_search_equals_a_full_sort(
     matrix = generator.normal(size=(documents, 8)).astype(np.float32)
     asked = generator.normal(size=(queries, 8)).astype(np.float32)
     store = EmbeddingStore([f"d{i}" for i in range(documents)], matrix)
-    whole = store.shards
-    store.shards = lambda: whole(rows)  # type: ignore[method-assign]
+    whole = store.blocks
+    store.blocks = lambda: whole(rows)  # type: ignore[method-assign]
     scores, ids = search(tiny_model, asked, store, k)
     expected = tiny_model.similarity(torch.from_numpy(asked), torch.from_numpy(matrix)).numpy()
     kept = min(k, documents)
@@ -55,8 +55,8 @@ def test_pair_scores_are_on_the_scale_of_search(tiny_model: SentenceTransformer,
 
 def test_equal_scores_keep_corpus_order_across_shards(tiny_model: SentenceTransformer) -> None:
     store = EmbeddingStore([f"d{i}" for i in range(6)], np.ones((6, 4), dtype=np.float32))
-    whole = store.shards
-    store.shards = lambda: whole(2)  # type: ignore[method-assign]
+    whole = store.blocks
+    store.blocks = lambda: whole(2)  # type: ignore[method-assign]
     _, ids = search(tiny_model, np.ones((1, 4), dtype=np.float32), store, 6)
     assert ids[0] == [f"d{i}" for i in range(6)]
 
