@@ -6,14 +6,19 @@ import logging
 from abc import abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.evaluation import BaseEvaluator
 
+from evaluators.evaluation import Evaluation
 from evaluators.files import append_row, file_part, require_columns, write_json
 from evaluators.metrics import Metric, parse_metrics
 from evaluators.runs import Run, write_run
+from evaluators.saving import save_parts
+
+if TYPE_CHECKING:
+    from evaluators.collection import CollectionEvaluator
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +62,11 @@ class RetrievalEvaluator(BaseEvaluator):
     @abstractmethod
     def runs(self) -> dict[str, Run]:
         """What the last call retrieved: {collection: {query id: {document id: score}}}."""
+
+    @property
+    @abstractmethod
+    def parts(self) -> dict[str, CollectionEvaluator]:
+        """The evaluator of each collection, by the collection's key."""
 
     @property
     @abstractmethod
@@ -115,6 +125,26 @@ class RetrievalEvaluator(BaseEvaluator):
         for key, path in paths.items():
             write_run(self.runs[key], path)
         return list(paths.values())
+
+    def save(
+        self, folder: str | Path, *, model_name: str, model: SentenceTransformer | None = None, **settings: Any
+    ) -> Evaluation:
+        """Write the last call to a folder: runs, every query's scores, and what they are of.
+
+        ``st-clp compare`` and ``st-clp report`` read such folders, and so does
+        :func:`evaluators.evaluation.read_evaluation`.
+
+        Args:
+            folder: Where to; it is made if it is not there.
+            model_name: What to call the model.
+            model: The model, for a fingerprint of its weights; None where only a run was scored.
+            **settings: Anything else that the figures depend on.
+
+        Raises:
+            RuntimeError: The evaluator has not been called.
+            ValueError: An id holds white space, which a run file cannot carry.
+        """
+        return save_parts(folder, self.parts, model_name=model_name, model=model, **settings)
 
     def _write(
         self, folder: Path, metrics: dict[str, float], scores: dict[str, float], epoch: float, steps: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sentence_transformers import SentenceTransformer
 
@@ -13,6 +13,7 @@ from evaluators.base import RetrievalEvaluator
 from evaluators.collection import CollectionEvaluator
 from evaluators.files import file_part
 from evaluators.metrics import DEFAULT_METRICS, QueryScores, mean_scores
+from evaluators.pooling import ReferenceRun
 from evaluators.runs import Run
 from st_clp.data import Collection
 from st_clp.encoding import ComputeDtype
@@ -32,8 +33,10 @@ class BenchmarkEvaluator(RetrievalEvaluator):
         name: Goes before every metric, with an underscore.
         store_dir: A folder for the documents' embeddings, with a folder in it for each corpus. None: they are kept in
             memory, those of one corpus at a time.
-        metrics, run_depth, dtype, batch_size, show_progress_bar, ignore_identical_ids, write_csv, write_json,
-        save_runs: As in :class:`CollectionEvaluator`.
+        reference_runs: For ``corpus="pooled"``, {key: TREC run file or run}, or a folder with a file ``KEY.trec`` for
+            each collection, as ``write_runs`` leaves one.
+        metrics, run_depth, dtype, batch_size, show_progress_bar, ignore_identical_ids, corpus, pool_depth, write_csv,
+        write_json, save_runs: As in :class:`CollectionEvaluator`.
 
     Attributes:
         evaluators: The :class:`CollectionEvaluator` of each collection, by its key.
@@ -57,16 +60,23 @@ class BenchmarkEvaluator(RetrievalEvaluator):
         show_progress_bar: bool = False,
         ignore_identical_ids: bool = True,
         store_dir: str | os.PathLike[str] | None = None,
+        corpus: Literal["full", "pooled"] = "full",
+        reference_runs: Mapping[str, ReferenceRun] | str | os.PathLike[str] | None = None,
+        pool_depth: int = 100,
         write_csv: bool = True,
         write_json: bool = True,
         save_runs: bool = False,
     ) -> None:
+        plain_name = name
+        if corpus == "pooled":
+            name = "_".join(filter(None, [name, "pooled"]))
         super().__init__(name, metrics, write_csv=write_csv, write_json=write_json, save_runs=save_runs)
         self._parts, collections = _keys_of_parts(datasets)
+        references = _references(reference_runs, collections)
         self.evaluators: dict[str, CollectionEvaluator] = {
             key: CollectionEvaluator(
                 collection,
-                name="_".join(filter(None, [name, key])),
+                name="_".join(filter(None, [plain_name, key])),
                 metrics=[metric.name for metric in self.metrics],
                 run_depth=run_depth,
                 dtype=dtype,
@@ -74,6 +84,9 @@ class BenchmarkEvaluator(RetrievalEvaluator):
                 show_progress_bar=show_progress_bar,
                 ignore_identical_ids=ignore_identical_ids,
                 store_dir=None if store_dir is None else Path(store_dir) / file_part(collection.corpus_name),
+                corpus=corpus,
+                reference_run=references.get(key),
+                pool_depth=pool_depth,
             )
             for key, collection in collections.items()
         }
@@ -93,6 +106,10 @@ class BenchmarkEvaluator(RetrievalEvaluator):
         return {key: found[key] for key in self.keys()}
 
     @property
+    def parts(self) -> dict[str, CollectionEvaluator]:
+        return self.evaluators
+
+    @property
     def runs(self) -> dict[str, Run]:
         return {key: evaluator.run for key, evaluator in self.evaluators.items()}
 
@@ -107,6 +124,22 @@ class BenchmarkEvaluator(RetrievalEvaluator):
     def get_config_dict(self) -> dict[str, Any]:
         """The settings that the metrics depend on, for the model card."""
         return {key: evaluator.get_config_dict() for key, evaluator in self.evaluators.items()}
+
+
+def _references(
+    given: Mapping[str, ReferenceRun] | str | os.PathLike[str] | None, collections: Mapping[str, Collection]
+) -> dict[str, ReferenceRun]:
+    """For each collection's key the run that its pool is made of."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        files = {key: Path(given) / f"{file_part(key)}.trec" for key in collections}
+        if missing := [path for path in files.values() if not path.is_file()]:
+            raise ValueError(f"there is no reference run {missing[0]}; a pool needs one for each collection")
+        return dict(files)
+    if missing_keys := collections.keys() - given.keys():
+        raise ValueError(f"reference_runs has no run for {', '.join(sorted(missing_keys))}")
+    return dict(given)
 
 
 def _keys_of_parts(datasets: Datasets) -> tuple[dict[str, list[str]], dict[str, Collection]]:

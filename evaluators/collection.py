@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 from sentence_transformers import SentenceTransformer
 
 from evaluators.base import RetrievalEvaluator
 from evaluators.files import file_part
 from evaluators.metrics import DEFAULT_METRICS, QueryScores, mean_scores, score_queries
+from evaluators.pooling import ReferenceRun, pooled_collection
 from evaluators.runs import Run, make_run, without_identical_ids, write_run
 from st_clp.data import Collection, CollectionError
 from st_clp.encoding import ComputeDtype, EmbeddingStore, encode_queries
@@ -42,6 +43,11 @@ class CollectionEvaluator(RetrievalEvaluator):
             queries and documents are numbered independently of each other.
         store_dir: The folder to keep the documents' embeddings in. It is reused while model and documents stay the
             same, by the miner too, and overwritten otherwise. None: they are kept in memory, during the call only.
+        corpus: ``"full"`` searches the whole corpus; ``"pooled"`` only the judged documents and the best of
+            ``reference_run``, for evaluation in the middle of training. ``_pooled`` then goes behind the name: such a
+            figure comes out higher, and is not to be compared with one over the whole corpus.
+        reference_run: For a pool, a TREC run file or {query id: {document id: score}}; None: judged documents alone.
+        pool_depth: For a pool, how many of each query's documents to take from the reference run.
         write_csv: Add a line to ``csv_file`` in the ``output_path`` of each call.
         write_json: Write the last call's metrics and counts to ``json_file`` in its ``output_path``.
         save_runs: Write a TREC run file to the ``output_path`` of each call.
@@ -53,7 +59,8 @@ class CollectionEvaluator(RetrievalEvaluator):
 
     Raises:
         CollectionError: The collection has no judgments.
-        ValueError: A metric is unknown, a cut-off is below 1, or ``run_depth`` is below a cut-off.
+        ValueError: A metric is unknown, a cut-off is below 1, ``run_depth`` is below a cut-off, or a pool is asked for
+            that cannot be made.
 
     Example:
         ::
@@ -80,17 +87,31 @@ class CollectionEvaluator(RetrievalEvaluator):
         show_progress_bar: bool = False,
         ignore_identical_ids: bool = True,
         store_dir: str | os.PathLike[str] | None = None,
+        corpus: Literal["full", "pooled"] = "full",
+        reference_run: ReferenceRun | None = None,
+        pool_depth: int = 100,
         write_csv: bool = True,
         write_json: bool = True,
         save_runs: bool = False,
     ) -> None:
         name = default_name(collection) if name is None else name
+        if corpus not in ("full", "pooled"):
+            raise ValueError(f"corpus must be 'full' or 'pooled', got {corpus!r}")
+        if corpus == "full" and reference_run is not None:
+            raise ValueError("a reference_run is for a pool; give corpus='pooled' too")
+        self.pooled: str | None = None
+        if corpus == "pooled":
+            collection, self.pooled = pooled_collection(collection, reference_run, pool_depth)
+            name = "_".join(filter(None, [name, "pooled"]))
+            # Beside the whole corpus's embeddings, not in their place.
+            store_dir = None if store_dir is None else f"{os.fspath(store_dir)}.pooled"
         super().__init__(name, metrics, write_csv=write_csv, write_json=write_json, save_runs=save_runs)
         deepest = max(metric.k for metric in self.metrics)
         self.run_depth = deepest if run_depth is None else run_depth
         if self.run_depth < deepest:
             raise ValueError(f"run_depth {self.run_depth} is too small for a metric cut at {deepest}")
         self.collection = collection
+        self.num_documents: int | None = None  # known once they are encoded
         self.dtype: ComputeDtype = dtype
         self.batch_size = batch_size
         self.show_progress_bar = show_progress_bar
@@ -114,6 +135,7 @@ class CollectionEvaluator(RetrievalEvaluator):
             batch_size=self.batch_size,
             show_progress_bar=self.show_progress_bar,
         )
+        self.num_documents = len(store)
         query_ids = list(self.judgments)
         embeddings = encode_queries(
             model,
@@ -128,9 +150,28 @@ class CollectionEvaluator(RetrievalEvaluator):
             run, self._counts["documents with the query's own id, left out"] = without_identical_ids(
                 run, self.run_depth
             )
-        self._run = run
-        self._query_scores = score_queries(self.judgments, run, self.metrics)
+        return self.score(run)
+
+    def score(self, run: Run) -> dict[str, float]:
+        """The metrics of a run that was retrieved before, by whatever, kept as the last call's.
+
+        Raises:
+            CollectionError: It answers none of the judged queries.
+        """
+        answered = {query_id: run[query_id] for query_id in self.judgments if query_id in run}
+        if not answered:
+            raise CollectionError(f"the run answers none of the queries of {self.collection.name}")
+        if others := len(run) - len(answered):
+            self._counts["queries of the run without judgments, left out"] = others
+        if unanswered := len(self.judgments) - len(answered):
+            self._counts["judged queries that the run does not answer, at 0"] = unanswered
+        self._run = answered
+        self._query_scores = score_queries(self.judgments, answered, self.metrics)
         return mean_scores(self._query_scores.values())
+
+    @property
+    def parts(self) -> dict[str, CollectionEvaluator]:
+        return {self.name or default_name(self.collection): self}
 
     @property
     def run(self) -> Run:
@@ -166,6 +207,7 @@ class CollectionEvaluator(RetrievalEvaluator):
             "collection": self.collection.name,
             "queries": len(self.judgments),
             "ignore_identical_ids": self.ignore_identical_ids,
+            **({"pooled": self.pooled} if self.pooled else {}),
         }
 
     def _count_queries(self) -> dict[str, int]:

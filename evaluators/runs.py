@@ -64,6 +64,42 @@ def write_run(run: Mapping[str, Mapping[str, float]], path: str | os.PathLike[st
                 file.write(f"{query_id} Q0 {doc_id} {rank} {score:.9g} {tag}\n")
 
 
+def read_run(path: str | os.PathLike[str]) -> Run:
+    """Read a TREC run file: query id, ``Q0``, document id, rank, score, tag, separated by white space.
+
+    As for trec_eval, only the scores count, not the ranks.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: A line is broken, a score is not finite, or a document comes twice for a query; the message names
+            the file and the line.
+    """
+    run: Run = {}
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            columns = line.split()
+            if not columns:
+                continue
+            where = f"{os.fspath(path)}, line {number}"
+            if len(columns) != 6:
+                raise ValueError(
+                    f"{where}: a run's lines have 6 columns (query Q0 document rank score tag), this one {len(columns)}"
+                )
+            query_id, _, doc_id, _, score, _ = columns
+            try:
+                value = float(score)
+            except ValueError:
+                raise ValueError(f"{where}: the score {score!r} is no number") from None
+            if not np.isfinite(value):
+                raise ValueError(f"{where}: the score {score!r} is not finite")
+            if doc_id in run.setdefault(query_id, {}):
+                raise ValueError(f"{where}: the document {doc_id!r} comes twice for the query {query_id!r}")
+            run[query_id][doc_id] = value
+    if not run:
+        raise ValueError(f"{os.fspath(path)} is empty: a run has a line for each retrieved document")
+    return run
+
+
 def _require_word(text: str, what: str) -> None:
     if text.split() != [text]:
         raise ValueError(

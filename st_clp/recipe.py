@@ -20,6 +20,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import set_seed
 
 from evaluators import CollectionEvaluator
+from evaluators.saving import save_parts
 from st_clp.data import Collection
 from st_clp.mining import MiningOptions, mine
 from st_clp.mining.rows import read_rows, to_dataset, write_rows
@@ -128,21 +129,25 @@ class _Run:
         return usage.to_dict()
 
     def _evaluate(self, model: SentenceTransformer, when: str) -> dict[str, dict[str, float]]:
+        parts: dict[str, CollectionEvaluator] = {}
         scores = {}
         for collection in self.collections.evaluate:
             evaluator = CollectionEvaluator(
                 collection,
-                name="collection",
+                metrics=METRICS,
                 dtype=self.settings.encode_dtype,  # type: ignore[arg-type]
                 batch_size=self.settings.encode_batch_size,
                 show_progress_bar=True,
                 store_dir=self.directory.store(when, collection.corpus_name),
                 write_csv=False,
             )
-            metrics = evaluator(model)
-            evaluator.write_run(self.directory.work / "runs" / when / f"{slug(collection.name)}.trec")
-            scores[collection.name] = {name: float(metrics[f"collection_{name}"]) for name in METRICS}
+            scores[collection.name] = evaluator.evaluate(model)
+            parts[evaluator.name] = evaluator
             self.console.print(f"  {collection.name}: nDCG@10 {scores[collection.name]['ndcg@10']:.4f}")
+        name = f"{self.settings.model} {'fine-tuned' if when == 'after' else 'before'}"
+        save_parts(
+            self.directory.evaluation(when), parts, model_name=name, model=model, dtype=self.settings.encode_dtype
+        )
         return scores
 
     def _mine(self) -> dict[str, Any]:

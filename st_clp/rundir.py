@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from evaluators.evaluation import Evaluation, read_evaluation
 from st_clp.settings import RunSettings, SettingsError
 
 logger = logging.getLogger(__name__)
@@ -104,11 +105,28 @@ class RunDirectory:
         """Where the embeddings of a corpus are kept."""
         return self.work / "embeddings" / when / slug(corpus_name)
 
+    def evaluation(self, when: str) -> Path:
+        """Where an evaluation is saved: ``"before"`` or ``"after"`` training."""
+        return self.work / "evaluations" / when
+
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint that was written to its end."""
         # The trainer writes its state last, so a checkpoint with a state is whole.
         whole = [path.parent for path in (self.work / "checkpoints").glob("checkpoint-*/trainer_state.json")]
         return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def evaluations_of(folder: str | Path) -> list[Evaluation]:
+    """The evaluations in a folder: one that was saved there, or those of a run before and after training.
+
+    Raises:
+        EvaluationError: There are none, or one is broken.
+    """
+    directory = RunDirectory(folder)
+    if not directory.settings_file.is_file():
+        return [read_evaluation(folder)]
+    found = [directory.evaluation(when) for when in ("before", "after")]
+    return [read_evaluation(path) for path in found if path.is_dir()]
 
 
 def slug(name: str) -> str:

@@ -66,13 +66,18 @@ def load_collections(settings: RunSettings) -> Collections:
             collection.require_positives()
         train.append(collection)
     for source in settings.eval_collection:
-        split = settings.eval_split or next((name for name in EVAL_SPLITS if name in Collection.splits(source)), None)
+        split = find_eval_split(source, settings.eval_split)
         evaluate.append(Collection.load(source, split=split, text_fields=fields))
     if not evaluate:
         raise CollectionError("there is nothing to evaluate on: name --eval-collection, or give --holdout a share")
     for collection in evaluate:
         _require_ids_for_run_files(collection)
     return Collections(train, evaluate)
+
+
+def find_eval_split(source: str, split: str | None) -> str | None:
+    """The split to evaluate on: what is asked for, or dev, validation or test; None where the source has no such."""
+    return split or next((name for name in EVAL_SPLITS if name in Collection.splits(source)), None)
 
 
 def load_training_collections(settings: RunSettings) -> list[Collection]:

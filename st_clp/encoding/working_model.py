@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import platform
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -13,6 +14,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Router, Transformer
 from sentence_transformers.util import batch_to_device, truncate_embeddings
 
+from st_clp.encoding.attention import use_batched_products
 from st_clp.encoding.batches import Features
 
 logger = logging.getLogger(__name__)
@@ -82,10 +84,13 @@ def hardware_has_bf16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 matrices in hardware."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu" and platform.machine().lower() in ("x86_64", "amd64"):
-        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-    return False
+    return device.type == "cpu" and bool(_capabilities().get("avx512_bf16") or _capabilities().get("amx_bf16"))
+
+
+def _capabilities() -> Mapping[str, Any]:
+    """What the processor has, by PyTorch's names."""
+    known = platform.machine().lower() in ("x86_64", "amd64") and hasattr(torch.cpu, "get_capabilities")
+    return torch.cpu.get_capabilities() if known else {}
 
 
 def _prompt(model: SentenceTransformer, task: Task) -> str | None:
@@ -117,6 +122,8 @@ def _in_bfloat16(model: SentenceTransformer) -> SentenceTransformer:
         if isinstance(module, Transformer):
             module.bfloat16()
             module.register_forward_hook(_hand_on_float32)
+            if model.device.type == "cpu" and not _capabilities().get("amx_bf16"):
+                use_batched_products(module.model)
     return working.eval()
 
 

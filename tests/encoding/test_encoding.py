@@ -16,7 +16,14 @@ from sentence_transformers.sentence_transformer.modules import Dense, Pooling, R
 from transformers import Qwen3Config, Qwen3Model
 
 from st_clp import upcycle
-from st_clp.encoding import encode, encode_documents, encode_queries, model_fingerprint
+from st_clp.encoding import (
+    attention,
+    encode,
+    encode_documents,
+    encode_queries,
+    model_fingerprint,
+    working_model,
+)
 
 TEXTS = ["a big river", "the old lake of the north", "fire", "who was king?", "one two three four five six", "bird"]
 
@@ -199,3 +206,48 @@ def test_misuse_is_refused(tiny_model: SentenceTransformer) -> None:
         encode_queries(tiny_model, ["fire"], dtype="fp8")
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         encode_queries(tiny_model, ["fire"], batch_size=0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    queries=st.integers(1, 9),
+    keys=st.integers(1, 9),
+    kind=st.sampled_from(["none", "keys", "square"]),
+    width=st.sampled_from([4, 8]),
+    seed=st.integers(0, 100),
+)
+def test_attention_by_products_is_attention(
+    batch: int, queries: int, keys: int, kind: str, width: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    query, key, value = (torch.randn(batch, 2, n, width, generator=generator) for n in (queries, keys, keys))
+    mask = None
+    if kind != "none":
+        mask = torch.rand(batch, 1, 1 if kind == "keys" else queries, keys, generator=generator) < 0.6
+        mask[..., 0] = True
+    found, _ = attention.attend(torch.nn.Identity(), query, key, value, mask, scaling=0.3)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3)
+    torch.testing.assert_close(found, expected.transpose(1, 2), atol=1e-5, rtol=1e-5)
+
+
+def test_the_bfloat16_copy_attends_by_products_and_the_model_does_not(
+    tiny_model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    original = attention.attend
+
+    def counting(*arguments: object, **options: object) -> object:
+        seen.append(1)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(attention, "attend", counting)
+    monkeypatch.setattr(working_model, "_capabilities", lambda: {"avx512_bf16": True})
+    encode_queries(tiny_model, LONG, dtype="auto")
+    assert seen
+    seen.clear()
+    encode_queries(tiny_model, LONG, dtype="model")
+    tiny_model.encode_query(LONG)
+    monkeypatch.setattr(working_model, "_capabilities", lambda: {"amx_bf16": True})
+    encode_queries(tiny_model, LONG, dtype="auto")
+    assert not seen

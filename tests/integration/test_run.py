@@ -73,7 +73,8 @@ def test_a_run_leaves_a_better_model_a_card_a_report_and_runs(
     assert f"{before:.3f} → {after:.3f}" in card
     assert "## Model Details" in card
     run_lines = [
-        line.split() for line in next((output / "run" / "runs" / "after").glob("*.trec")).read_text().splitlines()
+        line.split()
+        for line in next((output / "run" / "evaluations" / "after" / "runs").glob("*.trec")).read_text().splitlines()
     ]
     assert {len(line) for line in run_lines} == {6}
     mined = report["mining"][f"{collection_path}/train"]

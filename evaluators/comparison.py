@@ -1,0 +1,282 @@
+"""Is one evaluation better than another, and by more than luck?
+
+Differences are paired by query. The p-value is that of a randomisation test, which swaps the two scores of each query
+at random (Smucker, Allan and Carterette, 2007, A Comparison of Statistical Significance Tests for Information Retrieval
+Evaluation), the interval a bootstrap over queries, both by scipy. Over several collections each counts the same, and
+the p-values of single collections are adjusted by Holm's method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from evaluators.evaluation import CollectionResult, Evaluation, EvaluationError
+from evaluators.metrics import Metric
+
+RESAMPLES = 10_000
+MEMORY = 4_000_000  # resampled values held at once
+CONFIDENCE = 0.95
+OVERALL = "mean"
+
+
+@dataclass(frozen=True)
+class QueryChange:
+    """A query's score in both evaluations."""
+
+    query_id: str
+    before: float
+    after: float
+
+    @property
+    def difference(self) -> float:
+        """How much it gained."""
+        return self.after - self.before
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How two evaluations differ on one collection, or overall.
+
+    Attributes:
+        key: The collection, or ``"mean"``.
+        queries: How many queries were compared.
+        before, after: The mean scores.
+        low, high: The 95 % interval of the difference.
+        p: Of the randomisation test, two-sided.
+        p_adjusted: The same by Holm's method over the collections; for the mean, ``p``.
+        wins, ties, losses: Queries that gained, stayed and lost.
+    """
+
+    key: str
+    queries: int
+    before: float
+    after: float
+    low: float
+    high: float
+    p: float
+    p_adjusted: float
+    wins: int
+    ties: int
+    losses: int
+
+    @property
+    def difference(self) -> float:
+        """How much was gained on average."""
+        return self.after - self.before
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two evaluations side by side.
+
+    Attributes:
+        before, after: What the models are called.
+        metric: The metric that is compared.
+        pooled: Whether the figures are over pools, not whole corpora.
+        differences: For each collection, and last, of several, their mean.
+        changes: Collection key to every query's change, most gained first.
+    """
+
+    before: str
+    after: str
+    metric: str
+    pooled: bool
+    differences: list[Difference]
+    changes: dict[str, list[QueryChange]]
+
+    def to_dict(self, *, queries: int | None = None) -> dict[str, Any]:
+        """For JSON; with at most so many of the queries that gained and that lost most of each collection."""
+        return {
+            "before": self.before,
+            "after": self.after,
+            "metric": self.metric,
+            "pooled": self.pooled,
+            "differences": [{**asdict(found), "difference": found.difference} for found in self.differences],
+            "changes": {
+                key: [{**asdict(c), "difference": c.difference} for c in most_changed(changes, queries)]
+                for key, changes in self.changes.items()
+            },
+        }
+
+
+def most_changed(changes: Sequence[QueryChange], number: int | None) -> list[QueryChange]:
+    """At most so many that gained most, then at most so many that lost most; all for None."""
+    if number is None:
+        return list(changes)
+    gained = [change for change in changes[:number] if change.difference > 0]
+    lost = [change for change in changes[::-1][:number] if change.difference < 0]
+    return gained + lost
+
+
+def compare(before: Evaluation, after: Evaluation, metric: str | None = None, *, seed: int = 0) -> Comparison:
+    """Compare two evaluations of the same queries.
+
+    Args:
+        before: The one to compare with.
+        after: The other one.
+        metric: What to compare, such as ``"ndcg@10"``. None: the first evaluation's primary metric.
+        seed: Of the resampling.
+
+    Raises:
+        EvaluationError: They are of other collections, queries or judgments, one is over a pool and the other is
+            not, or one does not have the metric; the message says in what they differ.
+        ValueError: There is no such metric.
+    """
+    metric = before.metrics[0] if metric is None else Metric.parse(metric).name
+    _require_same(before, after, metric)
+    samples: dict[str, np.ndarray] = {}
+    changes: dict[str, list[QueryChange]] = {}
+    for key in before.results:
+        old, new = before.query_scores[key], after.query_scores[key]
+        found = [QueryChange(query_id, old[query_id][metric], new[query_id][metric]) for query_id in old]
+        samples[key] = np.array([change.difference for change in found])
+        changes[key] = sorted(found, key=lambda change: (-change.difference, change.query_id))
+    ps = {key: p_value([sample], seed) for key, sample in samples.items()}
+    adjusted = holm(ps)
+    differences = [_difference(key, [changes[key]], [samples[key]], ps[key], adjusted[key], seed) for key in samples]
+    if len(samples) > 1:
+        p = p_value(list(samples.values()), seed)
+        differences.append(_difference(OVERALL, list(changes.values()), list(samples.values()), p, p, seed))
+    pooled = any(result.pooled for result in before.results.values())
+    return Comparison(before.model, after.model, metric, pooled, differences, changes)
+
+
+def p_value(samples: Sequence[np.ndarray], seed: int) -> float:
+    """The chance of so large a mean difference, either way, if each query's two scores were swapped at random.
+
+    Args:
+        samples: For each collection the differences of its queries. Each collection counts the same.
+        seed: Of the swaps; with few queries all of them are tried.
+    """
+    from scipy.stats import permutation_test
+
+    weighted = np.concatenate([sample / (len(sample) * len(samples)) for sample in samples])
+    weighted = weighted[weighted != 0]  # a tie is the same whichever way it is swapped
+    if not len(weighted):
+        return 1.0
+    found = permutation_test(
+        (weighted,),
+        lambda values, axis: np.sum(values, axis=axis),
+        permutation_type="samples",
+        n_resamples=RESAMPLES - 1,
+        vectorized=True,
+        batch=max(1, MEMORY // len(weighted)),
+        rng=np.random.default_rng(seed),
+    )
+    return float(found.pvalue)
+
+
+def interval(samples: Sequence[np.ndarray], seed: int) -> tuple[float, float]:
+    """The 95 % bootstrap interval of the mean over collections of their mean over queries.
+
+    Args:
+        samples: For each collection its queries' values, which are drawn again within it.
+        seed: Of the draws.
+    """
+    generator = np.random.default_rng(seed)
+    means = np.zeros(RESAMPLES)
+    for sample in samples:
+        if (sample == sample[0]).all():
+            means += sample[0] / len(samples)
+            continue
+        means += _resampled_means(sample, generator) / len(samples)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def _resampled_means(sample: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """The means of so many draws with replacement, by scipy."""
+    from scipy.stats import bootstrap
+
+    found = bootstrap(
+        (sample,),
+        np.mean,
+        n_resamples=RESAMPLES,
+        vectorized=True,
+        batch=max(1, MEMORY // len(sample)),
+        method="percentile",
+        rng=generator,
+    )
+    return np.asarray(found.bootstrap_distribution)
+
+
+def holm(ps: dict[str, float]) -> dict[str, float]:
+    """Holm's adjustment (1979): the chance of one false finding among all of them stays below each figure."""
+    adjusted: dict[str, float] = {}
+    largest = 0.0
+    for rank, key in enumerate(sorted(ps, key=lambda key: ps[key])):
+        largest = max(largest, min(1.0, ps[key] * (len(ps) - rank)))
+        adjusted[key] = largest
+    return adjusted
+
+
+def _difference(
+    key: str,
+    changes: Sequence[Sequence[QueryChange]],
+    samples: Sequence[np.ndarray],
+    p: float,
+    p_adjusted: float,
+    seed: int,
+) -> Difference:
+    low, high = interval(samples, seed)
+    every = np.concatenate(samples)
+    return Difference(
+        key=key,
+        queries=len(every),
+        before=float(np.mean([np.mean([change.before for change in part]) for part in changes])),
+        after=float(np.mean([np.mean([change.after for change in part]) for part in changes])),
+        low=low,
+        high=high,
+        p=p,
+        p_adjusted=p_adjusted,
+        wins=int((every > 0).sum()),
+        ties=int((every == 0).sum()),
+        losses=int((every < 0).sum()),
+    )
+
+
+def _require_same(before: Evaluation, after: Evaluation, metric: str) -> None:
+    for evaluation in (before, after):
+        if metric not in evaluation.metrics:
+            raise EvaluationError(
+                f"{evaluation.path} has no {metric}; it has {', '.join(evaluation.metrics)}. Evaluate with "
+                f"--metric {metric}, or compare by another"
+            )
+    if before.results.keys() != after.results.keys():
+        only = [
+            f"{one.path} has {', '.join(sorted(one.results.keys() - other.results.keys()))}"
+            for one, other in ((before, after), (after, before))
+            if one.results.keys() - other.results.keys()
+        ]
+        raise EvaluationError(f"the collections differ: only {' and only '.join(only)}")
+    for key, old in before.results.items():
+        new = after.results[key]
+        if reason := _in_what_they_differ(old, new, before, after, key):
+            raise EvaluationError(f"{key} cannot be compared: {reason}")
+
+
+def _in_what_they_differ(
+    old: CollectionResult, new: CollectionResult, before: Evaluation, after: Evaluation, key: str
+) -> str | None:
+    if (old.pooled is None) != (new.pooled is None) or old.pooled != new.pooled:
+        described = [
+            f"{one.path} is over {result.pooled or 'the whole corpus'}" for one, result in ((before, old), (after, new))
+        ]
+        return f"{' and '.join(described)}; figures over a pool are only comparable with those over the same pool"
+    first, second = before.query_scores[key].keys(), after.query_scores[key].keys()
+    if first != second:
+        missing = sorted(first - second)[:3] + sorted(second - first)[:3]
+        return (
+            f"{len(first - second)} queries are only in {before.path} and {len(second - first)} only in {after.path}, "
+            f"such as {', '.join(missing)}"
+        )
+    if old.judgments != new.judgments:
+        return f"the queries are the same, but not their judgments ({old.source} and {new.source})"
+    if None not in (old.documents, new.documents) and old.documents != new.documents:
+        return f"one searched {old.documents:,} documents and the other {new.documents:,}"
+    return None

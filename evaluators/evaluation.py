@@ -1,0 +1,193 @@
+"""Evaluations on disk: the runs, every query's scores, and a manifest of what they are of."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from evaluators.files import file_part, replacing, write_json
+from evaluators.metrics import Judgments, QueryScores
+from evaluators.runs import Run, read_run, write_run
+
+MANIFEST = "evaluation.json"
+FORMAT = 1
+PACKAGES = ("st-clp", "sentence-transformers", "transformers", "torch", "faiss-cpu", "pytrec-eval-terrier")
+
+
+class EvaluationError(ValueError):
+    """A saved evaluation cannot be read, or two of them cannot be compared; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class CollectionResult:
+    """What was found on one collection.
+
+    Attributes:
+        key: What the collection is called in metrics and file names.
+        source: What it was loaded as.
+        split: Its split, or None.
+        language: ISO 639 code, or None.
+        pooled: None for a figure over the whole corpus; otherwise how the pool was made.
+        judgments: A fingerprint of the judgments.
+        documents: How many documents were searched; None where only a run was given.
+        scores: The mean of each metric.
+        counts: Queries, those without a relevant document, and what was left out.
+    """
+
+    key: str
+    source: str
+    split: str | None
+    language: str | None
+    pooled: str | None
+    judgments: str
+    documents: int | None
+    scores: dict[str, float]
+    counts: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A saved evaluation of one model.
+
+    Attributes:
+        path: Its folder.
+        model: What the model is called.
+        fingerprint: Of the model's weights and settings; None where only runs were given.
+        results: Collection key to what was found there.
+        metrics: The metrics, the primary one first.
+        created: When it was made, ISO 8601, UTC.
+        versions: Of everything that the figures depend on.
+        settings: What the figures depend on besides.
+    """
+
+    path: Path
+    model: str
+    fingerprint: str | None
+    results: dict[str, CollectionResult]
+    metrics: list[str]
+    created: str
+    versions: dict[str, str]
+    settings: dict[str, Any]
+
+    @cached_property
+    def query_scores(self) -> dict[str, QueryScores]:
+        """Collection key to {query id: {metric: value}}.
+
+        Raises:
+            EvaluationError: A file is missing or broken.
+        """
+        return {key: _read_scores(self.path / "scores" / f"{file_part(key)}.csv") for key in self.results}
+
+    def run(self, key: str) -> Run:
+        """What was retrieved on a collection.
+
+        Raises:
+            ValueError: A line of the run file is broken.
+            FileNotFoundError: The run file is not there.
+        """
+        return read_run(self.path / "runs" / f"{file_part(key)}.trec")
+
+
+def judgments_fingerprint(judgments: Judgments) -> str:
+    """A short text that is the same for the same judgments, in whatever order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for query_id in sorted(judgments):
+        for doc_id, grade in sorted(judgments[query_id].items()):
+            digest.update(json.dumps([query_id, doc_id, grade]).encode())
+    return digest.hexdigest()
+
+
+def write_evaluation(
+    folder: str | os.PathLike[str],
+    *,
+    model: str,
+    fingerprint: str | None,
+    results: Mapping[str, CollectionResult],
+    runs: Mapping[str, Run],
+    query_scores: Mapping[str, QueryScores],
+    settings: Mapping[str, Any],
+) -> Evaluation:
+    """Write an evaluation to a folder; the manifest comes last, so a folder with one is whole.
+
+    Raises:
+        ValueError: An id holds white space, which a run file cannot carry.
+        OSError: The folder cannot be written.
+    """
+    path = Path(folder)
+    for key in results:
+        write_run(runs[key], path / "runs" / f"{file_part(key)}.trec")
+        _write_scores(query_scores[key], path / "scores" / f"{file_part(key)}.csv")
+    metrics = list(next(iter(results.values())).scores)
+    manifest = {
+        "format": FORMAT,
+        "model": model,
+        "fingerprint": fingerprint,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "metrics": metrics,
+        "settings": dict(settings),
+        "versions": _versions(),
+        "collections": {key: {k: v for k, v in vars(found).items() if k != "key"} for key, found in results.items()},
+    }
+    write_json(path / MANIFEST, manifest)
+    return read_evaluation(path)
+
+
+def read_evaluation(folder: str | os.PathLike[str]) -> Evaluation:
+    """Read what :func:`write_evaluation` wrote.
+
+    Raises:
+        EvaluationError: There is none in the folder, or it is broken.
+    """
+    path = Path(folder)
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            raise EvaluationError(f"{path / MANIFEST} has format {manifest['format']}, and this version reads {FORMAT}")
+        results = {key: CollectionResult(key, **values) for key, values in manifest["collections"].items()}
+        names = ("model", "fingerprint", "metrics", "created", "versions", "settings")
+        return Evaluation(path=path, results=results, **{name: manifest[name] for name in names})
+    except FileNotFoundError:
+        raise EvaluationError(
+            f"{path} holds no evaluation; make one with: st-clp evaluate MODEL --output {path}"
+        ) from None
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise EvaluationError(f"{path / MANIFEST} is broken ({error}); evaluate again") from error
+
+
+def _write_scores(scores: QueryScores, path: Path) -> None:
+    with replacing(path) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["query", *next(iter(scores.values()))])
+        for query_id, values in scores.items():
+            writer.writerow([query_id, *(repr(value) for value in values.values())])
+
+
+def _read_scores(path: Path) -> QueryScores:
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            reader = csv.reader(file)
+            names = next(reader)[1:]
+            return {row[0]: dict(zip(names, map(float, row[1:]), strict=True)) for row in reader}
+    except FileNotFoundError:
+        raise EvaluationError(f"{path} is missing; evaluate again") from None
+    except (StopIteration, ValueError, IndexError) as error:
+        raise EvaluationError(f"{path} is broken ({error}); evaluate again") from error
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,83 @@
+"""Evaluations and comparisons as tables: for the terminal, LaTeX, CSV and JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from evaluators.comparison import OVERALL, Comparison
+from evaluators.evaluation import Evaluation
+from evaluators.metrics import mean_scores
+
+if TYPE_CHECKING:
+    import pandas
+
+Format = Literal["table", "latex", "csv", "json"]
+FORMATS: tuple[Format, ...] = ("table", "latex", "csv", "json")
+QUERIES_SHOWN = 10
+
+
+def scores_table(evaluation: Evaluation) -> pandas.DataFrame:
+    """A row for each collection and, of several, one for their mean; a column for each metric."""
+    import pandas
+
+    rows = {key: result.scores for key, result in evaluation.results.items()}
+    if len(rows) > 1:
+        rows = {OVERALL: mean_scores(rows.values()), **rows}
+    frame = pandas.DataFrame(rows).T
+    frame.index.name = "collection"
+    return frame
+
+
+def comparison_table(comparisons: Sequence[Comparison]) -> pandas.DataFrame:
+    """A row for each collection and for the mean, of each comparison."""
+    import pandas
+
+    rows = [
+        {
+            "before": comparison.before,
+            "after": comparison.after,
+            "collection": found.key + (" (pooled)" if comparison.pooled else ""),
+            "queries": found.queries,
+            f"{comparison.metric} before": found.before,
+            f"{comparison.metric} after": found.after,
+            "difference": found.difference,
+            "95% low": found.low,
+            "95% high": found.high,
+            "p": found.p,
+            "p (Holm)": found.p_adjusted,
+            "wins": found.wins,
+            "ties": found.ties,
+            "losses": found.losses,
+        }
+        for comparison in comparisons
+        for found in comparison.differences
+    ]
+    return pandas.DataFrame(rows)
+
+
+def to_latex(frame: pandas.DataFrame, *, index: bool) -> str:
+    """As a LaTeX table with booktabs rules."""
+    text = frame.copy()
+    text.columns = [_escape(str(name)) for name in text.columns]
+    return text.to_latex(index=index, float_format="%.4f", escape=False, formatters=_escaped_texts(text))
+
+
+def comparisons_text(comparisons: Sequence[Comparison], kind: Format) -> str:
+    """Comparisons as LaTeX, CSV or JSON; in JSON with the queries that changed most."""
+    if kind == "json":
+        content = [comparison.to_dict(queries=QUERIES_SHOWN) for comparison in comparisons]
+        return json.dumps(content, indent=1, ensure_ascii=False)
+    frame = comparison_table(comparisons)
+    return to_latex(frame, index=False) if kind == "latex" else frame.to_csv(index=False)
+
+
+def _escaped_texts(frame: pandas.DataFrame) -> dict[str, object]:
+    return {name: lambda value: _escape(str(value)) for name in frame.columns if frame[name].dtype.kind not in "iuf"}
+
+
+def _escape(text: str) -> str:
+    for sign in "&%$#_{}":
+        text = text.replace(sign, "\\" + sign)
+    return text

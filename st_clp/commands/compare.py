@@ -1,0 +1,98 @@
+"""``st-clp compare``: is one evaluation better than another, and by more than luck?"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from st_clp.commands.advice import with_advice
+
+if TYPE_CHECKING:
+    from evaluators.comparison import Comparison
+
+SHOWN = 3
+
+
+@with_advice
+def compare(
+    evaluations: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Folders of `st-clp evaluate`; the first is compared with each of the others. The folder of a run "
+            "stands for its model before and after."
+        ),
+    ],
+    metric: Annotated[str | None, typer.Option(help="What to compare. By default the first one's main metric.")] = None,
+    format: Annotated[Literal["table", "latex", "csv", "json"], typer.Option(help="How to show it.")] = "table",
+    output: Annotated[Path | None, typer.Option(help="Write to this file in place of the terminal.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the resampling.")] = 0,
+) -> None:
+    """Compare evaluations: differences with intervals, a paired randomisation test, and what changed most."""
+    from evaluators.comparison import compare as compare_two
+    from evaluators.files import replacing
+    from evaluators.tables import comparisons_text
+    from st_clp.rundir import evaluations_of
+    from st_clp.settings import SettingsError
+
+    found = [evaluation for folder in evaluations for evaluation in evaluations_of(folder)]
+    if len(found) < 2:
+        raise SettingsError("a comparison needs two evaluations: name another folder")
+    comparisons = [compare_two(found[0], other, metric, seed=seed) for other in found[1:]]
+    if format == "table" and output is None:
+        for comparison in comparisons:
+            print_comparison(Console(highlight=False), comparison)
+        return
+    text = _table_text(comparisons) if format == "table" else comparisons_text(comparisons, format)
+    if output is None:
+        print(text)
+        return
+    with replacing(output) as file:
+        file.write(text)
+
+
+def _table_text(comparisons: list[Comparison]) -> str:
+    text = io.StringIO()
+    for comparison in comparisons:
+        print_comparison(Console(file=text, highlight=False, width=120), comparison)
+    return text.getvalue()
+
+
+def print_comparison(console: Console, comparison: Comparison) -> None:
+    """A line for each collection, and the queries that changed most."""
+    from evaluators.comparison import most_changed
+
+    pooled = ", pooled" if comparison.pooled else ""
+    title = f"{comparison.before} → {comparison.after} ({comparison.metric}{pooled})"
+    table = Table(title=escape(title), title_justify="left")
+    table.add_column("collection", overflow="fold")
+    for name in ("queries", "before", "after", "difference", "95 % interval", "p", "p (Holm)", "+ / = / −"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for found in comparison.differences:
+        table.add_row(
+            escape(found.key),
+            f"{found.queries:,}",
+            f"{found.before:.4f}",
+            f"{found.after:.4f}",
+            f"{found.difference:+.4f}",
+            f"{found.low:+.4f} to {found.high:+.4f}",
+            p_text(found.p),
+            p_text(found.p_adjusted),
+            f"{found.wins} / {found.ties} / {found.losses}",
+        )
+    console.print(table)
+    for key, changes in comparison.changes.items():
+        for change in most_changed(changes, SHOWN):
+            console.print(
+                f"  {escape(key)}  {escape(change.query_id)}: {change.before:.3f} → {change.after:.3f}", soft_wrap=True
+            )
+
+
+def p_text(p: float) -> str:
+    """A p-value as it is written in tables; the smallest that the resampling can tell is 0.0002."""
+    return "<0.001" if p < 0.001 else f"{p:.3f}"

@@ -1,0 +1,153 @@
+"""``st-clp evaluate``: a model, or anybody's run, on any collections."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from st_clp.commands.advice import with_advice
+
+if TYPE_CHECKING:
+    from evaluators.evaluation import Evaluation
+    from st_clp.data import Collection
+
+DEFAULT_METRICS = ["ndcg@10", "ndcg@5", "recall@100", "mrr@10"]
+
+EVALUATE_HELP = """Evaluate a model's retrieval, language by language.
+
+The output folder gets the runs as TREC run files, every query's scores, and what they are of; `st-clp compare` and
+`st-clp report` read it. Stopped, it goes on where it was.
+
+**Examples**
+
+`st-clp evaluate BAAI/bge-m3 --collection miracl/ko --collection miracl/fa --output bge-m3`
+
+`st-clp evaluate --from-run run.trec --collection beir/scifact/test --output bm25`
+"""
+
+
+@with_advice
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(help="A model: a folder or a name on the Hub. Left out with --from-run.")
+    ] = "",
+    collection: Annotated[
+        list[str] | None,
+        typer.Option(help="What to evaluate on: an ir_datasets id or a BEIR folder; may be repeated."),
+    ] = None,
+    output: Annotated[str, typer.Option(help="The folder for runs, scores and embeddings.")] = "",
+    split: Annotated[str | None, typer.Option(help="The split. By default dev, validation or test.")] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option(help=f"Metrics, the main one first. [default: {' '.join(DEFAULT_METRICS)}]")
+    ] = None,
+    from_run: Annotated[
+        list[Path] | None, typer.Option(help="Score this TREC run file in place of a model's; one for each collection.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="What to call the model. By default as it is given.")] = None,
+    dtype: Annotated[Literal["model", "auto", "bfloat16"], typer.Option(help="What the model computes in.")] = "model",
+    pool: Annotated[
+        list[Path] | None,
+        typer.Option(help="Search only judged documents and the best of this run; one for each collection."),
+    ] = None,
+    pool_depth: Annotated[int, typer.Option(min=1, help="How many of each query's documents to pool.")] = 100,
+    max_seq_length: Annotated[int | None, typer.Option(min=1, help="Tokens of a text to read.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="No more texts than this in one pass.")] = None,
+    text_field: Annotated[list[str] | None, typer.Option(help="A document's fields to join as its text.")] = None,
+    ignore_identical_ids: Annotated[
+        bool, typer.Option(help="Leave out a document with the query's own id, as BEIR does.")
+    ] = True,
+    store: Annotated[
+        Path | None, typer.Option(help="The folder for the embeddings. [default: embeddings in the output folder]")
+    ] = None,
+) -> None:
+    """Evaluate a model's retrieval, language by language."""
+    from st_clp.settings import SettingsError
+
+    if not collection or not output:
+        raise SettingsError(
+            f"no {'output' if collection else 'collection'}: give --{'output' if collection else 'collection'}"
+        )
+    if bool(model) == bool(from_run):
+        raise SettingsError("name a model, or give --from-run for a run that was made before; not both")
+    for flag, files in (("--from-run", from_run), ("--pool", pool)):
+        if files and len(files) != len(collection):
+            raise SettingsError(f"{len(collection)} collections and {len(files)} {flag}: give one for each, in order")
+    collections = _load(collection, split, text_field)
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "batch_size": batch_size,
+        "ignore_identical_ids": ignore_identical_ids,
+        "store_dir": store or Path(output) / "embeddings",
+        "show_progress_bar": True,
+    }
+    if pool:
+        options |= {
+            "corpus": "pooled",
+            "reference_runs": dict(zip(collections, pool, strict=True)),
+            "pool_depth": pool_depth,
+        }
+    evaluator = _evaluator(collections, metric or DEFAULT_METRICS, options)
+    loaded = None
+    if from_run:
+        for part, file in zip(evaluator.parts.values(), from_run, strict=True):
+            part.score(_read_run(file))
+    else:
+        from st_clp.training import load_base_model
+
+        loaded = load_base_model(model, max_seq_length=max_seq_length)
+        evaluator(loaded)
+    given = name or model or ", ".join(file.stem for file in from_run or [])
+    found = evaluator.save(output, model_name=given, model=loaded, dtype=dtype)
+    print_evaluation(Console(highlight=False), found)
+
+
+def _load(sources: list[str], split: str | None, text_field: list[str] | None) -> dict[str, Collection]:
+    from evaluators.collection import default_name
+    from st_clp.data import Collection
+    from st_clp.settings import SettingsError
+    from st_clp.splits import find_eval_split
+
+    found: dict[str, Collection] = {}
+    for source in sources:
+        collection = Collection.load(source, split=find_eval_split(source, split), text_fields=text_field or None)
+        key = default_name(collection)
+        if key in found:
+            raise SettingsError(f"two collections would both be called {key}: {', '.join(sources)}")
+        found[key] = collection
+    return found
+
+
+def _evaluator(collections: dict[str, Collection], metrics: list[str], options: dict[str, Any]) -> Any:
+    from evaluators import BenchmarkEvaluator
+
+    return BenchmarkEvaluator(collections, "", metrics, write_csv=False, write_json=False, **options)
+
+
+def _read_run(path: Path) -> Any:
+    from evaluators.runs import read_run
+
+    return read_run(path)
+
+
+def print_evaluation(console: Console, found: Evaluation) -> None:
+    """The scores, a line for each collection."""
+    from evaluators.tables import scores_table
+
+    frame = scores_table(found)
+    pooled = next((result.pooled for result in found.results.values() if result.pooled), None)
+    table = Table(title=escape(found.model + (f" (pooled: {pooled})" if pooled else "")), title_justify="left")
+    table.add_column("collection", overflow="fold")
+    for metric in frame.columns:
+        table.add_column(metric, justify="right", no_wrap=True)
+    for key, row in frame.iterrows():
+        table.add_row(escape(str(key)), *(f"{value:.4f}" for value in row))
+    console.print(table)
+    for key, result in found.results.items():
+        told = [f"{number:,} {what}" for what, number in result.counts.items() if number]
+        console.print(f"  {escape(key)}: {'; '.join(told)}", soft_wrap=True)
+    console.print(f"Written to {found.path}", soft_wrap=True)

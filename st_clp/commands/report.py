@@ -1,0 +1,37 @@
+"""``st-clp report``: evaluations and runs as one page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from st_clp.commands.advice import with_advice
+
+
+@with_advice
+def report(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(help="Folders of `st-clp evaluate` or `st-clp run`; the first is compared with each."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file.")] = Path("report.html"),
+    metric: Annotated[str | None, typer.Option(help="What to show. By default the first one's main metric.")] = None,
+    title: Annotated[str | None, typer.Option(help="The page's title.")] = None,
+    texts: Annotated[bool, typer.Option(help="Show queries and documents, read from the collections.")] = True,
+) -> None:
+    """Write one self-contained HTML page: scores, differences, what changed most, mining, curves and experts."""
+    from evaluators.page import write_page
+    from st_clp.rundir import RunDirectory, evaluations_of
+
+    evaluations = [found for folder in folders for found in evaluations_of(folder)]
+    runs = {}
+    for folder in folders:
+        file = folder / "report.json"
+        if RunDirectory(folder).settings_file.is_file() and file.is_file():
+            runs[str(folder)] = json.loads(file.read_text(encoding="utf-8"))
+    path = write_page(output, evaluations, metric=metric, runs=runs, texts=texts, title=title)
+    Console(highlight=False, soft_wrap=True).print(f"Written to {path}")

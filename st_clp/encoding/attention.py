@@ -1,0 +1,96 @@
+"""Attention for bfloat16 on a processor: two batched matrix products and a softmax.
+
+PyTorch's fused kernel saves the memory of the score matrix, which the short batches of encoding do not need to save,
+and with AVX512-BF16 it runs its products far below the rate of the matrix units; as batched products the same attention
+takes half the time. With AMX the fused kernel has a path of its own, which is left alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
+
+NAME = "st_clp_batched_products"
+REPLACED = "sdpa"  # the implementation whose place it can take
+
+
+def use_batched_products(model: PreTrainedModel) -> bool:
+    """Let a model attend by batched products, if it is one whose attention can be chosen; whether it does."""
+    if getattr(model.config, "_attn_implementation", None) != REPLACED:
+        return False
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, make_mask)
+    try:
+        model.set_attn_implementation(NAME)
+    except (ValueError, AttributeError):
+        return False
+    return model.config._attn_implementation == NAME
+
+
+def make_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """The mask as transformers asks for it: boolean, True where to attend; None where everything may be attended to."""
+    padding, function = kwargs.get("attention_mask"), kwargs.get("mask_function")
+    if function is bidirectional_mask_function and padding is not None and padding.ndim == 2:
+        padding = padding.bool()
+        # Which keys are padding is the same for every query, so a row will do where others make a square.
+        return None if bool(padding.all()) else padding[:, None, None, :]
+    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention as transformers calls it.
+
+    Args:
+        module: The attention layer.
+        query: (batch, heads, queries, width).
+        key: (batch, heads, keys, width).
+        value: (batch, heads, keys, width).
+        attention_mask: Boolean, broadcast over (batch, heads, queries, keys), True where to attend; None: everywhere.
+        dropout: The share of scores to drop.
+        scaling: What the products are multiplied by. None: 1 / √width.
+        **kwargs: What other implementations take.
+
+    Returns:
+        (batch, queries, heads, width), and None in place of the scores.
+    """
+    plain = not dropout and key.shape == value.shape and query.shape[:2] == key.shape[:2]
+    causal = kwargs.get("is_causal") or (attention_mask is None and getattr(module, "is_causal", False))
+    special = kwargs.get("position_bias") is not None or kwargs.get("softcap") is not None
+    if not plain or causal or special or (attention_mask is not None and attention_mask.dtype != torch.bool):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    batch, heads, queries, width = query.shape
+    keys = key.shape[2]
+    scores = torch.baddbmm(
+        _bias(attention_mask, query, keys),
+        query.reshape(batch * heads, queries, width),
+        key.reshape(batch * heads, keys, width).transpose(1, 2),
+        beta=0 if attention_mask is None else 1,
+        alpha=width**-0.5 if scaling is None else scaling,
+    )
+    found = torch.bmm(torch.softmax(scores, dim=-1), value.reshape(batch * heads, keys, width))
+    return found.view(batch, heads, queries, width).transpose(1, 2).contiguous(), None
+
+
+def _bias(mask: Tensor | None, query: Tensor, keys: int) -> Tensor:
+    """What is added to the scores, (batch · heads, queries or 1, keys): nothing, or the least number where masked."""
+    if mask is None:
+        return query.new_empty(1, 1, 1)  # not read
+    batch, heads = query.shape[:2]
+    bias = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
+    return bias.expand(batch, heads, mask.shape[2], keys).reshape(batch * heads, mask.shape[2], keys)
