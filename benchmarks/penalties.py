@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--collection", default="miracl/hi")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--max-queries", type=int, help="Train on no more queries than this, the same for every seed.")
     parser.add_argument("--max-seq-length", type=int, default=128)
     parser.add_argument("--num-negatives", type=int, default=2)
     parser.add_argument("--scale", type=float, default=20.0)
@@ -51,6 +52,8 @@ def main() -> None:
     options = parser.parse_args()
     results: dict[str, dict[str, Any]] = json.loads(options.output.read_text()) if options.output.exists() else {}
     train, dev = (Collection.load(options.collection, split=split) for split in ("train", "dev"))
+    if options.max_queries is not None:
+        train = train.sample(options.max_queries, 0)
     for seed in options.seeds:
         run_seed(options, seed, train, dev, results)
     print(table(results, options.seeds))
