@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from st_clp.moe.context import ForwardContext
+from st_clp.moe.precise import weighted_sums
 from st_clp.moe.settings import MoESettings
 
 if TYPE_CHECKING:
@@ -128,9 +129,9 @@ class Balance:
 def _mean(tokens: Tensor, mask: Tensor | None) -> Tensor:
     """The mean token, (dim,) float32."""
     if mask is None:
-        return tokens.float().mean(0)
+        return tokens.mean(0, dtype=torch.float32)
     weights = mask.float() / mask.sum().clamp(min=1)
-    return weights @ tokens.float()
+    return weighted_sums(weights.unsqueeze(1), tokens).squeeze(0)
 
 
 def _distributed() -> bool:

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from st_clp.moe.precise import inner_products
 from st_clp.moe.settings import MoESettings
 
 TIE_BREAK = 0.01
@@ -61,7 +62,7 @@ class RouterSignal:
             weights: Each expert's weight (out, in).
             biases: Each expert's bias (out,) or None.
         """
-        own = _inner(rows_gradient, rows)
+        own = inner_products(rows_gradient, rows)
         for part, bias in zip(parts, biases, strict=True):
             if bias is not None:
                 own[part] += (gradient[part] @ bias).float()
@@ -80,7 +81,7 @@ class RouterSignal:
             mine, others = tried[first:last], torch.cat([tried[:first], tried[last:]])
             into[mine, expert] += own[mine] * self.stride
             theirs = torch.cat([gradient[:first], gradient[last:]])
-            value = _inner(theirs @ weight, torch.cat([rows[:first], rows[last:]]))
+            value = inner_products(theirs @ weight, torch.cat([rows[:first], rows[last:]]))
             if bias is not None:
                 value += (theirs @ bias).float()
             into[others, expert] += value * self.stride
@@ -88,7 +89,3 @@ class RouterSignal:
     def _count_before(self, row: int) -> int:
         """How many of the tried rows come before ``row``."""
         return max(0, -(-(row - self._turn) // self.stride))
-
-
-def _inner(a: Tensor, b: Tensor) -> Tensor:
-    return (a.float() * b.float()).sum(-1)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from st_clp.moe.balance import Balance, add_balance_gradient
 from st_clp.moe.context import current_context
+from st_clp.moe.precise import PreciseLinear
 from st_clp.moe.settings import MoESettings
 
 
@@ -92,7 +93,7 @@ class Router(nn.Module):
     def forward(self, tokens: Tensor, leading: tuple[int, ...]) -> Plan:
         """Decide for ``tokens`` (tokens, dim), whose shape was ``leading`` + (dim,)."""
         with torch.autocast(tokens.device.type, enabled=False):
-            logits = nn.functional.linear(tokens.float(), self.weight.float())
+            logits = PreciseLinear.apply(tokens, self.weight)
         return self._plan(logits, tokens.detach(), leading)
 
     @torch.compiler.disable

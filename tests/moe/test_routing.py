@@ -21,6 +21,7 @@ from torch import nn
 import st_clp
 from st_clp.moe import expert_usage, reset_usage
 from st_clp.moe.grouped import GroupedLinear, slices
+from st_clp.moe.precise import PreciseLinear, inner_products
 
 TEXTS = ["a cat on the river", "the king", "what is the capital of a country", "red green blue " * 8]
 OTHERS = ["the king cat", "a river", "red", "blue flower"]
@@ -61,6 +62,25 @@ def test_the_grouped_product_is_that_of_the_experts_one_by_one(sizes: list[int],
     found = torch.autograd.grad(result, wanted, direction)
     for one, other in zip(found, torch.autograd.grad(expected, wanted, direction, allow_unused=True), strict=True):
         torch.testing.assert_close(one, torch.zeros_like(one) if other is None else other)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 70), st.sampled_from([torch.bfloat16, torch.float16, torch.float32]), st.integers(0, 100))
+def test_the_router_computes_in_float32_whatever_the_tokens_are(tokens: int, dtype: torch.dtype, seed: int) -> None:
+    torch.manual_seed(seed)
+    rows = torch.randn(tokens, 5).to(dtype).requires_grad_()
+    weight = torch.randn(3, 5).to(dtype).requires_grad_()
+    direction = torch.randn(tokens, 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("st_clp.moe.precise.CPU_BLOCK", 16 * 5)  # blocks of 16 rows
+        result = PreciseLinear.apply(rows, weight)
+        found = torch.autograd.grad(result, [rows, weight], direction)
+        products = inner_products(rows.detach(), rows.detach())
+    exact = rows.float() @ weight.float().T
+    torch.testing.assert_close(result, exact)
+    for one, other in zip(found, torch.autograd.grad(exact, [rows, weight], direction), strict=True):
+        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(products, rows.detach().float().square().sum(1))
 
 
 @pytest.mark.parametrize("projection", ["intermediate", "output", "feed_forward"])

@@ -1,0 +1,70 @@
+"""Float32 arithmetic on rows kept in their own precision, a block of rows at a time.
+
+A router decides in float32. A whole float32 copy of bfloat16 rows is twice their size, and for the wide rows before a
+down projection it took longer to write than the rest of the routing; a block's copy stays in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+CPU_BLOCK, BLOCK = 2**18, 2**24
+"""Numbers in a block: 1 MiB as float32, which a core's cache holds; elsewhere few blocks matter more."""
+
+
+class PreciseLinear(Function):
+    """``rows.float() @ weight.float().T``: (rows, dim) and (out, dim) to float32 (rows, out), with gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        factors = weight.float().t()
+        if rows.dtype == torch.float32:
+            return rows @ factors
+        result = rows.new_empty(rows.shape[0], weight.shape[0], dtype=torch.float32)
+        for block in blocks(rows):
+            torch.mm(rows[block].float(), factors, out=result[block])
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        rows, weight = ctx.saved_tensors
+        needs_rows, needs_weight = ctx.needs_input_grad
+        rows_gradient = None
+        if needs_rows:
+            factors, rows_gradient = weight.float(), torch.empty_like(rows)
+            for block in blocks(rows):
+                rows_gradient[block] = gradient[block] @ factors
+        weight_gradient = weighted_sums(gradient, rows).to(weight.dtype) if needs_weight else None
+        return rows_gradient, weight_gradient
+
+
+def weighted_sums(weights: Tensor, rows: Tensor) -> Tensor:
+    """Sum ``rows`` (rows, dim) by each column of the float32 ``weights`` (rows, sums): (sums, dim) float32."""
+    total = torch.zeros(weights.shape[1], rows.shape[1], dtype=torch.float32, device=rows.device)
+    for block in blocks(rows):
+        total.addmm_(weights[block].t(), rows[block].float())
+    return total
+
+
+def inner_products(a: Tensor, b: Tensor) -> Tensor:
+    """The inner product of each row of ``a`` (rows, dim) with that of ``b``, in float32: (rows,)."""
+    result = a.new_empty(a.shape[0], dtype=torch.float32)
+    for block in blocks(a):
+        torch.linalg.vecdot(a[block].float(), b[block].float(), out=result[block])
+    return result
+
+
+def blocks(rows: Tensor) -> Iterator[slice]:
+    """Slices of ``rows`` (rows, dim) whose float32 copies are small."""
+    numbers = CPU_BLOCK if rows.device.type == "cpu" else BLOCK
+    size = max(16, numbers // max(1, rows.shape[1]))
+    for start in range(0, rows.shape[0], size):
+        yield slice(start, start + size)
