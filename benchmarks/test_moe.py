@@ -3,6 +3,7 @@
 ``make bench`` runs the cases one by one. ``python benchmarks/test_moe.py [THREADS]`` measures them side by side, round
 by round in turn, so that whatever else the machine does falls on all alike, and prints the table of ``moe.md``. With
 one thread it takes the processor's time, which other programs do not add to, and with more the time on the clock.
+``python benchmarks/test_moe.py memory`` prints what a forward pass needs at its peak, each case in its own process.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 import copy
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -173,6 +176,51 @@ def show(what: str, dtype: str, times: dict[str, float]) -> None:
     print(f"| {what} | {dtype} | {dense:.1f} | " + " | ".join(cells) + " |", flush=True)
 
 
+MEMORY_TOKENS, MEMORY_SHAPE = 32_768, "1024-4096"
+
+
+def report_memory() -> None:
+    """Print the peak of each kind's forward pass above what is held at rest, and in copies of the tokens."""
+    print("| kind | dtype | peak above rest, MiB | against dense | in copies of the tokens |")
+    print("| --- | --- | --- | --- | --- |")
+    for dtype_name, dtype in DTYPES.items():
+        copy_size = MEMORY_TOKENS * SHAPES[MEMORY_SHAPE][0] * dtype.itemsize / 2**20
+        dense = 0.0
+        for kind in ("dense", "intermediate", "output", "feed_forward", "reference"):
+            command = [sys.executable, __file__, "peak", dtype_name, kind]
+            peak = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            dense = dense or peak
+            print(
+                f"| {kind} | {dtype_name} | {peak:.0f} | {peak - dense:+.0f} MiB | {(peak - dense) / copy_size:+.2f} |"
+            )
+
+
+def peak_of_forward(dtype_name: str, kind: str) -> float:
+    """The most memory that a forward pass adds to the process, in MiB; the tokens are there already."""
+    width, wide = SHAPES[MEMORY_SHAPE]
+    layer = feed_forwards(width, wide, DTYPES[dtype_name])[kind]
+    forward(layer, torch.randn(2, 64, width).to(DTYPES[dtype_name]))()
+    hidden = torch.empty(8, MEMORY_TOKENS // 8, width, dtype=DTYPES[dtype_name])
+    for sequence in hidden:  # one at a time, so that making them sets no peak
+        sequence.copy_(torch.randn(sequence.shape))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    rest = resident("VmRSS")
+    forward(layer, hidden)()
+    return (resident("VmHWM") - rest) / 1024
+
+
+def resident(what: str) -> int:
+    """A line of the kernel's account of this process, in KiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(what))
+
+
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["peak"]:
+        print(peak_of_forward(sys.argv[2], sys.argv[3]))
+        sys.exit()
+    if sys.argv[1:2] == ["memory"]:
+        report_memory()
+        sys.exit()
     torch.set_num_threads(int(sys.argv[1]) if len(sys.argv) > 1 else torch.get_num_threads())
     report()
