@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from st_clp.data.collection import Collection
@@ -41,8 +42,18 @@ class IrdsCorpus(Corpus):
         return {doc_id: Document(doc_id, self._text(document)) for doc_id, document in found.items()}
 
     def fingerprint(self) -> str:
-        # The files are verified by ir_datasets when they are downloaded; the id and the fields say which they are.
-        return f"ir_datasets:{self.name}:{','.join(self._fields)}:{self._home()}"
+        # Whoever puts other files into the home has another corpus under the same name.
+        return f"ir_datasets:{self.name}:{','.join(self._fields)}:{self._home()}:{self._files()}"
+
+    def _files(self) -> str:
+        """The documents' files with their sizes and times; nothing where ir_datasets names none."""
+        try:
+            path = Path(self._dataset.docs_path(force=False))
+        except Exception:  # not every dataset has one, and each says so in its own way
+            return ""
+        files = [path] if path.is_dir() else sorted(path.parent.glob(f"*{path.suffix}"))
+        states = [(file.name, file.stat()) for file in files if file.exists()]
+        return ",".join(f"{name}={state.st_size}={state.st_mtime_ns}" for name, state in states)
 
     @staticmethod
     def _home() -> str:
