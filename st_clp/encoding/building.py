@@ -204,6 +204,7 @@ class Builder:
 
         def unknown_texts() -> Iterator[list[str]]:
             while window := list(itertools.islice(documents, self._window)):
+                self._require_text(window)
                 rows = known.find([text_key(d.text) for d in window]) if known else np.full(len(window), -1)
                 waiting.append((window, rows))
                 yield [document.text for document, row in zip(window, rows, strict=True) if row < 0]
@@ -217,6 +218,20 @@ class Builder:
                 embeddings[rows >= 0] = known.at(rows[rows >= 0])
             self._require_storable(window, embeddings)
             yield window, embeddings
+
+    def _require_text(self, documents: list[Document]) -> None:
+        for doc_id, text in documents:
+            if not isinstance(text, str):
+                raise CollectionError(
+                    f"{self._corpus.name}: {self._task} {doc_id!r} has no text but {type(text).__name__} ({text!r:.60})"
+                )
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise CollectionError(
+                    f"{self._corpus.name}: {self._task} {doc_id!r} is no valid text: it has half a character "
+                    f"({text[error.start]!r}) at place {error.start}; remove it, and go on where this was stopped"
+                ) from None
 
     def _require_storable(self, documents: list[Document], embeddings: np.ndarray) -> None:
         largest = LARGEST[self._stored_as]

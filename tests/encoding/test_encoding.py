@@ -60,6 +60,12 @@ def test_fingerprint_changes_with_everything_an_embedding_depends_on(
     tiny_model.encode(TEXTS)  # using the tokenizer must not change it
     assert model_fingerprint(tiny_model) == first
     seen = {first, model_fingerprint(make_tiny_model(seed=1))}
+    # The same weights under other settings give other embeddings.
+    tiny_model[0].model.config.num_attention_heads = 2
+    seen.add(model_fingerprint(tiny_model))
+    tiny_model[0].model.config.num_attention_heads = 4
+    tiny_model[1].pooling_mode = "cls"
+    seen.add(model_fingerprint(tiny_model))
     tiny_model.max_seq_length = 32
     seen.add(model_fingerprint(tiny_model))
     tiny_model.prompts = {"query": "x"}
@@ -71,7 +77,7 @@ def test_fingerprint_changes_with_everything_an_embedding_depends_on(
     seen.add(model_fingerprint(tiny_model))
     tiny_model.bfloat16()
     seen.add(model_fingerprint(tiny_model))
-    assert len(seen) == 7
+    assert len(seen) == 9
 
 
 def cosines(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
@@ -185,6 +191,24 @@ def test_running_out_of_memory_shrinks_the_batches(
         next(encode_documents(tiny_model, ["a " * 200]))
 
 
+def test_running_out_of_memory_in_a_models_own_encode_shrinks_the_batches_too(
+    tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = OwnEncoder(str(tiny_model_path), device="cpu")
+    expected, original, sizes = model.encode_document(LONG), model.forward, []
+
+    def forward(features: dict[str, torch.Tensor], **options: object) -> dict[str, torch.Tensor]:
+        if len(features["input_ids"]) > 5:
+            raise torch.OutOfMemoryError("out of memory")
+        sizes.append(len(features["input_ids"]))
+        return original(features, **options)
+
+    monkeypatch.setattr(model, "forward", forward)
+    found = np.concatenate(list(encode_documents(model, LONG, window=20)))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert max(sizes) == 4
+
+
 def test_batches_are_filled_by_tokens(tiny_model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
     original, shapes = tiny_model.forward, []
 
@@ -206,6 +230,14 @@ def test_misuse_is_refused(tiny_model: SentenceTransformer) -> None:
         encode_queries(tiny_model, ["fire"], dtype="fp8")
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         encode_queries(tiny_model, ["fire"], batch_size=0)
+    with pytest.raises(ValueError, match="window must be at least 1, got 0"):
+        encode_documents(tiny_model, ["fire"], window=0)
+    for one in ("a single text", b"bytes"):
+        with pytest.raises(TypeError, match="texts must be several texts"):
+            encode_queries(tiny_model, one)
+    for wrong in (None, 3, ["fire"], float("nan")):
+        with pytest.raises(TypeError, match=f"text 5 is no text but of type {type(wrong).__name__}"):
+            list(encode_documents(tiny_model, [*["fire"] * 5, wrong], window=2))
 
 
 @settings(max_examples=25, deadline=None)

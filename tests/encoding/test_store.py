@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 
 from st_clp import Collection
+from st_clp.data import CollectionError, MemoryCorpus
 from st_clp.encoding import EmbeddingStore, building, shards
 from st_clp.encoding.inspection import verify
 
@@ -302,6 +303,27 @@ def test_embeddings_that_are_not_finite_are_named(
         model[0].auto_model.embeddings.word_embeddings.weight[word] = float("nan")
     with pytest.raises(ValueError, match="c: the embedding of document 'd2' is not finite"):
         EmbeddingStore.build(model, make_collection(6), tmp_path / "store", show_progress_bar=False)
+
+
+class Broken(MemoryCorpus):
+    """A corpus of one's own, which nobody checked."""
+
+    def fingerprint(self) -> str:
+        return "broken"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "has no text but NoneType"), (7, "has no text but int"), ("a\ud800", "is no valid text: it has half")],
+)
+def test_documents_that_are_no_text_are_named_and_what_is_finished_is_kept(
+    builds: Builds, tmp_path: Path, text: object, message: str
+) -> None:
+    texts = {f"d{i}": f"{TEXTS[i % 6]} {i}" for i in range(9)}
+    with pytest.raises(CollectionError, match=f"c: document 'd6' {message}"):
+        builds(Broken("c", {**texts, "d6": text}))
+    assert verify(tmp_path / "store.partial").whole
+    assert len(builds(Broken("c", texts))) == 5
 
 
 def test_embeddings_too_large_for_float16_are_refused(
