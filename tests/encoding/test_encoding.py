@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
@@ -261,6 +263,46 @@ def test_attention_by_products_is_attention(
     found, _ = attention.attend(torch.nn.Identity(), query, key, value, mask, scaling=0.3)
     expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3)
     torch.testing.assert_close(found, expected.transpose(1, 2), atol=1e-5, rtol=1e-5)
+
+
+SIZES = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+ARCHITECTURES: dict[str, dict[str, int | bool]] = {
+    "Bert": {},
+    "XLMRoberta": {},
+    "Electra": {},
+    "Albert": {"embedding_size": 16},
+    "DistilBert": {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4},
+    # Every other layer attends to a neighbourhood alone.
+    "ModernBert": {"global_attn_every_n_layers": 2, "local_attention": 6, "cls_token_id": 2, "sep_token_id": 3},
+    # Decoders: causal, with a window, with fewer keys than queries.
+    "Llama": {},
+    "Mistral": {"num_key_value_heads": 4, "sliding_window": 5},
+    "Qwen3": {"num_key_value_heads": 2, "head_dim": 8},
+    # Those whose attention cannot be chosen are left as they are.
+    "MPNet": {},
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_attention_by_products_gives_every_architecture_its_own_embeddings(name: str) -> None:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(
+        **SIZES, **ARCHITECTURES[name], max_position_embeddings=64, pad_token_id=1, bos_token_id=2, eos_token_id=3
+    )
+    model = getattr(transformers, f"{name}Model")(config).eval()
+    changed = copy.deepcopy(model)
+    assert attention.use_batched_products(changed) == (name != "MPNet")
+    for mask in (
+        [[1] * 12, [1] * 7 + [0] * 5, [1] + [0] * 11],
+        [[1] * 12, [0] * 5 + [1] * 7, [0] * 11 + [1]],
+        [[1] * 12],
+    ):
+        kept = torch.tensor(mask)
+        ids = torch.where(kept.bool(), torch.randint(4, 99, kept.shape), 1)
+        with torch.inference_mode():
+            found, expected = (m(input_ids=ids, attention_mask=kept).last_hidden_state for m in (changed, model))
+        torch.testing.assert_close(found[kept.bool()], expected[kept.bool()], atol=1e-5, rtol=1e-5)
+    assert model.config._attn_implementation != attention.NAME  # the original is as it was
 
 
 def test_the_bfloat16_copy_attends_by_products_and_the_model_does_not(

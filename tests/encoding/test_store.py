@@ -305,6 +305,43 @@ def test_embeddings_that_are_not_finite_are_named(
         EmbeddingStore.build(model, make_collection(6), tmp_path / "store", show_progress_bar=False)
 
 
+FULL = """
+import resource, signal, sys
+from sentence_transformers import SentenceTransformer
+from st_clp import Collection, mine_hard_negatives
+model = SentenceTransformer(sys.argv[1], device="cpu")
+texts = {f"d{i}": f"the river of {i}" for i in range(1500)}
+collection = Collection.from_dict(texts, {"q": "which river"}, {"q": {"d0": 1}})
+# No file may grow beyond this: the kernel refuses the write in the middle of a shard, as on a full disk.
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, resource.RLIM_INFINITY))
+try:
+    mine_hard_negatives(model, collection, store_dir=sys.argv[2], dtype="model", show_progress_bar=False)
+except OSError as error:
+    print(error)
+"""
+
+
+def test_a_disk_that_fills_up_is_named_and_costs_no_finished_shard(
+    builds: Builds, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", FULL, str(tiny_model_path), str(tmp_path / "store")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert str(tmp_path / "store") in ran.stdout, ran.stderr
+    partial = tmp_path / "store.partial"
+    assert (partial / "embeddings.bin").stat().st_size > 2 * 512 * 32 * 4  # half a shard was written
+    assert verify(partial).documents == 2 * 512
+    assert verify(partial).whole
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(building, "window_size", lambda model: 512)
+        texts = [f"the river of {i}" for i in range(1500)]
+        assert len(builds(Collection.from_dict({f"d{i}": t for i, t in enumerate(texts)}, {}, {}))) == 1500 - 1024
+
+
 class Broken(MemoryCorpus):
     """A corpus of one's own, which nobody checked."""
 
