@@ -20,6 +20,7 @@ from st_clp.encoding.encode import Encoder, embedding_dimension, window_size
 from st_clp.encoding.fingerprint import model_fingerprint
 from st_clp.encoding.inspection import verify
 from st_clp.encoding.shards import (
+    LOCK,
     KnownEmbeddings,
     ShardFiles,
     foreign_files,
@@ -38,7 +39,6 @@ LARGEST = {"float16": 65_504.0, "float32": float(np.finfo(np.float32).max)}
 # What the names of the folders beside a store end in: the one that is being built, the one that it is to replace, and
 # what was begun of another collection before it.
 UNFINISHED, REPLACED, BEGUN = ".partial", ".replaced", ".begun"
-LOCK = ".lock"
 ENCODING = ("model", "task", "computed_in", "dtype", "dim")  # what must agree for an embedding to be used again
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from st_clp.encoding.shards import MANIFEST, ShardFiles, read_manifest, read_shards, remove_files
+from st_clp.encoding.shards import LOCK, MANIFEST, ShardFiles, read_manifest, read_shards, remove_files
 
 
 @dataclass(frozen=True)
@@ -93,4 +93,5 @@ def remove(folder: str | os.PathLike[str]) -> int:
         raise FileNotFoundError(f"{path} holds no embedding store; nothing was removed")
     size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
     remove_files(path)
+    path.with_name(path.name + LOCK).unlink(missing_ok=True)
     return size - sum(file.stat().st_size for file in path.glob("*") if file.is_file())

@@ -29,6 +29,7 @@ import numpy as np
 from st_clp.encoding.ids import FileIds
 
 MANIFEST, EMBEDDINGS, IDS, KEYS, SHARDS = "manifest.json", "embeddings.bin", "ids.jsonl", "keys.bin", "shards.jsonl"
+LOCK = ".lock"  # what the name of the file beside a store ends in that is locked while it is made
 FORMAT = 2
 KEY_BYTES = 16
 HELD_IDS = 1_000_000  # as Python strings, some 70 bytes each; more are read from the file as they are needed
@@ -241,7 +242,8 @@ def remove_files(folder: Path) -> None:
     """Remove a store's files and, where nothing else lies in it, its folder. One that is not there is left alone."""
     if not folder.is_dir():
         return
-    for path in folder.iterdir():
+    # The manifest last: stopped before, this is still a store, which can be removed again.
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST):
         if _is_own(path.name):
             path.unlink()
     with contextlib.suppress(OSError):  # not empty: what is left is not ours

@@ -173,10 +173,15 @@ def write_rows(path: str | os.PathLike[str], rows: Iterable[TrainingRow]) -> Non
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = _beside(target)
-    with open(beside, "w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(_to_json(row), ensure_ascii=False) + "\n")
-    beside.replace(target)
+    try:
+        with open(beside, "w", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(_to_json(row), ensure_ascii=False) + "\n")
+        beside.replace(target)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        # A write that fails does not say where.
+        raise OSError(error.errno, error.strerror, str(target)) from error
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[TrainingRow]:
