@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import ir_datasets
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from ir_datasets.formats import JsonlDocs
+from ir_datasets.util.download import LocalDownload
 from sentence_transformers import SentenceTransformer
 
 from st_clp import Collection
-from st_clp.data import CollectionError, MemoryCorpus
+from st_clp.data import CollectionError, Corpus, MemoryCorpus
+from st_clp.data.sources.irds import IrdsCorpus
 from st_clp.encoding import EmbeddingStore, building, shards
 from st_clp.encoding.inspection import verify
 
@@ -303,6 +308,20 @@ def test_embeddings_that_are_not_finite_are_named(
         model[0].auto_model.embeddings.word_embeddings.weight[word] = float("nan")
     with pytest.raises(ValueError, match="c: the embedding of document 'd2' is not finite"):
         EmbeddingStore.build(model, make_collection(6), tmp_path / "store", show_progress_bar=False)
+
+
+def test_files_of_ir_datasets_that_were_replaced_are_another_corpus(builds: Builds, tmp_path: Path) -> None:
+    file = tmp_path / "docs-0.jsonl"
+
+    def collection(texts: list[str]) -> Corpus:
+        file.write_text("".join(json.dumps({"doc_id": f"d{i}", "text": t}) + "\n" for i, t in enumerate(texts)))
+        # Its own document store would go on serving the old documents.
+        shutil.rmtree(f"{file}.pklz4", ignore_errors=True)
+        docs = JsonlDocs(LocalDownload(file), namespace="home", count_hint=len(texts))
+        return IrdsCorpus(ir_datasets.Dataset(docs), None)
+
+    assert len(builds(collection(["a river", "a lake", "fire"]))) == 3
+    assert builds(collection(["a river", "a lake", "water"])) == ["water"]
 
 
 FULL = """

@@ -6,6 +6,7 @@ ir_datasets downloads what it needs on first use, to the folder that ``IR_DATASE
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 from st_clp.data.collection import Collection
 from st_clp.data.corpus import Corpus, Document
 from st_clp.data.errors import CollectionError
+
+logger = logging.getLogger(__name__)
 
 
 class IrdsCorpus(Corpus):
@@ -43,17 +46,20 @@ class IrdsCorpus(Corpus):
 
     def fingerprint(self) -> str:
         # Whoever puts other files into the home has another corpus under the same name.
-        return f"ir_datasets:{self.name}:{','.join(self._fields)}:{self._home()}:{self._files()}"
+        return f"ir_datasets:{self.name}:{','.join(self._fields)}:{self._home()}:{self._first_file()}"
 
-    def _files(self) -> str:
-        """The documents' files with their sizes and times; nothing where ir_datasets names none."""
+    def _first_file(self) -> str:
+        """Size and time of the first file of documents, the one that ir_datasets names; nothing where it names none."""
         try:
             path = Path(self._dataset.docs_path(force=False))
-        except Exception:  # not every dataset has one, and each says so in its own way
+            if not path.exists():
+                # Downloaded now and not when it is read, or it would be another corpus from then on.
+                path = Path(self._dataset.docs_path(force=True))
+            state = path.stat()
+        except Exception as error:  # not every dataset has one, and each says so in its own way
+            logger.debug("%s: no file to tell its documents by: %s", self.name, error)
             return ""
-        files = [path] if path.is_dir() else sorted(path.parent.glob(f"*{path.suffix}"))
-        states = [(file.name, file.stat()) for file in files if file.exists()]
-        return ",".join(f"{name}={state.st_size}={state.st_mtime_ns}" for name, state in states)
+        return f"{state.st_size}:{state.st_mtime_ns}"
 
     @staticmethod
     def _home() -> str:
