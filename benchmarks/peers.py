@@ -1,12 +1,13 @@
-"""Encode the benchmark's texts with a peer, in the peer's own environment, and print what that took.
+"""Mine with a peer in the peer's own environment, and print what that took; test_mining.py runs this.
 
-Write the texts with st_clp's environment, and run each peer in its own:
+    python benchmarks/peers.py openvino texts.json MODEL
+    python benchmarks/peers.py flagembedding texts.json MODEL
 
-    python benchmarks/peers.py write texts.json
-    python benchmarks/peers.py openvino texts.json MODEL       # pip install 'sentence-transformers[openvino]'
-    python benchmarks/peers.py flagembedding texts.json MODEL  # pip install FlagEmbedding 'transformers<5'
+The first needs ``pip install 'sentence-transformers[openvino]' datasets faiss-cpu``, the second ``pip install
+FlagEmbedding 'transformers<5' faiss-cpu``.
 
-FlagEmbedding's ``hn_mine`` is a script that encodes with the class that is timed here, and searches with FAISS.
+FlagEmbedding's ``hn_mine`` is a script outside its package. What it does is done here with the package's class and
+FAISS: encode queries and documents, search, and draw negatives from the ranks.
 """
 
 from __future__ import annotations
@@ -18,36 +19,66 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-
-def write(path: Path) -> None:
-    from test_mining import DOCUMENTS, QUERIES, make_collection
-
-    collection = make_collection(DOCUMENTS, QUERIES)
-    texts = {"documents": [d.text for d in collection.documents()], "queries": list(collection.queries.values())}
-    path.write_text(json.dumps(texts))
+BATCH_SIZES = (8, 16, 32, 64)
+TRIAL = 256
 
 
-def openvino(model: str) -> Callable[[list[str]], Any]:
+def fastest(encode: Callable[..., Any], texts: list[str]) -> int:
+    def seconds(batch_size: int) -> float:
+        started = time.perf_counter()
+        encode(texts[:TRIAL], batch_size=batch_size)
+        return time.perf_counter() - started
+
+    seconds(BATCH_SIZES[0])
+    return min(BATCH_SIZES, key=seconds)
+
+
+def openvino(model_path: str, texts: dict[str, list[str]]) -> tuple[str, float]:
+    from datasets import Dataset
     from sentence_transformers import SentenceTransformer
+    from sentence_transformers.util import mine_hard_negatives
 
-    return SentenceTransformer(model, backend="openvino").encode
+    model = SentenceTransformer(model_path, backend="openvino", device="cpu")
+    batch_size = fastest(model.encode, texts["documents"])
+    pairs = Dataset.from_dict({"anchor": texts["queries"], "positive": texts["positives"]})
+    started = time.perf_counter()
+    mine_hard_negatives(
+        pairs,
+        model,
+        corpus=texts["documents"],
+        num_negatives=4,
+        range_max=100,
+        batch_size=batch_size,
+        use_faiss=True,
+        verbose=False,
+    )
+    name = f"sentence-transformers, openvino, batches of {batch_size}, FAISS"
+    return name, time.perf_counter() - started
 
 
-def flagembedding(model: str) -> Callable[[list[str]], Any]:
+def flagembedding(model_path: str, texts: dict[str, list[str]]) -> tuple[str, float]:
+    import random
+
+    import faiss
+    import numpy as np
     from FlagEmbedding import FlagModel
 
-    encoder = FlagModel(model, pooling_method="mean", use_fp16=False, devices="cpu")
-    return lambda texts: encoder.encode(texts, max_length=256)
+    model = FlagModel(model_path, pooling_method="mean", use_fp16=False, devices="cpu")
+    batch_size = fastest(lambda some, batch_size: model.encode(some, batch_size=batch_size), texts["documents"])
+    started = time.perf_counter()
+    documents, queries = (
+        np.asarray(model.encode(texts[kind], batch_size=batch_size, max_length=256), dtype=np.float32)
+        for kind in ("documents", "queries")
+    )
+    index = faiss.IndexFlatIP(documents.shape[1])
+    index.add(documents)
+    _, rows = index.search(queries, 100)
+    for found, positive in zip(rows.tolist(), texts["positives"], strict=True):
+        random.sample([row for row in found if texts["documents"][row] != positive], 4)
+    return f"FlagEmbedding, batches of {batch_size}, FAISS", time.perf_counter() - started
 
 
 if __name__ == "__main__":
-    peer, path = sys.argv[1], Path(sys.argv[2])
-    if peer == "write":
-        write(path)
-    else:
-        texts = json.loads(path.read_text())
-        encode = {"openvino": openvino, "flagembedding": flagembedding}[peer](sys.argv[3])
-        encode(texts["queries"][:64])
-        started = time.perf_counter()
-        shapes = [encode(texts[kind]).shape for kind in ("documents", "queries")]
-        print(f"{peer}: {time.perf_counter() - started:.1f} s for {shapes}")
+    peer = {"openvino": openvino, "flagembedding": flagembedding}[sys.argv[1]]
+    name, seconds = peer(sys.argv[3], json.loads(Path(sys.argv[2]).read_text()))
+    print(json.dumps({"name": name, "seconds": seconds}))

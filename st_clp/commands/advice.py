@@ -26,6 +26,9 @@ ALMOST_NOTHING = 64 * 1024  # bytes
 # The output folder of the run that is under way, for the advice after it was stopped.
 under_way: list[str] = []
 
+# What else to do after a stop, for commands that are no runs.
+after_a_stop: list[str] = []
+
 
 def with_advice(command: Callable[P, None]) -> Callable[P, None]:
     """End a command with a message, not a traceback, where it meets an error that its user can mend."""
@@ -74,5 +77,5 @@ def _message(error: Exception) -> str:
 
 def _resume_advice() -> str:
     if not under_way:
-        return ""
+        return after_a_stop[-1] if after_a_stop else ""
     return f"What was finished is kept; go on with: st-clp run --output {under_way[-1]} --resume"

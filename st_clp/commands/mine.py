@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from st_clp.commands.advice import after_a_stop
 from st_clp.commands.options import CONFIG, Extra, given_settings, settings_command
 from st_clp.rundir import slug, write_json
 from st_clp.settings import RunSettings
@@ -88,8 +89,11 @@ def _mine(**options: Any) -> None:
     collections = load_training_collections(settings)
     model = load_base_model(settings.model, max_seq_length=settings.max_seq_length)
     output = Path(settings.output)
+    if not dry_run:
+        after_a_stop.append("What was encoded is kept; the same command goes on from there.")
     for collection in collections:
         work(model, collection, settings, output, (store or output / "embeddings") / slug(collection.corpus_name))
+    after_a_stop.clear()
 
 
 def _arguments(settings: RunSettings, store: Path) -> tuple[Any, dict[str, Any]]:

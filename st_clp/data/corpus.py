@@ -58,7 +58,7 @@ class MemoryCorpus(Corpus):
     def fingerprint(self) -> str:
         digest = hashlib.blake2b(digest_size=16)
         for doc_id, text in self._texts.items():
-            digest.update(f"{doc_id}\0{text}\0".encode())
+            digest.update(f"{doc_id}\0{text}\0".encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
 
     def expected_size(self) -> int:

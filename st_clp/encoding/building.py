@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import itertools
 import logging
-import shutil
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
 from st_clp.data import CollectionError, Corpus, Document
 from st_clp.encoding.encode import Encoder, embedding_dimension, window_size
 from st_clp.encoding.fingerprint import model_fingerprint
+from st_clp.encoding.inspection import verify
 from st_clp.encoding.shards import (
+    LOCK,
     KnownEmbeddings,
     ShardFiles,
+    foreign_files,
     read_manifest,
     read_shards,
+    remove_files,
     start,
     text_key,
     write_manifest,
@@ -31,7 +36,9 @@ from st_clp.encoding.working_model import ComputeDtype, Task, resolve_dtype
 logger = logging.getLogger(__name__)
 
 LARGEST = {"float16": 65_504.0, "float32": float(np.finfo(np.float32).max)}
-UNFINISHED = ".partial"  # what the name of a store that is being built ends in
+# What the names of the folders beside a store end in: the one that is being built, the one that it is to replace, and
+# what was begun of another collection before it.
+UNFINISHED, REPLACED, BEGUN = ".partial", ".replaced", ".begun"
 ENCODING = ("model", "task", "computed_in", "dtype", "dim")  # what must agree for an embedding to be used again
 
 
@@ -84,22 +91,55 @@ class Builder:
             CollectionError, ValueError, OSError: As in ``EmbeddingStore.build``.
         """
         manifest = self._manifest()
-        found = read_manifest(folder)
-        known: KnownEmbeddings | None = None
-        if found is not None and all(found.get(name) == manifest[name] for name in ENCODING):
-            known = KnownEmbeddings(ShardFiles(folder, manifest["dim"], manifest["dtype"]))
-            whole = not known.damaged and len(known) == found.get("documents")
-            if whole and all(found.get(name) == value for name, value in manifest.items()):
-                return
-            if not whole:
-                logger.warning("%s is damaged: what does not match its checksum is encoded anew", folder)
-        elif found is not None:
-            logger.info("%s is of another model or task; encoding anew", folder)
-        # Written beside and renamed: a folder of this name is always a whole store.
-        beside = _beside(folder)
+        if _is_whole(folder, manifest):
+            return
+        _require_own(folder)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with _alone(folder):
+                # Whoever held the folder until now may have made this very store.
+                if not _is_whole(folder, manifest):
+                    self._make(folder, manifest)
+        except OSError as error:
+            if error.filename is not None or error.errno is None:
+                raise
+            # A write that fails does not say where.
+            raise OSError(error.errno, error.strerror, str(folder)) from error
+
+    def _make(self, folder: Path, manifest: dict[str, Any]) -> None:
+        beside, replaced, begun = _beside(folder), *(_named(folder, ending) for ending in (REPLACED, BEGUN))
+        found = read_manifest(beside)
+        if found is not None and not _agree(found, manifest):
+            # The beginning of another store. The texts that they share need not be encoded again.
+            remove_files(begun)
+            beside.rename(begun)
+        known = self._known([folder, replaced, begun], manifest)
         self._finish(beside, manifest, known)
-        shutil.rmtree(folder, ignore_errors=True)
+        # Written beside and renamed: a folder of this name is always a whole store.
+        remove_files(replaced)
+        if folder.exists():
+            folder.rename(replaced)
         beside.rename(folder)
+        remove_files(replaced)
+        remove_files(begun)
+
+    def _known(self, folders: list[Path], manifest: dict[str, Any]) -> KnownEmbeddings | None:
+        """What of these folders can be used again."""
+        of_use = []
+        for folder in folders:
+            found = read_manifest(folder)
+            if found is None:
+                continue
+            if all(found.get(name) == manifest[name] for name in ENCODING):
+                of_use.append(ShardFiles(folder, manifest["dim"], manifest["dtype"]))
+            else:
+                logger.info("%s is of another model or task; encoding anew", folder)
+        if not of_use:
+            return None
+        known = KnownEmbeddings(*of_use)
+        if known.damaged:
+            logger.warning("%s is damaged: what does not match its checksum is encoded anew", folders[0])
+        return known
 
     @property
     def dim(self) -> int:
@@ -114,17 +154,17 @@ class Builder:
     def already_encoded(self, folder: Path) -> int:
         """How many of the texts in this folder, finished or not, would not be encoded again; checksums aside."""
         manifest = self._manifest()
-        for place in (folder, _beside(folder)):
+        most = 0
+        for place in (folder, _beside(folder), _named(folder, BEGUN)):
             found = read_manifest(place)
             if found is not None and all(found.get(name) == manifest[name] for name in ENCODING):
-                return sum(shard.rows for shard in read_shards(place))
-        return 0
+                most = max(most, sum(shard.rows for shard in read_shards(place)))
+        return most
 
     def _finish(self, folder: Path, manifest: dict[str, Any], known: KnownEmbeddings | None) -> None:
         """Encode what is not in ``folder`` yet, which may hold the beginning of this store."""
-        begun = read_manifest(folder)
-        if begun is None or any(begun.get(name) != value for name, value in manifest.items()):
-            shutil.rmtree(folder, ignore_errors=True)
+        if read_manifest(folder) is None:
+            remove_files(folder)
             start(folder, manifest)
         files = ShardFiles(folder, manifest["dim"], manifest["dtype"])
         stream = iter(self._corpus)
@@ -136,7 +176,7 @@ class Builder:
                 progress.update(len(shard))
         total = sum(shard.rows for shard in read_shards(folder))
         if not total:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_files(folder)
             raise self._empty()
         write_manifest(folder, {**manifest, "documents": total})
 
@@ -164,6 +204,7 @@ class Builder:
 
         def unknown_texts() -> Iterator[list[str]]:
             while window := list(itertools.islice(documents, self._window)):
+                self._require_text(window)
                 rows = known.find([text_key(d.text) for d in window]) if known else np.full(len(window), -1)
                 waiting.append((window, rows))
                 yield [document.text for document, row in zip(window, rows, strict=True) if row < 0]
@@ -174,9 +215,23 @@ class Builder:
             embeddings = np.empty((len(window), encoded.shape[1]), dtype=np.float32)
             embeddings[rows < 0] = encoded
             if known is not None:
-                embeddings[rows >= 0] = known.rows(rows[rows >= 0])
+                embeddings[rows >= 0] = known.at(rows[rows >= 0])
             self._require_storable(window, embeddings)
             yield window, embeddings
+
+    def _require_text(self, documents: list[Document]) -> None:
+        for doc_id, text in documents:
+            if not isinstance(text, str):
+                raise CollectionError(
+                    f"{self._corpus.name}: {self._task} {doc_id!r} has no text but {type(text).__name__} ({text!r:.60})"
+                )
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise CollectionError(
+                    f"{self._corpus.name}: {self._task} {doc_id!r} is no valid text: it has half a character "
+                    f"({text[error.start]!r}) at place {error.start}; remove it, and go on where this was stopped"
+                ) from None
 
     def _require_storable(self, documents: list[Document], embeddings: np.ndarray) -> None:
         largest = LARGEST[self._stored_as]
@@ -218,4 +273,45 @@ class Builder:
 
 
 def _beside(folder: Path) -> Path:
-    return folder.with_name(folder.name + UNFINISHED)
+    return _named(folder, UNFINISHED)
+
+
+def _named(folder: Path, ending: str) -> Path:
+    return folder.with_name(folder.name + ending)
+
+
+def _agree(found: dict[str, Any], manifest: dict[str, Any]) -> bool:
+    return all(found.get(name) == value for name, value in manifest.items())
+
+
+def _is_whole(folder: Path, manifest: dict[str, Any]) -> bool:
+    """Whether this is the finished store of this manifest, and every byte of it right."""
+    found = read_manifest(folder)
+    if found is None or "documents" not in found or not _agree(found, manifest):
+        return False
+    return verify(folder).whole
+
+
+def _require_own(folder: Path) -> None:
+    """Refuse a folder with files of somebody's, which the store would take the place of."""
+    for place in (folder, _beside(folder)):
+        if foreign := foreign_files(place):
+            raise ValueError(
+                f"{place} holds files that are no part of an embedding store ({foreign[0]!r}"
+                f"{' and others' if len(foreign) > 1 else ''}); give the store a folder of its own"
+            )
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process is making this folder's store. A process that is killed holds up nobody."""
+    lock = FileLock(_named(folder, LOCK))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.warning("another process is making %s; waiting for it", folder)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()

@@ -19,7 +19,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from st_clp.encoding.batches import Window, batch_at, tokenise
-from st_clp.encoding.working_model import ComputeDtype, Task, WorkingModel
+from st_clp.encoding.working_model import ComputeDtype, Embedded, Task, WorkingModel
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +46,13 @@ def encode_queries(
 
     Returns:
         float32 embeddings, (number of texts, dim), in the order of the texts.
+
+    Raises:
+        TypeError: Something among the texts is no text.
+        ValueError: An option is not known or out of range.
     """
-    if not texts:
+    _require_several(texts)
+    if not len(texts):
         return np.zeros((0, embedding_dimension(model)), dtype=np.float32)
     return np.concatenate(list(encode(model, texts, "query", batch_size=batch_size, dtype=dtype)))
 
@@ -75,6 +80,7 @@ def encode_documents(
         float32 embeddings, (at most ``window``, dim), in the order of the texts.
 
     Raises:
+        TypeError: Something among the texts is no text; the windows before it come first.
         ValueError: An option is not known or out of range.
     """
     return encode(model, texts, "document", batch_size=batch_size, window=window, dtype=dtype)
@@ -90,6 +96,9 @@ def encode(
     dtype: ComputeDtype = "model",
 ) -> Iterator[np.ndarray]:
     """As :func:`encode_documents`, for the texts of either task."""
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
+    _require_several(texts)
     encoder = Encoder(model, task, dtype=dtype, batch_size=batch_size)
     return encoder.encode_windows(_windows(iter(texts), window or window_size(model)))
 
@@ -99,8 +108,18 @@ def window_size(model: SentenceTransformer) -> int:
     return CPU_WINDOW if model.device.type == "cpu" else ACCELERATOR_WINDOW
 
 
+def _require_several(texts: Iterable[str]) -> None:
+    if isinstance(texts, (str, bytes)):
+        raise TypeError("texts must be several texts, such as a list; a single one goes into a list too")
+
+
 def _windows(texts: Iterator[str], size: int) -> Iterator[list[str]]:
+    begin = 0
     while window := list(itertools.islice(texts, size)):
+        for place, text in enumerate(window, start=begin):
+            if not isinstance(text, str):
+                raise TypeError(f"text {place} is no text but of type {type(text).__name__}: {text!r:.60}")
+        begin += len(window)
         yield window
 
 
@@ -119,20 +138,28 @@ class Encoder:
         self._working = WorkingModel(model, task, dtype)
         self._batch_size = batch_size
         self._dim = embedding_dimension(model)
+        self._whole_batch = batch_size or 32
         self._tokens = CPU_TOKENS if model.device.type == "cpu" else ACCELERATOR_TOKENS
 
     def encode_windows(self, windows: Iterator[list[str]]) -> Iterator[np.ndarray]:
         """Yield the float32 embeddings of each window's texts, (texts, dim); a window may be empty."""
         if not self._working.by_tokens:
             for texts in windows:
-                yield self._working.encode_whole(texts, self._batch_size or 32) if texts else self._nothing()
+                yield self._run_whole(texts) if texts else self._nothing()
             return
         waiting: deque[Future[Window | None]] = deque()
         # One thread ahead: a tokenizer need not compete with the model for longer than it takes to stay ahead of it.
         with ThreadPoolExecutor(1) as tokenizer:
 
             def read_ahead() -> None:
-                texts = next(windows, None)
+                try:
+                    texts = next(windows, None)
+                except Exception as error:
+                    # What was read before is encoded first: an error in the texts must not cost a window.
+                    failed: Future[Window | None] = Future()
+                    failed.set_exception(error)
+                    waiting.append(failed)
+                    return
                 if texts is not None:
                     waiting.append(tokenizer.submit(self._tokenise, texts))
 
@@ -154,20 +181,41 @@ class Encoder:
         """The embeddings of a window's texts, in their order; batches shrink when memory runs out."""
         embeddings = np.empty((len(window), self._dim), dtype=np.float32)
         position = 0
+        waiting: tuple[np.ndarray, Embedded] | None = None
         while position < len(window):
             batch = batch_at(window, position, self._tokens, self._batch_size)
             try:
-                embeddings[batch.rows] = self._working.forward(batch.features)
+                embedded = self._working.forward(batch.features)
             except torch.OutOfMemoryError:
                 if len(batch) == 1:
                     raise
+                embedded = None
+            if embedded is None:
+                # Not within the except clause, where the error's frames still hold what the batch had taken.
                 self._tokens = max(1, batch.tokens // 2)
                 logger.warning("out of memory: going on with batches of %d tokens", self._tokens)
-                if self._working.device.type == "cuda":
-                    torch.cuda.empty_cache()
+                self._working.free_memory()
                 continue
+            # An accelerator works on this batch while the one before it is copied back.
+            if waiting is not None:
+                embeddings[waiting[0]] = waiting[1].wait()
+            waiting = batch.rows, embedded
             position += len(batch)
+        if waiting is not None:
+            embeddings[waiting[0]] = waiting[1].wait()
         return embeddings
+
+    def _run_whole(self, texts: list[str]) -> np.ndarray:
+        """The same by the model's own encode."""
+        while True:
+            try:
+                return self._working.encode_whole(texts, self._whole_batch)
+            except torch.OutOfMemoryError:
+                if self._whole_batch == 1:
+                    raise
+            self._whole_batch //= 2
+            logger.warning("out of memory: going on with batches of %d texts", self._whole_batch)
+            self._working.free_memory()
 
 
 def embedding_dimension(model: SentenceTransformer) -> int:

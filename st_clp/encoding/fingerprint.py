@@ -8,6 +8,11 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Module
+from transformers import PreTrainedModel
+
+# Of a transformer's configuration: where it came from and who wrote it.
+NO_MATTER = ("_name_or_path", "transformers_version", "architectures", "gradient_checkpointing", "dtype", "torch_dtype")
 
 
 def model_fingerprint(model: SentenceTransformer) -> str:
@@ -27,12 +32,26 @@ def model_fingerprint(model: SentenceTransformer) -> str:
 def _settings(model: SentenceTransformer) -> dict[str, Any]:
     return {
         "modules": str(model),
+        "settings": [_module_settings(module) for module in model.modules()],
         "max_seq_length": model.max_seq_length,
         "truncate_dim": model.truncate_dim,
         "prompts": model.prompts,
         "default_prompt_name": model.default_prompt_name,
-        "tokenizer": _tokenizer_settings(model.tokenizer),
+        # The routes of a Router have a tokenizer each.
+        "tokenizers": [_tokenizer_settings(m.tokenizer) for m in model.modules() if _has_tokenizer(m)],
     }
+
+
+def _has_tokenizer(module: torch.nn.Module) -> bool:
+    return isinstance(module, Module) and getattr(module, "tokenizer", None) is not None
+
+
+def _module_settings(module: torch.nn.Module) -> dict[str, Any]:
+    """What a module does beside its weights: heads, activations, pooling."""
+    if isinstance(module, PreTrainedModel):
+        config = module.config.to_dict()
+        return {name: value for name, value in config.items() if name not in NO_MATTER}
+    return module.get_config_dict() if isinstance(module, Module) else {}
 
 
 def _tokenizer_settings(tokenizer: Any) -> Any:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from st_clp.encoding.shards import MANIFEST, ShardFiles, read_manifest, read_shards
+from st_clp.encoding.shards import LOCK, MANIFEST, ShardFiles, read_manifest, read_shards, remove_files
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def verify(folder: str | os.PathLike[str]) -> Verification:
 
 
 def remove(folder: str | os.PathLike[str]) -> int:
-    """Remove a store; how many bytes that gives back.
+    """Remove a store, but nothing else that lies in its folder; how many bytes that gives back.
 
     Raises:
         FileNotFoundError: There is no store in the folder, so nothing is removed.
@@ -93,5 +92,6 @@ def remove(folder: str | os.PathLike[str]) -> int:
     if read_manifest(path) is None:
         raise FileNotFoundError(f"{path} holds no embedding store; nothing was removed")
     size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
-    shutil.rmtree(path)
-    return size
+    remove_files(path)
+    path.with_name(path.name + LOCK).unlink(missing_ok=True)
+    return size - sum(file.stat().st_size for file in path.glob("*") if file.is_file())

@@ -14,7 +14,9 @@ on.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -27,6 +29,7 @@ import numpy as np
 from st_clp.encoding.ids import FileIds
 
 MANIFEST, EMBEDDINGS, IDS, KEYS, SHARDS = "manifest.json", "embeddings.bin", "ids.jsonl", "keys.bin", "shards.jsonl"
+LOCK = ".lock"  # what the name of the file beside a store ends in that is locked while it is made
 FORMAT = 2
 KEY_BYTES = 16
 HELD_IDS = 1_000_000  # as Python strings, some 70 bytes each; more are read from the file as they are needed
@@ -96,15 +99,9 @@ class ShardFiles:
     def read(self) -> Iterator[tuple[Shard, list[str], np.ndarray, np.ndarray, bool]]:
         """Yield (shard, ids, keys (rows, 16), embeddings (rows, dim), whether the checksum is right) in order.
 
-        A file that is not there makes every shard wrong.
+        A file that is not there makes every shard wrong. Nothing is written: the disk may be read-only.
         """
-        for name in (IDS, KEYS, EMBEDDINGS):
-            (self.folder / name).touch()
-        with (
-            open(self.folder / IDS, "rb") as ids,
-            open(self.folder / KEYS, "rb") as keys,
-            open(self.folder / EMBEDDINGS, "rb") as embeddings,
-        ):
+        with self._open(IDS) as ids, self._open(KEYS) as keys, self._open(EMBEDDINGS) as embeddings:
             for shard in read_shards(self.folder):
                 parts = ids.read(shard.id_bytes), keys.read(shard.rows * KEY_BYTES)
                 matrix = embeddings.read(shard.rows * self._row_bytes)
@@ -119,14 +116,21 @@ class ShardFiles:
                     True,
                 )
 
+    def _open(self, name: str) -> IO[bytes]:
+        try:
+            return open(self.folder / name, "rb")
+        except FileNotFoundError:
+            return io.BytesIO()
+
     def rows(self) -> np.ndarray:
         """All embeddings, (rows, dim), memory-mapped."""
         total = sum(shard.rows for shard in read_shards(self.folder))
-        # A file that was cut off holds fewer rows than are recorded.
-        total = min(total, (self.folder / EMBEDDINGS).stat().st_size // self._row_bytes)
+        path = self.folder / EMBEDDINGS
+        # A file that was cut off, or removed, holds fewer rows than are recorded.
+        total = min(total, path.stat().st_size // self._row_bytes if path.exists() else 0)
         if not total:
             return np.zeros((0, self.dim), self.dtype)
-        return np.memmap(self.folder / EMBEDDINGS, self.dtype, "r", shape=(total, self.dim))
+        return np.memmap(path, self.dtype, "r", shape=(total, self.dim))
 
     def keep(self, number: int) -> None:
         """Cut the files to the first ``number`` shards."""
@@ -163,50 +167,92 @@ class ShardFiles:
 
 
 class KnownEmbeddings:
-    """The embeddings of a folder's shards by the text that they are of; shards that are damaged are left out.
+    """The embeddings of some folders' shards by the text that they are of; shards that are damaged are left out.
+
+    Args:
+        folders: The files of each, all with embeddings of the same width and dtype.
 
     Attributes:
         damaged: How many shards do not match their checksum.
     """
 
-    def __init__(self, files: ShardFiles) -> None:
+    def __init__(self, *folders: ShardFiles) -> None:
         self.damaged = 0
+        self._matrices: list[np.ndarray] = []
         keys: list[np.ndarray] = []
+        sources: list[np.ndarray] = []
         rows: list[np.ndarray] = []
-        begin = 0
-        for shard, _, shard_keys, _, right in files.read():
-            self.damaged += not right
-            if right:
-                keys.append(shard_keys)
-                rows.append(np.arange(begin, begin + shard.rows))
-            begin += shard.rows
+        for number, files in enumerate(folders):
+            self._matrices.append(files.rows())
+            begin = 0
+            for shard, _, shard_keys, _, right in files.read():
+                self.damaged += not right
+                if right:
+                    keys.append(shard_keys)
+                    sources.append(np.full(shard.rows, number, dtype=np.int8))
+                    rows.append(np.arange(begin, begin + shard.rows))
+                begin += shard.rows
         self._keys = np.concatenate([*keys, _no_keys()])
+        self._sources = np.concatenate([*sources, np.zeros(0, dtype=np.int8)])
         self._rows = np.concatenate([*rows, np.zeros(0, dtype=np.int64)])
         # Found by half of the key and checked by all of it: texts that share the half are encoded again, no more.
         halves = _half(self._keys)
         self._order = np.argsort(halves, kind="stable")
         self._sorted = halves[self._order]
-        self._embeddings = files.rows() if len(self._rows) else np.zeros((0, files.dim), files.dtype)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def find(self, keys: Sequence[bytes]) -> np.ndarray:
-        """For each key the row of its embedding, -1 where it is not known."""
+        """For each key the place of its embedding, for :meth:`at`; -1 where it is not known."""
         if not len(self):
             return np.full(len(keys), -1)
         asked = np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, KEY_BYTES)
         places = np.minimum(np.searchsorted(self._sorted, _half(asked)), len(self) - 1)
         found = self._order[places]
-        return np.where((self._keys[found] == asked).all(axis=1), self._rows[found], -1)
+        return np.where((self._keys[found] == asked).all(axis=1), found, -1)
 
-    def rows(self, positions: np.ndarray) -> np.ndarray:
-        """The embeddings in these rows, (rows, dim)."""
-        return np.asarray(self._embeddings[positions])
+    def at(self, places: np.ndarray) -> np.ndarray:
+        """The embeddings in these places, float32, (places, dim)."""
+        found = np.empty((len(places), self._matrices[0].shape[1]), dtype=np.float32)
+        for number, matrix in enumerate(self._matrices):
+            own = self._sources[places] == number
+            found[own] = matrix[self._rows[places[own]]]
+        return found
 
 
 def _half(keys: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(keys[:, :8]).view("<u8").ravel()
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """What lies in a folder and is no part of a store; empty where there is no such folder.
+
+    Raises:
+        NotADirectoryError: It is a file.
+    """
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except FileNotFoundError:
+        return []
+    return [name for name in names if not _is_own(name)]
+
+
+def remove_files(folder: Path) -> None:
+    """Remove a store's files and, where nothing else lies in it, its folder. One that is not there is left alone."""
+    if not folder.is_dir():
+        return
+    # The manifest last: stopped before, this is still a store, which can be removed again.
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST):
+        if _is_own(path.name):
+            path.unlink()
+    with contextlib.suppress(OSError):  # not empty: what is left is not ours
+        folder.rmdir()
+
+
+def _is_own(name: str) -> bool:
+    unfinished_manifest = name.startswith(f"{MANIFEST}.") and name.endswith(".partial")
+    return name in (MANIFEST, EMBEDDINGS, IDS, KEYS, SHARDS) or unfinished_manifest
 
 
 def start(folder: Path, manifest: dict[str, Any]) -> None:

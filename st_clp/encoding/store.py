@@ -86,7 +86,8 @@ class EmbeddingStore:
     ) -> EmbeddingStore:
         """Encode all documents of a collection, or open what is there.
 
-        Stopped at any moment, it goes on with the shard that was not finished. In a folder of the same model only what
+        Stopped at any moment, it goes on with the shard that was not finished. Of several processes that want the
+        same folder one encodes, and the others wait for it. In a folder of the same model only what
         is new is encoded: texts that changed or were added, and shards whose checksum is wrong.
 
         Args:
@@ -102,8 +103,8 @@ class EmbeddingStore:
 
         Raises:
             CollectionError: There are no texts.
-            ValueError: An embedding is not finite; the message names its text's id.
-            OSError: The disk is full or cannot be written; finished shards are kept.
+            ValueError: An embedding is not finite; the message names its text's id. Or the folder holds other files.
+            OSError: The disk is full or cannot be written; finished shards are kept. A whole store needs no writing.
         """
         from st_clp.encoding.building import Builder
 

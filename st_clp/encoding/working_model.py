@@ -58,18 +58,56 @@ class WorkingModel:
         """Tokenise texts."""
         return self._model.preprocess(texts, prompt=self._prompt, task=self._task)
 
-    def forward(self, features: Features) -> np.ndarray:
-        """The embeddings of one batch, float32, (texts, dim)."""
-        output = self._runs(batch_to_device(dict(features), self.device), task=self._task)
+    def forward(self, features: Features) -> Embedded:
+        """The embeddings of one batch, float32, (texts, dim), which a GPU may still be computing."""
+        features = dict(features)
+        if self.device.type == "cuda":
+            # Copies to and from pinned memory do not wait for what the GPU was given before.
+            features = {
+                name: value.pin_memory().to(self.device, non_blocking=True)
+                if isinstance(value, torch.Tensor)
+                else value
+                for name, value in features.items()
+            }
+        output = self._runs(batch_to_device(features, self.device), task=self._task)
         embeddings = output["sentence_embedding"]
         if self._model.truncate_dim is not None:
             embeddings = truncate_embeddings(embeddings, self._model.truncate_dim)
-        return embeddings.float().cpu().numpy()
+        return Embedded(embeddings.float())
+
+    def free_memory(self) -> None:
+        """Give back what the device's allocator keeps, after a batch that was too large."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def encode_whole(self, texts: list[str], batch_size: int) -> np.ndarray:
         """The embeddings of texts by the model's own method."""
         method = self._model.encode_query if self._task == "query" else self._model.encode_document
         return np.asarray(method(texts, batch_size=batch_size, show_progress_bar=False), dtype=np.float32)
+
+
+class Embedded:
+    """The embeddings of a batch on their way back from the device.
+
+    Args:
+        embeddings: float32, (texts, dim), on any device.
+    """
+
+    def __init__(self, embeddings: torch.Tensor) -> None:
+        self._done: torch.cuda.Event | None = None
+        if embeddings.device.type == "cuda":
+            self._here = torch.empty(embeddings.shape, dtype=embeddings.dtype, pin_memory=True)
+            self._here.copy_(embeddings, non_blocking=True)
+            self._done = torch.cuda.Event()
+            self._done.record(torch.cuda.current_stream(embeddings.device))
+        else:
+            self._here = embeddings.cpu()
+
+    def wait(self) -> np.ndarray:
+        """The embeddings, once they are there."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._here.numpy()
 
 
 def resolve_dtype(model: SentenceTransformer, dtype: ComputeDtype) -> Literal["model", "bfloat16"]:

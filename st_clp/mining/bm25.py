@@ -42,6 +42,16 @@ class Words:
         return words
 
 
+def require_bm25() -> None:
+    """Refuse what needs BM25 where it is not installed.
+
+    Raises:
+        ModuleNotFoundError: bm25s or regex is not installed; the message says how to.
+    """
+    for name in ("bm25s", "regex"):
+        _import(name)
+
+
 def _import(name: str) -> Any:
     try:
         return importlib.import_module(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,10 +34,10 @@ class CandidateFilter:
     """What a candidate must satisfy. The meanings are those of ``sentence_transformers.util.mine_hard_negatives``.
 
     Attributes:
-        range_min: Skip this many of the best candidates.
+        range_min: Skip this many of the best candidates that pass the other limits.
         range_max: Look no further than this rank.
-        absolute_margin: A negative must score at least this much below the positive.
-        relative_margin: A negative must score at most (1 - relative_margin) times the positive's score.
+        absolute_margin: A negative must score at least this much below the query's lowest-scoring positive.
+        relative_margin: A negative must score below that positive by at least this share of its score's size.
         max_score: A negative must score at most this.
         min_score: A negative must score at least this.
     """
@@ -58,10 +59,14 @@ class CandidateFilter:
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ValueError(f"{name} must be at least 0, got {value}")
-
-    def in_range(self, candidate: Candidate) -> bool:
-        """Whether its rank is within ``range_min`` and ``range_max``."""
-        return self.range_min <= candidate.rank < self.range_max
+        for name in ("max_score", "min_score"):
+            value = getattr(self, name)
+            if value is not None and math.isnan(value):
+                raise ValueError(f"{name} must be a number, got {value}")
+        if self.max_score is not None and self.min_score is not None and self.min_score > self.max_score:
+            raise ValueError(
+                f"min_score must not be above max_score, got min_score={self.min_score} and max_score={self.max_score}"
+            )
 
     def refusal(self, candidate: Candidate, positive_score: float) -> Refusal | None:
         """Why this candidate may not be a negative for its score; None where it may."""

@@ -81,10 +81,9 @@ class Chooser:
         if self._judged_negatives == "first":
             chosen = _judged_first(candidates, judged)[: self._number]
         taken = {choice.doc_id for choice in chosen}
-        best_positive = max(ranking.positive_scores[query_id].values())
-        passed, refused = self._sift(query_id, [c for c in candidates if c.doc_id not in taken], judged, best_positive)
-        if ranking.by_score:
-            passed.sort(key=lambda candidate: (-candidate.score, candidate.rank))
+        lowest_positive = min(ranking.positive_scores[query_id].values())
+        left = [candidate for candidate in candidates if candidate.doc_id not in taken]
+        passed, refused = self._sift(query_id, left, judged, lowest_positive, by_score=ranking.by_score)
         missing = self._number - len(chosen)
         passed = self._order(query_id, passed, max(0, missing), generator)
         chosen = [*chosen, *(Choice.of(candidate, "ranking") for candidate in passed)][: self._number]
@@ -126,27 +125,33 @@ class Chooser:
         return known + others
 
     def _sift(
-        self, query_id: str, candidates: list[Candidate], judged: set[str], positive_score: float
+        self, query_id: str, candidates: list[Candidate], judged: set[str], positive_score: float, *, by_score: bool
     ) -> tuple[list[Candidate], list[Candidate]]:
         """(candidates that may be negatives, best first; those within range that were refused, nearest miss first)."""
+        filters = self._filter
         passed: list[Candidate] = []
         refused: list[tuple[float, Candidate]] = []
         reasons: Counter[str] = Counter()
         # A margin guards against unjudged answers; a document that was judged needs no guard.
         trusted = judged if self._judged_negatives != "ignore" else set()
         for candidate in candidates:
-            if not self._filter.in_range(candidate):
+            if candidate.rank >= filters.range_max:
                 continue
-            refusal = None if candidate.doc_id in trusted else self._filter.refusal(candidate, positive_score)
+            refusal = None if candidate.doc_id in trusted else filters.refusal(candidate, positive_score)
             if refusal is None:
                 passed.append(candidate)
             else:
                 reasons[refusal.reason] += 1
                 refused.append((refusal.excess, candidate))
+        if by_score:
+            passed.sort(key=lambda candidate: (-candidate.score, candidate.rank))
+        # As in sentence-transformers, what is skipped is the best of what passes.
+        if filters.range_min and passed:
+            reasons["among the best range_min"] = min(filters.range_min, len(passed))
         self.refused[query_id] = reasons
         # The nearest miss is the least likely to be what the filter guards against; of equals, the deepest.
         refused.sort(key=lambda pair: (pair[0], -pair[1].rank))
-        return passed, [candidate for _, candidate in refused]
+        return passed[filters.range_min :], [candidate for _, candidate in refused]
 
     def _fill(
         self,

@@ -17,6 +17,7 @@ from sentence_transformers import SentenceTransformer
 from st_clp.data import Collection
 from st_clp.encoding import ComputeDtype, EmbeddingStore
 from st_clp.mining.account import MiningAccount
+from st_clp.mining.bm25 import require_bm25
 from st_clp.mining.chooser import Choice, Chooser
 from st_clp.mining.negative_queries import JudgedQueries
 from st_clp.mining.options import (
@@ -27,8 +28,9 @@ from st_clp.mining.options import (
     SamplingStrategy,
 )
 from st_clp.mining.ranking import Ranker, Ranking
-from st_clp.mining.rescoring import rescore
-from st_clp.mining.rows import Negative, TrainingRow, to_dataset, write_rows
+from st_clp.mining.rescoring import require_one_score, rescore
+from st_clp.mining.rows import Negative, TrainingRow, require_writable, to_dataset, write_rows
+from st_clp.search import require_index
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -90,9 +92,9 @@ def mine_hard_negatives(
         collection: Documents, training queries and judgments.
         num_negatives: Negatives for each query.
         queries_per_negative: Queries for each negative, from the training judgments; 0 for none.
-        range_min: Skip this many of the best-ranked candidates.
+        range_min: Skip this many of the best candidates that pass the margins and the score limits.
         range_max: Take candidates from no further down than this rank.
-        absolute_margin: A negative must score at least this much below the query's best positive.
+        absolute_margin: A negative must score at least this much below the query's lowest-scoring positive.
         relative_margin: The same, as a share of that positive's score.
         max_score: A negative must score at most this.
         min_score: A negative must score at least this.
@@ -141,6 +143,7 @@ def mine_hard_negatives(
     Raises:
         CollectionError: No query has a relevant document, or the corpus is too small for so many negatives.
         ModuleNotFoundError: Something that an option needs is not installed.
+        OSError: The disk is full or cannot be written; the embeddings that are finished are kept.
         ValueError: An option is out of range, or an embedding is not finite (with the document's id).
     """
     options = MiningOptions(
@@ -164,6 +167,8 @@ def mine_hard_negatives(
         max_positives_per_query=max_positives_per_query,
         seed=seed,
     )
+    if output_file is not None:
+        require_writable(output_file)
     mined = mine(
         model,
         collection,
@@ -200,7 +205,7 @@ def mine(
 ) -> MinedNegatives:
     """As :func:`mine_hard_negatives`, but returns the rows with ids, ranks, scores and the account."""
     options = options or MiningOptions()
-    collection.require_positives()
+    _require_possible(model, collection, options, cross_encoder)
     clock = _Clock()
     store = EmbeddingStore.build(
         model, collection, store_dir, dtype=dtype, batch_size=batch_size, show_progress_bar=show_progress_bar
@@ -227,7 +232,7 @@ def mine(
     # Whether a document answers another query is known from all judgments, drawn or not.
     known = JudgedQueries(usable, seed=options.seed)
     chooser = Chooser(drawn, store.ids, options, prefer=known if options.prefer_known_queries else None)
-    chosen, texts, blank = _choose(drawn, ranking, chooser)
+    chosen, texts, passed_over = _choose(drawn, ranking, chooser)
     dropped = chooser.short if options.on_shortage == "drop" else set()
     rows = _make_rows(drawn, ranking, {q: c for q, c in chosen.items() if q not in dropped}, texts, known, options)
     clock.lap("choice")
@@ -237,13 +242,29 @@ def mine(
         queries_without_positive=len(collection.queries) - len(usable.positives()),
         queries_not_drawn=len(usable.positives()) - len(drawn.positives()),
         queries_dropped=len(dropped),
-        filtered=_refused(chooser, ranking, blank),
+        filtered=_refused(chooser, ranking, passed_over),
         left_out=usable.left_out,
         search=asdict(ranking.note) if ranking.note else None,
         seconds=clock.laps,
     )
     account.add_rows(rows, options.num_negatives)
     return MinedNegatives(rows, account)
+
+
+def _require_possible(
+    model: SentenceTransformer, collection: Collection, options: MiningOptions, cross_encoder: CrossEncoder | None
+) -> None:
+    """Refuse before hours of encoding what would be refused after them."""
+    for name, value, kind in (("model", model, SentenceTransformer), ("collection", collection, Collection)):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
+    collection.require_positives()
+    if options.candidates != "model":
+        require_bm25()
+    if options.index is not None:
+        require_index(model, options.index)
+    if cross_encoder is not None:
+        require_one_score(cross_encoder)
 
 
 class _Clock:
@@ -279,24 +300,22 @@ def _draw_queries(collection: Collection, number: int, seed: int) -> Collection:
     return collection.with_queries(collection.positives()).sample(number, seed)
 
 
-def _refused(chooser: Chooser, ranking: Ranking, blank: int) -> dict[str, int]:
-    refused = dict(sum(chooser.refused.values(), Counter()))
-    if ranking.near_duplicates:
-        refused["near-duplicate of a relevant document"] = ranking.near_duplicates
-    if blank:
-        refused["document without text"] = blank
-    return refused
+def _refused(chooser: Chooser, ranking: Ranking, passed_over: Counter[str]) -> dict[str, int]:
+    refused = sum(chooser.refused.values(), Counter[str]())
+    refused["near-duplicate of a relevant document"] = ranking.near_duplicates
+    return {reason: number for reason, number in (refused + passed_over).items() if number}
 
 
 def _choose(
     collection: Collection, ranking: Ranking, chooser: Chooser
-) -> tuple[dict[str, list[Choice]], dict[str, str], int]:
-    """Every query's negatives, the texts of all documents in the rows, and how many blank documents were passed over.
+) -> tuple[dict[str, list[Choice]], dict[str, str], Counter[str]]:
+    """Every query's negatives, the texts of all documents in the rows, and what was passed over for its text.
 
     A document with the same text as a relevant one is an answer too, whatever its id, and one without text teaches
     nothing. Texts are only known once documents are chosen, so such a choice is excluded and made again until there
     is none.
     """
+    passed_over: Counter[str] = Counter()
     blank: set[str] = set()
     chosen: dict[str, list[Choice]] = {}
     texts: dict[str, str] = {}
@@ -312,14 +331,16 @@ def _choose(
         empty = {doc_id for doc_id in found if not texts[doc_id].strip()}
         ranking.exclude_everywhere(empty)
         blank |= empty
+        passed_over["document without text"] += len(empty)
         for query_id in open_queries:
             answers = {texts[doc_id] for doc_id in ranking.positive_scores[query_id]}
             copies = {choice.doc_id for choice in chosen[query_id] if texts[choice.doc_id] in answers}
             ranking.exclude(query_id, copies)
+            passed_over["same text as a relevant document"] += len(copies)
             if copies or any(choice.doc_id in blank for choice in chosen[query_id]):
                 again.append(query_id)
         open_queries = again
-    return chosen, texts, len(blank)
+    return chosen, texts, passed_over
 
 
 def _make_rows(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal, get_args
 
 from st_clp.mining.candidates import CandidateFilter
@@ -11,6 +12,17 @@ SamplingStrategy = Literal["top", "random"]
 JudgedNegatives = Literal["rank", "first", "ignore"]
 OnShortage = Literal["relax", "random", "fewer", "drop"]
 CandidateSource = Literal["model", "bm25", "mixed"]
+
+WHOLE_NUMBERS = (
+    "num_negatives",
+    "queries_per_negative",
+    "range_min",
+    "range_max",
+    "nprobe",
+    "max_queries",
+    "max_positives_per_query",
+    "seed",
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +54,10 @@ class MiningOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in WHOLE_NUMBERS:
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
+                raise ValueError(f"{name} must be a whole number, got {value!r}")
         for name in ("num_negatives", "queries_per_negative"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")

@@ -17,6 +17,7 @@ from st_clp.mining.options import MiningOptions
 from st_clp.search import ApproximateIndex, pair_scores, search_rows
 
 QUERIES_TOGETHER = 1024  # whose candidates' embeddings are held at once
+PAIRS_TOGETHER = 65_536  # of queries and positives, whose embeddings are
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,9 @@ class Ranker:
 
     def _by_model(self) -> tuple[np.ndarray, np.ndarray, SearchNote | None]:
         if self._options.index is None:
-            scores, rows = search_rows(self._model, self._queries, self._store, self._depth)
+            scores, rows = search_rows(
+                self._model, self._queries, self._store, self._depth, show_progress_bar=self._show_progress_bar
+            )
             return rows, scores, None
         index = ApproximateIndex(
             self._model,
@@ -216,11 +219,13 @@ class Ranker:
             for row, (query_id, doc_ids) in enumerate(self._positives.items())
             for doc_id in doc_ids
         ]
-        documents = self._store.rows([self._position[doc_id] for _, _, doc_id in pairs])
-        scores = pair_scores(self._model, self._queries[[row for row, _, _ in pairs]], documents)
         found: dict[str, dict[str, float]] = {query_id: {} for query_id in self._positives}
-        for (_, query_id, doc_id), score in zip(pairs, scores, strict=True):
-            found[query_id][doc_id] = float(score)
+        for begin in range(0, len(pairs), PAIRS_TOGETHER):
+            block = pairs[begin : begin + PAIRS_TOGETHER]
+            documents = self._store.rows([self._position[doc_id] for _, _, doc_id in block])
+            scores = pair_scores(self._model, self._queries[[row for row, _, _ in block]], documents)
+            for (_, query_id, doc_id), score in zip(block, scores, strict=True):
+                found[query_id][doc_id] = float(score)
         return found
 
 

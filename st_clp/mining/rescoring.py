@@ -37,6 +37,7 @@ def rescore(
     Raises:
         ValueError: The cross-encoder gives more than one number for a pair, or one that is not finite.
     """
+    require_one_score(cross_encoder)
     with tqdm(
         total=len(ranking.query_ids), desc="Rescoring", unit=" queries", disable=not show_progress_bar
     ) as progress:
@@ -44,6 +45,19 @@ def rescore(
             block = ranking.query_ids[begin : begin + QUERIES_TOGETHER]
             _rescore_block(ranking, collection, cross_encoder, block, batch_size or 32)
             progress.update(len(block))
+
+
+def require_one_score(cross_encoder: CrossEncoder) -> None:
+    """Refuse a cross-encoder that classifies.
+
+    Raises:
+        ValueError: It gives more than one number for a pair.
+    """
+    if cross_encoder.num_labels != 1:
+        raise ValueError(
+            f"the cross-encoder gives {cross_encoder.num_labels} numbers for a pair; rescoring needs one that gives a "
+            "single score (num_labels=1)"
+        )
 
 
 def _rescore_block(
@@ -55,11 +69,6 @@ def _rescore_block(
     documents = collection.get_documents({doc_id for _, doc_id in pairs})
     texts = [(collection.queries[q], documents[doc_id].text) for q, doc_id in pairs]
     scores = np.asarray(cross_encoder.predict(texts, batch_size=batch_size, show_progress_bar=False), np.float64)
-    if scores.ndim != 1:
-        raise ValueError(
-            f"the cross-encoder gives {scores.shape[1]} numbers for a pair; rescoring needs one that gives a single "
-            "score (num_labels=1)"
-        )
     if not np.isfinite(scores).all():
         query_id, doc_id = pairs[int(np.flatnonzero(~np.isfinite(scores))[0])]
         raise ValueError(f"the cross-encoder's score of query {query_id!r} and document {doc_id!r} is not finite")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterable
@@ -144,6 +145,25 @@ def query_column(negative: int, query: int, queries_per_negative: int) -> str:
     return f"negative_query_{negative}" if queries_per_negative == 1 else f"negative_query_{negative}_{query}"
 
 
+def require_writable(path: str | os.PathLike[str]) -> None:
+    """Make the folder of a file that is to be written.
+
+    Raises:
+        OSError: The folder cannot be made or written, or there is a folder in the file's place.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+    beside = _beside(target)
+    beside.touch()
+    beside.unlink()
+
+
+def _beside(target: Path) -> Path:
+    return target.with_name(target.name + ".partial")
+
+
 def write_rows(path: str | os.PathLike[str], rows: Iterable[TrainingRow]) -> None:
     """Write rows as JSON lines in the format of the paper's code, with ids, ranks and scores beside.
 
@@ -152,11 +172,16 @@ def write_rows(path: str | os.PathLike[str], rows: Iterable[TrainingRow]) -> Non
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(target.name + ".partial")
-    with open(beside, "w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(_to_json(row), ensure_ascii=False) + "\n")
-    beside.replace(target)
+    beside = _beside(target)
+    try:
+        with open(beside, "w", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(_to_json(row), ensure_ascii=False) + "\n")
+        beside.replace(target)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        # A write that fails does not say where.
+        raise OSError(error.errno, error.strerror, str(target)) from error
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[TrainingRow]:

@@ -1,6 +1,6 @@
 """Top-k search over a corpus's embeddings: exact, or by a FAISS index with its recall."""
 
-from st_clp.search.approximate import ApproximateIndex, ApproximateResult
+from st_clp.search.approximate import ApproximateIndex, ApproximateResult, require_index
 from st_clp.search.exact import pair_scores, search, search_rows
 
-__all__ = ["ApproximateIndex", "ApproximateResult", "pair_scores", "search", "search_rows"]
+__all__ = ["ApproximateIndex", "ApproximateResult", "pair_scores", "require_index", "search", "search_rows"]

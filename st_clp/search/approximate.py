@@ -69,18 +69,14 @@ class ApproximateIndex:
         seed: int = 0,
         show_progress_bar: bool = True,
     ) -> None:
-        if not is_inner_product(model):
-            raise ValueError(
-                f"a FAISS index ranks by cosine or dot product, and this model by {model.similarity_fn_name}; "
-                "search exactly (index=None)"
-            )
+        require_index(model, factory, store.dim)
         if nprobe is not None and nprobe < 1:
             raise ValueError(f"nprobe must be at least 1, got {nprobe}")
         self._faiss = import_faiss()
         self._model = model
         self._store = store
         self._factory = factory
-        self._index = self._make()
+        self._index = _make(factory, store.dim)
         self._train(training_documents, seed)
         with tqdm(
             total=len(store), desc=f"Indexing ({factory})", unit=" documents", disable=not show_progress_bar
@@ -112,15 +108,6 @@ class ApproximateIndex:
         hits = [len(np.intersect1d(found, true)) for found, true in zip(rows[sample], exact, strict=True)]
         recall = float(np.sum(hits)) / exact.size if exact.size else 1.0
         return ApproximateResult(scores, rows, recall, len(sample))
-
-    def _make(self) -> Any:
-        try:
-            return self._faiss.index_factory(self._store.dim, self._factory, self._faiss.METRIC_INNER_PRODUCT)
-        except RuntimeError as error:
-            raise ValueError(
-                f"FAISS cannot make an index {self._factory!r} for {self._store.dim} dimensions: "
-                f"{str(error).splitlines()[-1]}"
-            ) from error
 
     def _train(self, documents: int | None, seed: int) -> None:
         if self._index.is_trained:
@@ -157,3 +144,34 @@ class ApproximateIndex:
                 self._faiss.ParameterSpace().set_index_parameter(self._index, name, value)
             except RuntimeError:
                 logger.debug("%s has no %s", self._factory, name)
+
+
+def require_index(model: SentenceTransformer, factory: str, dim: int | None = None) -> None:
+    """Refuse an index that cannot be made for this model's embeddings.
+
+    Args:
+        model: Says which similarity function is used.
+        factory: As in :class:`ApproximateIndex`.
+        dim: The width of the embeddings. None: what the model says, if it does.
+
+    Raises:
+        ValueError: The similarity is neither cosine nor dot product, or FAISS does not know the factory.
+    """
+    if not is_inner_product(model):
+        raise ValueError(
+            f"a FAISS index ranks by cosine or dot product, and this model by {model.similarity_fn_name}; "
+            "search exactly (index=None)"
+        )
+    width = dim or model.get_embedding_dimension()
+    if width:
+        _make(factory, width)
+
+
+def _make(factory: str, dim: int) -> Any:
+    faiss = import_faiss()
+    try:
+        return faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise ValueError(
+            f"FAISS cannot make an index {factory!r} for {dim} dimensions: {str(error).splitlines()[-1]}"
+        ) from error

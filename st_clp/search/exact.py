@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
+from tqdm.auto import tqdm
 
 from st_clp.encoding import EmbeddingStore
 
 QUERY_BLOCK = 256
+TIED_BLOCK = 64  # queries with equal scores, whose scores to all of a shard are held at once
 
 
 def search(
@@ -40,7 +42,12 @@ def search(
 
 
 def search_rows(
-    model: SentenceTransformer, query_embeddings: np.ndarray, store: EmbeddingStore, k: int
+    model: SentenceTransformer,
+    query_embeddings: np.ndarray,
+    store: EmbeddingStore,
+    k: int,
+    *,
+    show_progress_bar: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """As :func:`search`, but in place of ids the documents' places in the store, int64, of the scores' shape."""
     require_fitting(query_embeddings, store, k)
@@ -48,10 +55,12 @@ def search_rows(
     best_scores = np.zeros((len(queries), 0), dtype=np.float32)
     best_rows = np.zeros((len(queries), 0), dtype=np.int64)
     begin = 0
-    for embeddings in store.blocks():
-        scores, rows = _top_k(model, queries, prepare(model, embeddings, "documents"), min(k, len(embeddings)))
-        best_scores, best_rows = _merge(best_scores, best_rows, scores, rows + begin, k)
-        begin += len(embeddings)
+    with tqdm(total=len(store), desc="Searching", unit=" documents", disable=not show_progress_bar) as progress:
+        for embeddings in store.blocks():
+            scores, rows = _top_k(model, queries, prepare(model, embeddings, "documents"), min(k, len(embeddings)))
+            best_scores, best_rows = _merge(best_scores, best_rows, scores, rows + begin, k)
+            begin += len(embeddings)
+            progress.update(len(embeddings))
     return best_scores, best_rows
 
 
@@ -107,6 +116,23 @@ def prepare(model: SentenceTransformer, embeddings: np.ndarray, what: str) -> np
 def _top_k(
     model: SentenceTransformer, queries: np.ndarray, documents: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
+    """The k best documents of every query; where more are as good as the last of them, the first of these."""
+    scores, rows = _some_top_k(model, queries, documents, min(k + 1, len(documents)))
+    if k < len(documents):
+        # Of equal scores a search returns any, and one look further shows where that matters.
+        tied = np.flatnonzero(scores[:, k - 1] == scores[:, k])
+        scores, rows = np.ascontiguousarray(scores[:, :k]), np.ascontiguousarray(rows[:, :k])
+        for begin in range(0, len(tied), TIED_BLOCK):
+            block = tied[begin : begin + TIED_BLOCK]
+            every = _all_scores(model, queries[block], documents)
+            best = np.argsort(-every, axis=1, kind="stable")[:, :k]
+            scores[block], rows[block] = np.take_along_axis(every, best, axis=1), best
+    return scores, rows
+
+
+def _some_top_k(
+    model: SentenceTransformer, queries: np.ndarray, documents: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
     if is_inner_product(model):
         faiss = import_faiss()
         return faiss.knn(queries, documents, k, metric=faiss.METRIC_INNER_PRODUCT)
@@ -116,6 +142,13 @@ def _top_k(
         for block in torch.from_numpy(queries).split(QUERY_BLOCK)
     ]
     return tuple(torch.cat(part).cpu().numpy() for part in zip(*blocks, strict=True))  # type: ignore[return-value]
+
+
+def _all_scores(model: SentenceTransformer, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
+    """(queries, documents)."""
+    if is_inner_product(model):
+        return queries @ documents.T
+    return model.similarity(torch.from_numpy(queries), torch.from_numpy(documents)).cpu().numpy()
 
 
 def import_faiss() -> Any:

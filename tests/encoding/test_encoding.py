@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
@@ -60,6 +62,12 @@ def test_fingerprint_changes_with_everything_an_embedding_depends_on(
     tiny_model.encode(TEXTS)  # using the tokenizer must not change it
     assert model_fingerprint(tiny_model) == first
     seen = {first, model_fingerprint(make_tiny_model(seed=1))}
+    # The same weights under other settings give other embeddings.
+    tiny_model[0].model.config.num_attention_heads = 2
+    seen.add(model_fingerprint(tiny_model))
+    tiny_model[0].model.config.num_attention_heads = 4
+    tiny_model[1].pooling_mode = "cls"
+    seen.add(model_fingerprint(tiny_model))
     tiny_model.max_seq_length = 32
     seen.add(model_fingerprint(tiny_model))
     tiny_model.prompts = {"query": "x"}
@@ -71,7 +79,7 @@ def test_fingerprint_changes_with_everything_an_embedding_depends_on(
     seen.add(model_fingerprint(tiny_model))
     tiny_model.bfloat16()
     seen.add(model_fingerprint(tiny_model))
-    assert len(seen) == 7
+    assert len(seen) == 9
 
 
 def cosines(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
@@ -185,6 +193,24 @@ def test_running_out_of_memory_shrinks_the_batches(
         next(encode_documents(tiny_model, ["a " * 200]))
 
 
+def test_running_out_of_memory_in_a_models_own_encode_shrinks_the_batches_too(
+    tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = OwnEncoder(str(tiny_model_path), device="cpu")
+    expected, original, sizes = model.encode_document(LONG), model.forward, []
+
+    def forward(features: dict[str, torch.Tensor], **options: object) -> dict[str, torch.Tensor]:
+        if len(features["input_ids"]) > 5:
+            raise torch.OutOfMemoryError("out of memory")
+        sizes.append(len(features["input_ids"]))
+        return original(features, **options)
+
+    monkeypatch.setattr(model, "forward", forward)
+    found = np.concatenate(list(encode_documents(model, LONG, window=20)))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert max(sizes) == 4
+
+
 def test_batches_are_filled_by_tokens(tiny_model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
     original, shapes = tiny_model.forward, []
 
@@ -206,6 +232,14 @@ def test_misuse_is_refused(tiny_model: SentenceTransformer) -> None:
         encode_queries(tiny_model, ["fire"], dtype="fp8")
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         encode_queries(tiny_model, ["fire"], batch_size=0)
+    with pytest.raises(ValueError, match="window must be at least 1, got 0"):
+        encode_documents(tiny_model, ["fire"], window=0)
+    for one in ("a single text", b"bytes"):
+        with pytest.raises(TypeError, match="texts must be several texts"):
+            encode_queries(tiny_model, one)
+    for wrong in (None, 3, ["fire"], float("nan")):
+        with pytest.raises(TypeError, match=f"text 5 is no text but of type {type(wrong).__name__}"):
+            list(encode_documents(tiny_model, [*["fire"] * 5, wrong], window=2))
 
 
 @settings(max_examples=25, deadline=None)
@@ -229,6 +263,46 @@ def test_attention_by_products_is_attention(
     found, _ = attention.attend(torch.nn.Identity(), query, key, value, mask, scaling=0.3)
     expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3)
     torch.testing.assert_close(found, expected.transpose(1, 2), atol=1e-5, rtol=1e-5)
+
+
+SIZES = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+ARCHITECTURES: dict[str, dict[str, int | bool]] = {
+    "Bert": {},
+    "XLMRoberta": {},
+    "Electra": {},
+    "Albert": {"embedding_size": 16},
+    "DistilBert": {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4},
+    # Every other layer attends to a neighbourhood alone.
+    "ModernBert": {"global_attn_every_n_layers": 2, "local_attention": 6, "cls_token_id": 2, "sep_token_id": 3},
+    # Decoders: causal, with a window, with fewer keys than queries.
+    "Llama": {},
+    "Mistral": {"num_key_value_heads": 4, "sliding_window": 5},
+    "Qwen3": {"num_key_value_heads": 2, "head_dim": 8},
+    # Those whose attention cannot be chosen are left as they are.
+    "MPNet": {},
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_attention_by_products_gives_every_architecture_its_own_embeddings(name: str) -> None:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(
+        **SIZES, **ARCHITECTURES[name], max_position_embeddings=64, pad_token_id=1, bos_token_id=2, eos_token_id=3
+    )
+    model = getattr(transformers, f"{name}Model")(config).eval()
+    changed = copy.deepcopy(model)
+    assert attention.use_batched_products(changed) == (name != "MPNet")
+    for mask in (
+        [[1] * 12, [1] * 7 + [0] * 5, [1] + [0] * 11],
+        [[1] * 12, [0] * 5 + [1] * 7, [0] * 11 + [1]],
+        [[1] * 12],
+    ):
+        kept = torch.tensor(mask)
+        ids = torch.where(kept.bool(), torch.randint(4, 99, kept.shape), 1)
+        with torch.inference_mode():
+            found, expected = (m(input_ids=ids, attention_mask=kept).last_hidden_state for m in (changed, model))
+        torch.testing.assert_close(found[kept.bool()], expected[kept.bool()], atol=1e-5, rtol=1e-5)
+    assert model.config._attn_implementation != attention.NAME  # the original is as it was
 
 
 def test_the_bfloat16_copy_attends_by_products_and_the_model_does_not(

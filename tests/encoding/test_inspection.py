@@ -77,8 +77,12 @@ def test_stores_are_removed_only_when_that_is_meant(folder: Path, tmp_path: Path
     assert result.exit_code == 1
     assert (folder / "first").is_dir()
     (folder / "notes.txt").write_text("mine")
+    (folder / "first" / "notes.txt").write_text("mine too")
     assert invoke("rm", str(folder), "--yes")[0] == 0
-    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    # What is no part of a store stays, beside it and within.
+    left = {str(path.relative_to(folder)) for path in folder.rglob("*.txt")}
+    assert left == {"notes.txt", "first/notes.txt"}
+    assert not list(folder.rglob("*.bin"))
     code, output = invoke("rm", str(folder), "--yes")
     assert code == 1
     assert "holds no embedding store" in output

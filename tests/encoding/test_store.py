@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import ir_datasets
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from ir_datasets.formats import JsonlDocs
+from ir_datasets.util.download import LocalDownload
 from sentence_transformers import SentenceTransformer
 
 from st_clp import Collection
+from st_clp.data import CollectionError, Corpus, MemoryCorpus
+from st_clp.data.sources.irds import IrdsCorpus
 from st_clp.encoding import EmbeddingStore, building, shards
+from st_clp.encoding.inspection import verify
 
 TEXTS = ["a big river", "the old lake of the north", "fire", "who was king?", "one two three four five six", "bird"]
 FILES = ["embeddings.bin", "ids.jsonl", "keys.bin", "shards.jsonl", "manifest.json"]
@@ -168,17 +175,105 @@ def test_a_stopped_build_goes_on_with_the_unfinished_shard(
         assert (tmp_path / "store" / file).read_bytes() == (tmp_path / "fresh" / file).read_bytes()
 
 
-def test_a_begun_store_of_other_texts_is_not_gone_on_with(
+def stop_after(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Let the disk be full after so many shards."""
+    original, calls = shards.ShardFiles.add, []
+
+    def add(self: shards.ShardFiles, *arguments: object) -> None:
+        if len(calls) == number:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        calls.append(arguments)
+        original(self, *arguments)
+
+    monkeypatch.setattr(shards.ShardFiles, "add", add)
+
+
+def test_what_was_begun_is_of_use_to_the_store_of_a_collection_that_changed(
     builds: Builds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    texts = [f"{TEXTS[i % 6]} {i}" for i in range(14)]
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(OSError, match="No space left"):
+            builds(from_texts(texts))
+    changed = ["fire", *texts[1:], "bird"]
+    # Stopped a second time, and the first beginning is still of use.
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        with pytest.raises(OSError, match="No space left"):
+            builds(from_texts(changed))
+    assert set(builds(from_texts(changed))) == set(changed) - set(texts[:8]) - {"fire"}
+    fresh = EmbeddingStore.build(builds._model, from_texts(changed), show_progress_bar=False)
+    assert builds.store.ids == fresh.ids
+    np.testing.assert_allclose(builds.store.rows(range(15)), fresh.rows(range(15)), atol=1e-5)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("store")) in (
+        ["store"],
+        ["store", "store.lock"],
+    )
+
+
+def test_what_was_begun_by_another_model_is_of_no_use(
+    builds: Builds, tiny_model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(OSError, match="No space left"):
+            builds(make_collection(14))
+    with torch.no_grad():
+        next(tiny_model.parameters()).add_(1)
+    assert len(builds(make_collection(14))) == 14
+
+
+def test_files_that_are_no_store_are_never_touched(builds: Builds, tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match=r"store holds files that are no part of an embedding store \('thesis.txt'\)"):
+        builds(make_collection(3))
+    assert (tmp_path / "store" / "thesis.txt").read_text() == "years of work"
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(NotADirectoryError, match="file"):
+        EmbeddingStore.build(builds._model, make_collection(3), tmp_path / "file", show_progress_bar=False)
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_a_whole_store_is_opened_without_writing_anything(builds: Builds, tmp_path: Path) -> None:
     builds(make_collection(9))
-    (tmp_path / "store").rename(tmp_path / "store.partial")
-    assert len(builds(make_collection(9, name="other"))) == 9
+
+    def state() -> list[tuple[str, int, int]]:
+        return sorted((str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in tmp_path.rglob("*"))
+
+    before = state()
+    assert builds(make_collection(9)) == []
+    assert verify(tmp_path / "store").whole
+    assert state() == before
 
 
-def test_killed_at_twenty_moments_it_is_byte_for_byte_the_undisturbed_store(
+def test_a_store_between_two_names_is_found_again(
+    builds: Builds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the renames that put a store in the place of an older one."""
+    builds(make_collection(12))
+    original = Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        if self.name == "store.partial":
+            raise KeyboardInterrupt
+        return original(self, target)
+
+    texts = [document.text for document in make_collection(12).documents()]
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        with pytest.raises(KeyboardInterrupt):
+            builds(from_texts([*texts, "fire"]))
+    assert not (tmp_path / "store").exists()
+    assert set(builds(from_texts([*texts, "fire"]))) <= {"fire"}
+    assert len(builds.store) == 13
+
+
+def test_killed_at_twenty_moments_the_result_is_byte_for_byte_the_undisturbed_one(
     tiny_model_path: Path, tmp_path: Path
 ) -> None:
+    """Stores and mined rows; and two processes on one folder, which without the lock would append to the same files."""
     script = Path(__file__).with_name("killed.py")
     ran = subprocess.run(
         [sys.executable, str(script), str(tiny_model_path), str(tmp_path), "20"],
@@ -188,10 +283,20 @@ def test_killed_at_twenty_moments_it_is_byte_for_byte_the_undisturbed_store(
         check=False,
     )
     assert ran.returncode == 0, ran.stderr
-    assert int(ran.stdout.split()[-1]) >= 4  # some of them were killed with work half done
-    for number in range(4):
-        for name in FILES:
-            assert (tmp_path / f"killed {number}" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+    found = json.loads(ran.stdout.splitlines()[-1])
+    assert found["half_done"] >= 10, found
+    assert found["encoded_together"] == [0, 2500 + 600]  # one did the work, the other waited for it
+
+    def content(folder: Path) -> dict[str, bytes]:
+        places = ["rows.jsonl", *(f"{store}/{name}" for store in ("store", "store.queries") for name in FILES)]
+        return {place: (folder / place).read_bytes() for place in places}
+
+    expected = content(tmp_path / "undisturbed")
+    assert len(expected["rows.jsonl"].splitlines()) == 600
+    for name in [*(f"killed {number}" for number in range(20)), "together"]:
+        assert content(tmp_path / name) == expected, name
+        left = [path.name for path in (tmp_path / name).iterdir() if path.is_dir()]
+        assert sorted(left) == ["store", "store.queries"]
 
 
 def test_embeddings_that_are_not_finite_are_named(
@@ -203,6 +308,78 @@ def test_embeddings_that_are_not_finite_are_named(
         model[0].auto_model.embeddings.word_embeddings.weight[word] = float("nan")
     with pytest.raises(ValueError, match="c: the embedding of document 'd2' is not finite"):
         EmbeddingStore.build(model, make_collection(6), tmp_path / "store", show_progress_bar=False)
+
+
+def test_files_of_ir_datasets_that_were_replaced_are_another_corpus(builds: Builds, tmp_path: Path) -> None:
+    file = tmp_path / "docs-0.jsonl"
+
+    def collection(texts: list[str]) -> Corpus:
+        file.write_text("".join(json.dumps({"doc_id": f"d{i}", "text": t}) + "\n" for i, t in enumerate(texts)))
+        # Its own document store would go on serving the old documents.
+        shutil.rmtree(f"{file}.pklz4", ignore_errors=True)
+        docs = JsonlDocs(LocalDownload(file), namespace="home", count_hint=len(texts))
+        return IrdsCorpus(ir_datasets.Dataset(docs), None)
+
+    assert len(builds(collection(["a river", "a lake", "fire"]))) == 3
+    assert builds(collection(["a river", "a lake", "water"])) == ["water"]
+
+
+FULL = """
+import resource, signal, sys
+from sentence_transformers import SentenceTransformer
+from st_clp import Collection, mine_hard_negatives
+model = SentenceTransformer(sys.argv[1], device="cpu")
+texts = {f"d{i}": f"the river of {i}" for i in range(1500)}
+collection = Collection.from_dict(texts, {"q": "which river"}, {"q": {"d0": 1}})
+# No file may grow beyond this: the kernel refuses the write in the middle of a shard, as on a full disk.
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, resource.RLIM_INFINITY))
+try:
+    mine_hard_negatives(model, collection, store_dir=sys.argv[2], dtype="model", show_progress_bar=False)
+except OSError as error:
+    print(error)
+"""
+
+
+def test_a_disk_that_fills_up_is_named_and_costs_no_finished_shard(
+    builds: Builds, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", FULL, str(tiny_model_path), str(tmp_path / "store")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert str(tmp_path / "store") in ran.stdout, ran.stderr
+    partial = tmp_path / "store.partial"
+    assert (partial / "embeddings.bin").stat().st_size > 2 * 512 * 32 * 4  # half a shard was written
+    assert verify(partial).documents == 2 * 512
+    assert verify(partial).whole
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(building, "window_size", lambda model: 512)
+        texts = [f"the river of {i}" for i in range(1500)]
+        assert len(builds(Collection.from_dict({f"d{i}": t for i, t in enumerate(texts)}, {}, {}))) == 1500 - 1024
+
+
+class Broken(MemoryCorpus):
+    """A corpus of one's own, which nobody checked."""
+
+    def fingerprint(self) -> str:
+        return "broken"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "has no text but NoneType"), (7, "has no text but int"), ("a\ud800", "is no valid text: it has half")],
+)
+def test_documents_that_are_no_text_are_named_and_what_is_finished_is_kept(
+    builds: Builds, tmp_path: Path, text: object, message: str
+) -> None:
+    texts = {f"d{i}": f"{TEXTS[i % 6]} {i}" for i in range(9)}
+    with pytest.raises(CollectionError, match=f"c: document 'd6' {message}"):
+        builds(Broken("c", {**texts, "d6": text}))
+    assert verify(tmp_path / "store.partial").whole
+    assert len(builds(Broken("c", texts))) == 5
 
 
 def test_embeddings_too_large_for_float16_are_refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 from st_clp import Collection
 from st_clp.cli import app
+from st_clp.encoding.shards import ShardFiles
 from st_clp.mining import mine
 from st_clp.mining.estimate import estimate
 from st_clp.mining.rows import read_rows
@@ -105,6 +107,25 @@ def test_misuse_is_told_before_anything_is_encoded(
     code, text = invoke(*common[:4], "--output", tmp_path / "file")
     assert code == 1
     assert str(tmp_path / "file") in text
+
+
+def test_a_full_disk_ends_in_advice_and_the_same_command_goes_on(
+    tiny_model_path: Path, collection_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = ["--model", tiny_model_path, "--collection", collection_path, "--output", tmp_path / "out"]
+    with monkeypatch.context() as patch:
+
+        def full(*arguments: Any) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        patch.setattr(ShardFiles, "add", full)
+        code, text = invoke(*common)
+    assert code == 1
+    assert f"No space left on device: {tmp_path / 'out' / 'embeddings'}" in text
+    assert "What was encoded is kept; the same command goes on from there." in text
+    assert invoke(*common)[0] == 0
+    # The advice is for the command that was stopped.
+    assert "goes on" not in invoke("--model", tiny_model_path, "--collection", tmp_path / "none", "--output", "x")[1]
 
 
 REAL = """

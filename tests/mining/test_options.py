@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentence_transformers import CrossEncoder, SentenceTransformer
-from transformers import BertConfig, BertForSequenceClassification
 
 from st_clp import CLPLoss, Collection, mine_hard_negatives
 from st_clp.data import CollectionError
@@ -136,25 +136,11 @@ def test_limits(tiny_model: SentenceTransformer) -> None:
     assert again.rows == found.rows != other.rows
 
 
-def make_cross_encoder(model: SentenceTransformer, folder: Path, num_labels: int = 1) -> CrossEncoder:
-    torch.manual_seed(0)
-    tokenizer = model.tokenizer
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        num_labels=num_labels,
-    )
-    BertForSequenceClassification(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return CrossEncoder(str(folder), device="cpu")
-
-
-def test_a_cross_encoder_scores_and_orders_the_candidates(tiny_model: SentenceTransformer, tmp_path: Path) -> None:
+def test_a_cross_encoder_scores_and_orders_the_candidates(
+    tiny_model: SentenceTransformer, make_cross_encoder: Callable[..., CrossEncoder]
+) -> None:
     collection = make_collection()
-    cross_encoder = make_cross_encoder(tiny_model, tmp_path / "cross")
+    cross_encoder = make_cross_encoder()
     found = mined(
         tiny_model, collection, cross_encoder=cross_encoder, range_max=10, num_negatives=3, prefer_known_queries=False
     )
@@ -168,7 +154,7 @@ def test_a_cross_encoder_scores_and_orders_the_candidates(tiny_model: SentenceTr
         assert [negative.rank for negative in row.negatives] == best.tolist()
         positive = cross_encoder.predict([(row.query, row.positive)], show_progress_bar=False)
         assert row.positive_score == pytest.approx(float(positive[0]), abs=1e-5)
-    two = make_cross_encoder(tiny_model, tmp_path / "two", num_labels=2)
+    two = make_cross_encoder(num_labels=2)
     with pytest.raises(ValueError, match="gives 2 numbers for a pair"):
         mined(tiny_model, collection, cross_encoder=two)
 
@@ -278,6 +264,10 @@ def test_the_account_knows_how_scores_lie_and_draws_them(tiny_model: SentenceTra
         ({"nprobe": 3}, "nprobe is for an approximate index"),
         ({"max_queries": 0}, "max_queries must be at least 1, got 0"),
         ({"index": "HNSW32", "candidates": "bm25"}, "BM25 ranks by itself"),
+        ({"max_score": float("nan")}, "max_score must be a number, got nan"),
+        ({"min_score": 0.9, "max_score": 0.1}, "min_score must not be above max_score"),
+        ({"num_negatives": 2.5}, "num_negatives must be a whole number, got 2.5"),
+        ({"range_max": True}, "range_max must be a whole number, got True"),
         ({"queries_per_negative": -1}, "queries_per_negative must be at least 0, got -1"),
     ],
 )
@@ -302,3 +292,51 @@ def test_what_is_not_installed_is_named(
     extra = {"bm25s": "bm25", "matplotlib": "plots"}[name]
     with pytest.raises(ModuleNotFoundError, match=rf"pip install 'st-clp\[{extra}\]'"):
         mined(tiny_model, make_collection(), **options).account.plot(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"index": "Bogus7"}, ValueError, "FAISS cannot make an index 'Bogus7'"),
+        ({"candidates": "bm25"}, ModuleNotFoundError, "pip install"),
+        ({"output_file": "FOLDER"}, OSError, "Is a directory"),
+        ({"output_file": "FILE/rows.jsonl"}, OSError, "FILE"),
+        ({"cross_encoder": 2}, ValueError, "gives 2 numbers for a pair"),
+        ({"collection": {"d": "x"}}, TypeError, "collection must be a Collection, got dict"),
+        ({"model": "name"}, TypeError, "model must be a SentenceTransformer, got str"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_encoded(
+    tiny_model: SentenceTransformer,
+    make_cross_encoder: Callable[..., CrossEncoder],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    options: dict[str, Any],
+    error: type[Exception],
+    message: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, "bm25s", None)
+    (tmp_path / "FOLDER").mkdir()
+    (tmp_path / "FILE").write_text("x")
+
+    def forbidden(*arguments: Any, **options: Any) -> Any:
+        raise AssertionError("encoded")
+
+    monkeypatch.setattr(tiny_model, "preprocess", forbidden)
+    options = {"model": tiny_model, "collection": make_collection(), **options}
+    if "output_file" in options:
+        options["output_file"] = tmp_path / options["output_file"]
+    if "cross_encoder" in options:
+        options["cross_encoder"] = make_cross_encoder(num_labels=2)
+    with pytest.raises(error, match=message):
+        mine_hard_negatives(**options, show_progress_bar=False)
+
+
+def test_copies_of_an_answer_are_counted(tiny_model: SentenceTransformer) -> None:
+    texts = {"a": "the river", "copy": "the river", "b": "a lake", "c": "a city"}
+    collection = Collection.from_dict(texts, {"q": "which river?"}, {"q": {"a": 1}})
+    account = mined(tiny_model, collection, num_negatives=2, range_min=0).account
+    assert account.filtered == {"same text as a relevant document": 1}
+    skipped = mined(tiny_model, make_collection(), num_negatives=2, range_min=3).account
+    assert skipped.filtered == {"among the best range_min": 3 * 12}
+    assert "candidates passed over: among the best range_min" in str(skipped)

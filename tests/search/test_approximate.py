@@ -27,7 +27,13 @@ def make_store(number: int = 3000) -> EmbeddingStore:
 
 @pytest.mark.parametrize(
     ("factory", "function"),
-    [("IVF32,Flat", "cosine"), ("IVF32,Flat", "dot"), ("HNSW16", "dot"), ("IVF32,PQ8", "cosine"), ("Flat", "cosine")],
+    [
+        ("IVF32,Flat", "cosine"),
+        ("IVF32,Flat", "dot"),
+        ("HNSW16", "dot"),
+        ("IVF32,PQ16x4", "cosine"),
+        ("Flat", "cosine"),
+    ],
 )
 def test_recall_is_the_share_of_the_true_best(tiny_model: SentenceTransformer, factory: str, function: str) -> None:
     tiny_model.similarity_fn_name = function

@@ -44,6 +44,42 @@ def test_search_equals_a_full_sort(
         np.testing.assert_allclose(expected[row, found], scores[row], atol=1e-4)
 
 
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    function=st.sampled_from(["dot", "manhattan"]),
+    documents=st.integers(1, 300),
+    kinds=st.integers(1, 30),
+    queries=st.integers(1, 30),
+    k=st.integers(1, 150),
+    rows=st.integers(1, 310),
+    seed=st.integers(0, 1000),
+)
+def test_with_copies_and_ties_it_is_the_stable_sort_to_the_last_place(
+    tiny_model: SentenceTransformer,
+    function: str,
+    documents: int,
+    kinds: int,
+    queries: int,
+    k: int,
+    rows: int,
+    seed: int,
+) -> None:
+    """Small whole numbers, whose products and sums are exact: equal scores are equal whoever computes them."""
+    tiny_model.similarity_fn_name = function
+    generator = np.random.default_rng(seed)
+    different = generator.integers(-3, 4, size=(kinds, 6)).astype(np.float32)
+    matrix = different[generator.integers(0, kinds, documents)]
+    asked = generator.integers(-3, 4, size=(queries, 6)).astype(np.float32)
+    store = EmbeddingStore([f"d{i}" for i in range(documents)], matrix)
+    whole = store.blocks
+    store.blocks = lambda: whole(rows)  # type: ignore[method-assign]
+    scores, ids = search(tiny_model, asked, store, k)
+    expected = tiny_model.similarity(torch.from_numpy(asked), torch.from_numpy(matrix)).numpy()
+    order = np.argsort(-expected, axis=1, kind="stable")[:, :k]
+    assert ids == [[f"d{i}" for i in row] for row in order]
+    np.testing.assert_array_equal(scores, np.take_along_axis(expected, order, axis=1))
+
+
 @pytest.mark.parametrize("function", ["cosine", "dot", "euclidean", "manhattan"])
 def test_pair_scores_are_on_the_scale_of_search(tiny_model: SentenceTransformer, function: str) -> None:
     tiny_model.similarity_fn_name = function

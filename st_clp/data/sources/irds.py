@@ -6,12 +6,16 @@ ir_datasets downloads what it needs on first use, to the folder that ``IR_DATASE
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from st_clp.data.collection import Collection
 from st_clp.data.corpus import Corpus, Document
 from st_clp.data.errors import CollectionError
+
+logger = logging.getLogger(__name__)
 
 
 class IrdsCorpus(Corpus):
@@ -41,8 +45,21 @@ class IrdsCorpus(Corpus):
         return {doc_id: Document(doc_id, self._text(document)) for doc_id, document in found.items()}
 
     def fingerprint(self) -> str:
-        # The files are verified by ir_datasets when they are downloaded; the id and the fields say which they are.
-        return f"ir_datasets:{self.name}:{','.join(self._fields)}:{self._home()}"
+        # Whoever puts other files into the home has another corpus under the same name.
+        return f"ir_datasets:{self.name}:{','.join(self._fields)}:{self._home()}:{self._first_file()}"
+
+    def _first_file(self) -> str:
+        """Size and time of the first file of documents, the one that ir_datasets names; nothing where it names none."""
+        try:
+            path = Path(self._dataset.docs_path(force=False))
+            if not path.exists():
+                # Downloaded now and not when it is read, or it would be another corpus from then on.
+                path = Path(self._dataset.docs_path(force=True))
+            state = path.stat()
+        except Exception as error:  # not every dataset has one, and each says so in its own way
+            logger.debug("%s: no file to tell its documents by: %s", self.name, error)
+            return ""
+        return f"{state.st_size}:{state.st_mtime_ns}"
 
     @staticmethod
     def _home() -> str:
