@@ -9,16 +9,26 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from sentence_transformers import SentenceTransformer
 
-from st_clp.data import Collection
+from st_clp.data import Collection, Document
 from st_clp.encoding import ComputeDtype, EmbeddingStore
 from st_clp.mining.account import MiningAccount
 from st_clp.mining.chooser import Choice, Chooser
-from st_clp.mining.negative_queries import JudgedQueries
+from st_clp.mining.negative_queries import (
+    JUDGMENTS,
+    JudgedQueries,
+    Need,
+    NegativeQuery,
+    QueryChain,
+    QueryOptions,
+    RoundTrip,
+    make_chain,
+)
 from st_clp.mining.options import (
     CandidateSource,
     JudgedNegatives,
@@ -74,6 +84,9 @@ def mine_hard_negatives(
     dtype: ComputeDtype = "auto",
     batch_size: int | None = None,
     seed: int = 0,
+    negative_queries: str | QueryChain = JUDGMENTS,
+    query_options: QueryOptions | None = None,
+    query_store: str | os.PathLike[str] | None = None,
     store_dir: str | os.PathLike[str] | None = None,
     output_file: str | os.PathLike[str] | None = None,
     output_details: bool = False,
@@ -89,7 +102,7 @@ def mine_hard_negatives(
         model: The model that is about to be trained; its own similarity function ranks.
         collection: Documents, training queries and judgments.
         num_negatives: Negatives for each query.
-        queries_per_negative: Queries for each negative, from the training judgments; 0 for none.
+        queries_per_negative: Queries for each negative; 0 for none.
         range_min: Skip this many of the best-ranked candidates.
         range_max: Take candidates from no further down than this rank.
         absolute_margin: A negative must score at least this much below the query's best positive.
@@ -125,6 +138,12 @@ def mine_hard_negatives(
             the hardware multiplies it, several times as fast.
         batch_size: No more texts than this in one forward pass. None: as many as fill it with tokens.
         seed: Of everything random.
+        negative_queries: Where the queries of negatives come from, in order: ``"judgments"``, ``"local:MODEL"``,
+            ``"openai:MODEL"``, ``"title"``, with commas between; the first that knows one for a negative, wins. Or a
+            :class:`st_clp.mining.negative_queries.QueryChain` of sources.
+        query_options: How queries are made and checked; None has the defaults.
+        query_store: A SQLite file that keeps what is generated, so that nothing is paid for twice; None keeps it in
+            memory. A chain has its own.
         store_dir: A folder to keep the documents' embeddings in, and the queries' in one beside it, so that mining can
             be stopped and gone on with, and mining again with other options encodes nothing; None keeps them in memory.
         output_file: Write the rows here too, as JSON lines in the format of the paper's code.
@@ -140,6 +159,7 @@ def mine_hard_negatives(
 
     Raises:
         CollectionError: No query has a relevant document, or the corpus is too small for so many negatives.
+        EndpointError: An endpoint that is to write queries refuses the key or does not have the model.
         ModuleNotFoundError: Something that an option needs is not installed.
         ValueError: An option is out of range, or an embedding is not finite (with the document's id).
     """
@@ -169,6 +189,9 @@ def mine_hard_negatives(
         collection,
         options,
         cross_encoder=cross_encoder,
+        negative_queries=negative_queries,
+        query_options=query_options,
+        query_store=query_store,
         dtype=dtype,
         batch_size=batch_size,
         store_dir=store_dir,
@@ -193,6 +216,9 @@ def mine(
     options: MiningOptions | None = None,
     *,
     cross_encoder: CrossEncoder | None = None,
+    negative_queries: str | QueryChain = JUDGMENTS,
+    query_options: QueryOptions | None = None,
+    query_store: str | os.PathLike[str] | None = None,
     dtype: ComputeDtype = "auto",
     batch_size: int | None = None,
     store_dir: str | os.PathLike[str] | None = None,
@@ -200,6 +226,25 @@ def mine(
 ) -> MinedNegatives:
     """As :func:`mine_hard_negatives`, but returns the rows with ids, ranks, scores and the account."""
     options = options or MiningOptions()
+    query_options = query_options or QueryOptions(query_samples=max(1, options.queries_per_negative), seed=options.seed)
+    if isinstance(negative_queries, str):
+        # What is wrong with a source is said before anything is encoded.
+        with make_chain(
+            negative_queries, query_options, store=query_store, show_progress_bar=show_progress_bar
+        ) as chain:
+            return mine(
+                model,
+                collection,
+                options,
+                cross_encoder=cross_encoder,
+                negative_queries=chain,
+                query_options=query_options,
+                dtype=dtype,
+                batch_size=batch_size,
+                store_dir=store_dir,
+                show_progress_bar=show_progress_bar,
+            )
+    chain = negative_queries
     collection.require_positives()
     clock = _Clock()
     store = EmbeddingStore.build(
@@ -226,11 +271,23 @@ def mine(
         clock.lap("rescoring")
     # Whether a document answers another query is known from all judgments, drawn or not.
     known = JudgedQueries(usable, seed=options.seed)
-    chooser = Chooser(drawn, store.ids, options, prefer=known if options.prefer_known_queries else None)
-    chosen, texts, blank = _choose(drawn, ranking, chooser)
+    prefer = known if options.prefer_known_queries and chain.has_judgments else None
+    chooser = Chooser(drawn, store.ids, options, prefer=prefer)
+    chosen, documents, blank = _choose(drawn, ranking, chooser)
     dropped = chooser.short if options.on_shortage == "drop" else set()
-    rows = _make_rows(drawn, ranking, {q: c for q, c in chosen.items() if q not in dropped}, texts, known, options)
+    chosen = {query_id: choices for query_id, choices in chosen.items() if query_id not in dropped}
+    positives = {query_id: _positives(drawn, ranking, query_id, options.max_positives_per_query) for query_id in chosen}
     clock.lap("choice")
+    found, queries_account = chain.assign(
+        _needs(chosen, positives),
+        known,
+        documents,
+        number=options.queries_per_negative,
+        language=collection.language,
+        round_trip=_round_trip(model, store, query_options, dtype, batch_size),
+    )
+    rows = _make_rows(drawn, chosen, positives, documents, found)
+    clock.lap("queries of negatives")
     account = MiningAccount(
         collection.name,
         queries=len(collection.queries),
@@ -243,6 +300,7 @@ def mine(
         seconds=clock.laps,
     )
     account.add_rows(rows, options.num_negatives)
+    account.add_queries(queries_account)
     return MinedNegatives(rows, account)
 
 
@@ -290,8 +348,8 @@ def _refused(chooser: Chooser, ranking: Ranking, blank: int) -> dict[str, int]:
 
 def _choose(
     collection: Collection, ranking: Ranking, chooser: Chooser
-) -> tuple[dict[str, list[Choice]], dict[str, str], int]:
-    """Every query's negatives, the texts of all documents in the rows, and how many blank documents were passed over.
+) -> tuple[dict[str, list[Choice]], dict[str, Document], int]:
+    """Every query's negatives, all documents in the rows by id, and how many blank documents were passed over.
 
     A document with the same text as a relevant one is an answer too, whatever its id, and one without text teaches
     nothing. Texts are only known once documents are chosen, so such a choice is excluded and made again until there
@@ -299,54 +357,81 @@ def _choose(
     """
     blank: set[str] = set()
     chosen: dict[str, list[Choice]] = {}
-    texts: dict[str, str] = {}
+    documents: dict[str, Document] = {}
     open_queries = ranking.query_ids
     while open_queries:
         for query_id in open_queries:
             chosen[query_id] = chooser.choose(query_id, ranking)
         wanted = {choice.doc_id for query_id in open_queries for choice in chosen[query_id]}
         wanted |= {doc_id for query_id in open_queries for doc_id in ranking.positive_scores[query_id]}
-        found = collection.get_documents(wanted - texts.keys())
-        texts.update({doc_id: document.text for doc_id, document in found.items()})
+        found = collection.get_documents(wanted - documents.keys())
+        documents.update(found)
         again = []
-        empty = {doc_id for doc_id in found if not texts[doc_id].strip()}
+        empty = {doc_id for doc_id in found if not documents[doc_id].text.strip()}
         ranking.exclude_everywhere(empty)
         blank |= empty
         for query_id in open_queries:
-            answers = {texts[doc_id] for doc_id in ranking.positive_scores[query_id]}
-            copies = {choice.doc_id for choice in chosen[query_id] if texts[choice.doc_id] in answers}
+            answers = {documents[doc_id].text for doc_id in ranking.positive_scores[query_id]}
+            copies = {choice.doc_id for choice in chosen[query_id] if documents[choice.doc_id].text in answers}
             ranking.exclude(query_id, copies)
             if copies or any(choice.doc_id in blank for choice in chosen[query_id]):
                 again.append(query_id)
         open_queries = again
-    return chosen, texts, len(blank)
+    return chosen, documents, len(blank)
+
+
+def _needs(chosen: dict[str, list[Choice]], positives: dict[str, list[tuple[str, float]]]) -> Iterator[Need]:
+    """Every row's negatives."""
+    for query_id, choices in chosen.items():
+        for positive_id, _ in positives[query_id]:
+            yield from (Need(query_id, positive_id, choice.doc_id) for choice in choices)
+
+
+def _round_trip(
+    model: SentenceTransformer,
+    store: EmbeddingStore,
+    options: QueryOptions,
+    dtype: ComputeDtype,
+    batch_size: int | None,
+) -> RoundTrip | None:
+    """The check of what is generated; None where there is to be none."""
+    if options.query_round_trip == "off":
+        return None
+    k, action = options.query_round_trip_k, options.query_round_trip
+    return RoundTrip(model, store, k=k, action=action, dtype=dtype, batch_size=batch_size)
 
 
 def _make_rows(
     collection: Collection,
-    ranking: Ranking,
     chosen: dict[str, list[Choice]],
-    texts: dict[str, str],
-    known: JudgedQueries,
-    options: MiningOptions,
+    positives: dict[str, list[tuple[str, float]]],
+    documents: dict[str, Document],
+    queries: dict[Need, tuple[NegativeQuery, ...]],
 ) -> list[TrainingRow]:
     def negative(choice: Choice, query_id: str, positive_id: str) -> Negative:
-        queries = known.find(
-            choice.doc_id, query_id=query_id, positive_id=positive_id, number=options.queries_per_negative
+        found = queries.get(Need(query_id, positive_id, choice.doc_id), ())
+        return Negative(
+            choice.doc_id,
+            documents[choice.doc_id].text,
+            choice.rank,
+            choice.score,
+            choice.source,
+            tuple(query.text for query in found),
+            tuple(query.source for query in found),
+            tuple(query.weight for query in found),
         )
-        return Negative(choice.doc_id, texts[choice.doc_id], choice.rank, choice.score, choice.source, tuple(queries))
 
     return [
         TrainingRow(
             query_id,
             collection.queries[query_id],
             positive_id,
-            texts[positive_id],
+            documents[positive_id].text,
             score,
             tuple(negative(choice, query_id, positive_id) for choice in chosen[query_id]),
         )
         for query_id in chosen
-        for positive_id, score in _positives(collection, ranking, query_id, options.max_positives_per_query)
+        for positive_id, score in positives[query_id]
     ]
 
 

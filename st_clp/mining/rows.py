@@ -168,8 +168,8 @@ def write_rows(path: str | os.PathLike[str], rows: Iterable[TrainingRow]) -> Non
     """Write rows as JSON lines in the format of the paper's code, with ids, ranks and scores beside.
 
     ``query``, ``pos``, ``neg`` and ``neg_q`` are what the paper's code reads, and
-    :meth:`st_clp.Collection.load` too, which also minds ``neg_q_source`` and ``neg_q_weight``: a list for each negative.
-    The file appears whole or not at all.
+    :meth:`st_clp.Collection.load` too, which also minds ``neg_q_source`` and ``neg_q_weight``, a list for each
+    negative. The file appears whole or not at all.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
 """A JSON-lines file of training rows, in the format of the paper's code and of FlagEmbedding.
 
 ``{"query": str, "pos": [str, …], "neg": [str, …], "neg_q": [str, …]}``: ``neg_q[i]`` is a query that ``neg[i]``
-answers, null where none is known. ``neg`` and ``neg_q`` may be missing. ``neg_q_source`` and ``neg_q_weight``, where they
-are there, hold for each negative a list with where each query comes from and its weight. Rows have no ids, so texts stand for
-themselves: the same text is the same document, the same query.
+answers, null where none is known. ``neg`` and ``neg_q`` may be missing. ``neg_q_source`` and ``neg_q_weight``, where
+they are there, hold for each negative a list with where each query comes from and its weight. Rows have no ids, so
+texts stand for themselves: the same text is the same document, the same query.
 """
 
 from __future__ import annotations

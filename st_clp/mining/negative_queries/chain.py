@@ -82,6 +82,21 @@ class QueryChain:
         ]
 
     @property
+    def has_judgments(self) -> bool:
+        """Whether the judgments are in it."""
+        return JUDGMENTS in self.sources
+
+    def close(self) -> None:
+        """Close the store."""
+        self.store.close()
+
+    def __enter__(self) -> QueryChain:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @property
     def generates(self) -> bool:
         """Whether anything but the judgments is in it."""
         return self.sources != [JUDGMENTS]
@@ -187,8 +202,9 @@ class QueryChain:
     def _progress(
         self, source: QuerySource, documents: Sequence[Document], language: str | None, account: QueriesAccount
     ) -> Iterator[DocumentQueries]:
+        number = len(documents)
         bar = tqdm(
-            total=len(documents),
+            total=number,
             desc=f"Queries by {source.name}",
             unit=" documents",
             disable=not (self.show_progress_bar and isinstance(source, CachedSource)),
@@ -203,7 +219,7 @@ class QueryChain:
                     bar.update()
                     if spent.tokens:
                         # What is left may be known already, so this is what it comes to at most, as things go.
-                        rest = (bar.total - bar.n) / paid if paid else 0.0
+                        rest = (number - bar.n) / paid if paid else 0.0
                         bar.set_postfix_str(_spent(spent, rest), refresh=False)
                     yield answer
         finally:

@@ -172,13 +172,15 @@ class ChatClient:
         status = error.status_code
         # The endpoint's own words may repeat the key, and are not passed on.
         if status in (401, 403):
-            where = f"the key in {self._key_variable}" if os.environ.get(self._key_variable) else "a request without key"
+            where = (
+                f"the key in {self._key_variable}" if os.environ.get(self._key_variable) else "a request without key"
+            )
             advice = f"put the right key into the environment variable {self._key_variable}"
             raise EndpointError(f"{self.base_url} refuses {where} (status {status}): {advice}") from None
         if status == 404:
             raise EndpointError(
-                f"{self.base_url} does not have the model {self.model!r} or is not such an endpoint (status 404): check "
-                "the model's name and the address, which mostly ends in /v1"
+                f"{self.base_url} does not have the model {self.model!r} or is not such an endpoint (status 404): "
+                "check the model's name and the address, which mostly ends in /v1"
             ) from None
         if status == 429 and getattr(error, "code", None) == "insufficient_quota":
             raise EndpointError(f"{self.base_url}: the account has no credit left (status 429)") from None

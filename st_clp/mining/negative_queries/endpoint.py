@@ -11,11 +11,11 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 from st_clp.data import Document
 from st_clp.mining.negative_queries.budget import Budget, Reservation
+from st_clp.mining.negative_queries.chat import ChatClient, EndpointError, Failure, Reply, import_openai
 from st_clp.mining.negative_queries.interface import DocumentQueries, GeneratingSource, SourceEstimate, Usage
 from st_clp.mining.negative_queries.pace import Pace, back_off
 from st_clp.mining.negative_queries.prompts import Prompts, fill
 from st_clp.mining.negative_queries.replies import read_reply
-from st_clp.mining.negative_queries.chat import ChatClient, EndpointError, Failure, Reply
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +31,10 @@ BYTES_A_TOKEN = 4  # about, for an estimate; a bound is one
 class EndpointQueries(GeneratingSource):
     """Queries by an endpoint, several requests at a time.
 
-    Refusals that pass (429, 5xx), time-outs and connections that break are retried with exponential back-off and jitter,
-    after the time that a ``Retry-After`` asks for; nonsense (empty, far too long, not JSON, another script) is asked for
-    anew, and then the document is left without a query. The client's own retries are off, so that every request is
-    counted.
+    Refusals that pass (429, 5xx), time-outs and connections that break are retried with exponential back-off and
+    jitter, after the time that a ``Retry-After`` asks for; nonsense (empty, far too long, not JSON, another script) is
+    asked for anew, and then the document is left without a query. The client's own retries are off, so that every
+    request is counted.
 
     Args:
         client: Sends requests.
@@ -79,6 +79,14 @@ class EndpointQueries(GeneratingSource):
         self._seed = seed
         self.weight = weight
         self._overhead = CHAT_OVERHEAD
+
+    def prepare(self) -> None:
+        """Look for the openai package.
+
+        Raises:
+            ModuleNotFoundError: It is not installed; the message says how to.
+        """
+        import_openai()
 
     def fingerprint(self) -> str:
         """Of everything that the answers depend on beside prompt and document."""

@@ -122,6 +122,9 @@ class SourceEstimate:
 class GeneratingSource(QuerySource):
     """A source whose answers take time or money, so that they are kept (:class:`..store.QueryStore`)."""
 
+    def prepare(self) -> None:
+        """Find what would stand in the way, such as a model that is not there, before hours of other work are done."""
+
     @abstractmethod
     def fingerprint(self) -> str:
         """A text that changes with everything that the answers depend on beside prompt and document."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,9 @@ WINDOW = 256  # documents that are sorted by length together; those of one batch
 class LocalQueries(GeneratingSource):
     """Queries by a transformers model, in batches of documents of like length.
 
-    A sequence-to-sequence model reads the document alone, as doc2query models do (Nogueira and Lin (2019), From doc2query
-    to docTTTTTquery), unless a prompt is given. A causal model reads the prompt, in its chat template where its tokenizer
-    has one. What a document's queries are depends on the seed and the document, not on the batch.
+    A sequence-to-sequence model reads the document alone, as doc2query models do (Nogueira and Lin (2019), From
+    doc2query to docTTTTTquery), unless a prompt is given. A causal model reads the prompt, in its chat template where
+    its tokenizer has one. What a document's queries are depends on the seed and the document, not on the batch.
 
     Args:
         name_or_path: A folder, or a name on the Hugging Face Hub. It is loaded when it is first needed.
@@ -69,12 +69,20 @@ class LocalQueries(GeneratingSource):
         self._max_new_tokens = max_new_tokens
         self._max_document_tokens = max_document_tokens
         self._batch_tokens = batch_tokens
-        self._sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        self._sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         self._seed = seed
         self._device = device
         self._loaded: tuple[Any, Any] | None = None
         self._hash: str | None = None
         self.weight = weight
+
+    def prepare(self) -> None:
+        """Look for the model.
+
+        Raises:
+            ValueError: There is none of that name.
+        """
+        _open(self._path, _read_config)
 
     def fingerprint(self) -> str:
         """Of the model's weights and everything else that the queries depend on beside prompt and document."""
@@ -106,7 +114,10 @@ class LocalQueries(GeneratingSource):
         """Tokens by the model's own tokenizer."""
         number = tokens = 0
         for document in documents:
-            number, tokens = number + 1, tokens + self._samples * len(self._tokens(self._input(document.text, language)))
+            number, tokens = (
+                number + 1,
+                tokens + self._samples * len(self._tokens(self._input(document.text, language))),
+            )
         return SourceEstimate(number, tokens, number * self._samples * self._max_new_tokens)
 
     @torch.inference_mode()
@@ -198,27 +209,45 @@ class LocalQueries(GeneratingSource):
 
 def _load_model(name_or_path: str, device: str | None) -> tuple[Any, Any]:
     """(model, tokenizer), the model in bfloat16 where that is fast, the tokenizer padding where the model wants it."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
-
-    path = Path(name_or_path).expanduser()
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = torch.bfloat16 if hardware_has_bf16(place) else torch.float32
+
+    def load(name: str) -> tuple[Any, Any]:
+        from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+        both_ways = _read_config(name).is_encoder_decoder
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right" if both_ways else "left")
+        kind = AutoModelForSeq2SeqLM if both_ways else AutoModelForCausalLM
+        dtype = torch.bfloat16 if hardware_has_bf16(place) else torch.float32
+        model: Any = kind.from_pretrained(name, dtype=dtype)
+        return model.to(place).eval(), tokenizer
+
+    model, tokenizer = _open(name_or_path, load)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return model, tokenizer
+
+
+def _read_config(name: str) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(name)
+
+
+def _open(name_or_path: str, work: Callable[[str], Any]) -> Any:
+    """What ``work`` makes of the model's folder or name, with an error that says what is wrong.
+
+    Raises:
+        ValueError: There is no such model, or it cannot be opened.
+    """
+    path = Path(name_or_path).expanduser()
     try:
-        config = AutoConfig.from_pretrained(path if path.is_dir() else name_or_path)
-        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        side = "right" if config.is_encoder_decoder else "left"
-        tokenizer = AutoTokenizer.from_pretrained(path if path.is_dir() else name_or_path, padding_side=side)
-        model = kind.from_pretrained(path if path.is_dir() else name_or_path, dtype=dtype).to(place)
+        return work(str(path) if path.is_dir() else name_or_path)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())
         where = "" if path.exists() else f"there is no folder {path}, and the Hugging Face Hub did not give it: "
-        raise ValueError(f"the model that is to write queries, {name_or_path!r}, cannot be loaded: {where}{reason}") from (
-            error
-        )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    model.eval()
-    return model, tokenizer
+        raise ValueError(
+            f"the model that is to write queries, {name_or_path!r}, cannot be loaded: {where}{reason}"
+        ) from error
 
 
 def _longest(model: Any, tokenizer: Any) -> int | None:

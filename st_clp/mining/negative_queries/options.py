@@ -11,7 +11,7 @@ from st_clp.mining.negative_queries.budget import Budget, Prices
 from st_clp.mining.negative_queries.chain import QueryChain
 from st_clp.mining.negative_queries.chat import ChatClient
 from st_clp.mining.negative_queries.endpoint import EndpointQueries
-from st_clp.mining.negative_queries.interface import JUDGMENTS, QuerySource
+from st_clp.mining.negative_queries.interface import JUDGMENTS, GeneratingSource, QuerySource
 from st_clp.mining.negative_queries.lead import DEFAULT_WEIGHT, TitleOrLead
 from st_clp.mining.negative_queries.local import LocalQueries
 from st_clp.mining.negative_queries.prompts import Prompts
@@ -136,8 +136,8 @@ def make_chain(
     """The chain of sources that a text names.
 
     Args:
-        spec: ``"judgments,local:PATH,openai:MODEL,title"``; ``local`` takes a folder or a name on the Hub, ``openai`` the
-            model's name at the endpoint. ``title*0.3`` gives a source's queries another weight.
+        spec: ``"judgments,local:PATH,openai:MODEL,title"``; ``local`` takes a folder or a name on the Hub, ``openai``
+            the model's name at the endpoint. ``title*0.3`` gives a source's queries another weight.
         options: How queries are made.
         store: Keeps what is generated, or its file; None keeps it in memory.
         show_progress_bar: Show progress.
@@ -149,12 +149,13 @@ def make_chain(
     parsed = parse_sources(spec)
     kept = store if isinstance(store, QueryStore) else QueryStore(store)
     sources = [_source(kind, model, weight, options, kept) for kind, model, weight in parsed]
+    for source in sources:
+        if isinstance(source, GeneratingSource):
+            source.prepare()
     return QueryChain(sources, store=kept, show_progress_bar=show_progress_bar)
 
 
-def _source(
-    kind: str, model: str, weight: float | None, options: QueryOptions, store: QueryStore
-) -> QuerySource | str:
+def _source(kind: str, model: str, weight: float | None, options: QueryOptions, store: QueryStore) -> QuerySource | str:
     if kind == JUDGMENTS:
         return JUDGMENTS
     if kind == TITLE:

@@ -24,8 +24,8 @@ QUERIES_TOGETHER = 4096
 class RoundTrip:
     """Checks queries by the model that mines: each must find its document among the k best of the corpus.
 
-    After Alberti et al. (2019), Synthetic QA Corpora Generation with Roundtrip Consistency, arXiv:1906.05416, and Dai et
-    al. (2023), Promptagator, arXiv:2209.11755, which keep a query that ranks its document first. A weak model finds
+    After Alberti et al. (2019), Synthetic QA Corpora Generation with Roundtrip Consistency, arXiv:1906.05416, and Dai
+    et al. (2023), Promptagator, arXiv:2209.11755, which keep a query that ranks its document first. A weak model finds
     little: then a larger k or a lower weight loses less.
 
     Args:

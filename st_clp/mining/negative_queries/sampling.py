@@ -11,8 +11,8 @@ from transformers import LogitsProcessor
 class SeededSampling(LogitsProcessor):
     """Samples each row by a generator of its own, so that a row's text is the same in any batch.
 
-    Adds Gumbel noise to the k likeliest tokens and leaves the best one: its token is a sample from the softmax over them
-    (Maddison et al. (2014), A* Sampling, arXiv:1411.0030). Use it with ``do_sample=False``.
+    Adds Gumbel noise to the k likeliest tokens and leaves the best one: its token is a sample from the softmax over
+    them (Maddison et al. (2014), A* Sampling, arXiv:1411.0030). Use it with ``do_sample=False``.
 
     Args:
         seeds: One for each row.
