@@ -23,7 +23,7 @@ from evaluators import CollectionEvaluator
 from evaluators.saving import save_parts
 from st_clp.data import Collection
 from st_clp.mining import MiningOptions, mine
-from st_clp.mining.negative_queries import QueryOptions, make_chain, parse_sources
+from st_clp.mining.negative_queries import QueryOptions, make_chain
 from st_clp.mining.rows import read_rows, to_dataset, write_rows
 from st_clp.moe import expert_usage, is_moe, load, train_only, upcycle
 from st_clp.report import METRICS, machine, print_scores, versions, write_card
@@ -73,7 +73,8 @@ class _Run:
         check_training_arguments(self.settings)
         self.mining_options = mining_options(self.settings)
         self.query_options = query_options(self.settings)
-        parse_sources(self.settings.negative_queries)
+        if self.directory.finished("mine") is None:
+            make_chain(self.settings.negative_queries, self.query_options).close()
         self.collections = load_collections(self.settings)
         if self.directory.finished("train") is None:
             self._base_model()

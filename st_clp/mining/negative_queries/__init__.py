@@ -20,6 +20,7 @@ from st_clp.mining.negative_queries.judgments import JudgedQueries
 from st_clp.mining.negative_queries.lead import TitleOrLead
 from st_clp.mining.negative_queries.local import LocalQueries
 from st_clp.mining.negative_queries.options import QueryOptions, make_chain, parse_sources
+from st_clp.mining.negative_queries.outlook import SourceOutlook, outlook
 from st_clp.mining.negative_queries.prompts import Prompts
 from st_clp.mining.negative_queries.roundtrip import RoundTrip
 from st_clp.mining.negative_queries.store import QueryStore
@@ -44,8 +45,10 @@ __all__ = [
     "QuerySource",
     "QueryStore",
     "RoundTrip",
+    "SourceOutlook",
     "TitleOrLead",
     "Usage",
     "make_chain",
+    "outlook",
     "parse_sources",
 ]

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from st_clp.data import Document
-from st_clp.mining.negative_queries.interface import DocumentQueries, GeneratingSource, QuerySource, SourceEstimate
+from st_clp.mining.negative_queries.interface import DocumentQueries, GeneratingSource, QuerySource
 from st_clp.mining.negative_queries.store import Key, QueryStore, StoredAnswer
 
 LOOKED_UP_TOGETHER = 1000
@@ -98,18 +98,25 @@ class CachedSource(QuerySource):
 
     def missing(self, documents: Iterable[Document], language: str | None) -> tuple[list[Document], int]:
         """(one document for each text that the store has no answer for, how many documents it has an answer for)."""
-        generator, prompt = self.source.fingerprint(), self.source.prompt(language)
         missing: dict[Key, Document] = {}
         known = 0
+        for document, key, stored in self._look_up(documents, language):
+            known += stored is not None
+            if stored is None:
+                missing.setdefault(key, document)
+        return list(missing.values()), known
+
+    def failed(self, documents: Iterable[Document], language: str | None) -> list[Document]:
+        """The documents of which the store says that no good query was written."""
+        looked_up = self._look_up(documents, language)
+        return [document for document, _, stored in looked_up if stored is not None and not stored.queries]
+
+    def _look_up(
+        self, documents: Iterable[Document], language: str | None
+    ) -> Iterator[tuple[Document, Key, StoredAnswer | None]]:
+        generator, prompt = self.source.fingerprint(), self.source.prompt(language)
         stream = iter(documents)
         while some := list(itertools.islice(stream, LOOKED_UP_TOGETHER)):
             keys = [Key.of(generator, prompt, document.text) for document in some]
             found = self.store.get(keys)
-            known += sum(key in found for key in keys)
-            missing.update((key, document) for key, document in zip(keys, some, strict=True) if key not in found)
-        return list(missing.values()), known
-
-    def estimate(self, documents: Iterable[Document], language: str | None) -> tuple[SourceEstimate, int]:
-        """(what generating the missing answers would cost, how many documents have one already)."""
-        missing, known = self.missing(documents, language)
-        return self.source.estimate(missing, language), known
+            yield from ((document, key, found.get(key)) for document, key in zip(some, keys, strict=True))

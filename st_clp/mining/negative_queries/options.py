@@ -147,7 +147,9 @@ def make_chain(
     """
     options = options or QueryOptions()
     parsed = parse_sources(spec)
-    kept = store if isinstance(store, QueryStore) else QueryStore(store)
+    # What costs nothing needs no file.
+    free = all(kind in (JUDGMENTS, TITLE) for kind, _, _ in parsed)
+    kept = store if isinstance(store, QueryStore) else QueryStore(None if free else store)
     sources = [_source(kind, model, weight, options, kept) for kind, model, weight in parsed]
     for source in sources:
         if isinstance(source, GeneratingSource):
