@@ -34,7 +34,6 @@ from st_clp.training import check_training_arguments, load_base_model, load_cros
 
 logger = logging.getLogger(__name__)
 
-QUERY_STORE = "queries.sqlite"
 USAGE_QUERIES = 100  # of each collection, to see what the experts do
 STAGES = ("evaluate-before", "mine", "train", "evaluate-after")
 
@@ -159,7 +158,7 @@ class _Run:
         settings = self.settings
         cross_encoder = load_cross_encoder(settings.cross_encoder)
         accounts = {}
-        query_store = settings.query_store or self.directory.work / QUERY_STORE
+        query_store = settings.query_store or self.directory.query_store
         with make_chain(settings.negative_queries, self.query_options, store=query_store) as chain:
             for collection in self.collections.train:
                 mined = mine(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from st_clp.commands.options import CONFIG, Extra, given_settings, settings_command
-from st_clp.rundir import slug, write_json
+from st_clp.rundir import QUERY_STORE, slug, write_json
 from st_clp.settings import QUERIES, RunSettings
 
 if TYPE_CHECKING:
@@ -67,7 +67,6 @@ SETTINGS = [
     "seed",
 ]
 
-QUERY_STORE = "queries.sqlite"
 EXTRAS: dict[str, Extra] = {
     "config": CONFIG,
     "store": (Path | None, None, "The folder for the embeddings. [default: embeddings in the output folder]"),

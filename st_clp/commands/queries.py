@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from st_clp.commands.mine import QUERY_SETTINGS, QUERY_STORE
+from st_clp.commands.mine import QUERY_SETTINGS
 from st_clp.commands.options import CONFIG, Extra, given_settings, settings_command
+from st_clp.rundir import QUERY_STORE
 from st_clp.settings import RunSettings
 
 if TYPE_CHECKING:

@@ -75,7 +75,7 @@ class QueryChain:
             raise ValueError("a chain needs at least one source of queries")
         if list(sources).count(JUDGMENTS) > 1:
             raise ValueError(f"{JUDGMENTS!r} stands twice in the chain")
-        self.store = store or QueryStore()
+        self.store = QueryStore() if store is None else store
         self.show_progress_bar = show_progress_bar
         self.sources: list[QuerySource | str] = [
             CachedSource(source, self.store) if isinstance(source, GeneratingSource) else source for source in sources

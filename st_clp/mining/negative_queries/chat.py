@@ -15,6 +15,7 @@ from st_clp.mining.negative_queries.pace import retry_after
 logger = logging.getLogger(__name__)
 
 OWN_ENDPOINT = "https://api.openai.com/v1"
+NO_ANSWER = "no answer of this API"
 # The client's errors before anything was sent: nothing can have been billed.
 NEVER_SENT = ("ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol")
 
@@ -149,7 +150,7 @@ class ChatClient:
                 return Failure("the connection broke" if sent else "no connection", may_be_billed=sent)
             except (openai.APIError, ValueError):
                 # Whatever it is that answers, it is not this API.
-                return Failure("no answer of this API", may_be_billed=True)
+                return Failure(NO_ANSWER, may_be_billed=True)
             return _reply(answer)
 
     def _leave_out(self, text: str, sent: dict[str, Any]) -> bool:
@@ -208,11 +209,12 @@ def _was_sent(error: BaseException) -> bool:
     return type(error.__cause__).__name__ not in NEVER_SENT
 
 
-def _reply(answer: Any) -> Reply:
-    try:
-        content = answer.choices[0].message.content
-    except (AttributeError, IndexError, TypeError):
-        content = None
+def _reply(answer: Any) -> Reply | Failure:
+    # A page of HTML comes as a text, an error under status 200 without choices.
+    choices = getattr(answer, "choices", None)
+    if not choices:
+        return Failure(NO_ANSWER, may_be_billed=True)
+    content = getattr(choices[0].message, "content", None)
     try:
         usage = Usage(int(answer.usage.prompt_tokens), int(answer.usage.completion_tokens))
     except (AttributeError, TypeError, ValueError):

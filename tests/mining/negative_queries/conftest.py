@@ -147,7 +147,7 @@ class Endpoint:
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with endpoint._lock:
-                    endpoint.requests.append((dict(self.headers), body))
+                    endpoint.requests.append(({n.title(): v for n, v in self.headers.items()}, body))
                     endpoint.at_once += 1
                     endpoint.most_at_once = max(endpoint.most_at_once, endpoint.at_once)
                 try:
@@ -182,7 +182,10 @@ class Endpoint:
             self._asked[document] += 1
         time.sleep(self.latency)
         for name in self.refuses & body.keys():
-            handler.answer(400, {"error": {"message": f"Unsupported parameter: {name}", "code": "unsupported"}})
+            advice = " Use 'max_completion_tokens' instead." if name == "max_tokens" else ""
+            handler.answer(
+                400, {"error": {"message": f"Unsupported parameter: '{name}'.{advice}", "code": "unsupported"}}
+            )
             return
         if fault is not None and fault.isdigit():
             # Servers are known to say the key again.
