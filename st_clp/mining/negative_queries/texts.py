@@ -8,7 +8,7 @@ from collections import Counter
 from functools import lru_cache
 
 LONGEST_QUERY = 300  # characters; real queries of search engines and of MIRACL are far below
-SCRIPT_SHARE = 0.1  # of a document's letters, from which on a script is one of its own
+SCRIPT_SHARE = 0.25  # of a document's letters, from which on a script is one of its own
 
 EMPTY = "empty"
 TOO_LONG = "far too long"
@@ -45,7 +45,7 @@ def fault(query: str, document: str) -> str | None:
 
 
 def same_script(query: str, document: str) -> bool:
-    """Whether at least half of the query's letters are of scripts that hold a tenth of the document's letters.
+    """Whether at least half of the query's letters are of scripts that hold a quarter of the document's letters.
 
     A text without letters has no script and fits every other.
     """

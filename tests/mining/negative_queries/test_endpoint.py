@@ -64,6 +64,7 @@ def test_two_thousand_documents_with_faults_lose_none_and_pay_for_none_twice(
         return faults[number // 10 % len(faults)] if number % 10 == 3 and before <= number % 20 // 13 else None
 
     endpoint.fault = fault
+    endpoint.latency = 0.05
     documents = make_documents(2000)
     with chain_for(endpoint, tmp_path / "q.sqlite", query_concurrency=32) as chain:
         found, account = chain.generate(documents)
