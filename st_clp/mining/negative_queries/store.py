@@ -1,8 +1,8 @@
 """Everything that was generated, in one SQLite file: nothing is paid for twice.
 
 An answer is kept under its generator, its prompt and the document's text. Before a document is worked on it is claimed,
-so that two processes that share the file do not both pay for it; the claims of a process that died lapse within
-seconds. The file also holds what was spent, so that a budget covers all who share it and outlives a process that is
+so that two processes that share the file do not both pay for it; the claims of a process that died lapse at once where
+this can be seen, and within seconds where it cannot. The file also holds what was spent, so that a budget covers all who share it and outlives a process that is
 killed. It is in SQLite's WAL mode: processes of one machine may share it, not machines over a network file system.
 """
 
@@ -37,7 +37,8 @@ CREATE TABLE IF NOT EXISTS prompts (prompt TEXT PRIMARY KEY, template TEXT NOT N
 CREATE TABLE IF NOT EXISTS claims (
   generator TEXT NOT NULL, prompt TEXT NOT NULL, document TEXT NOT NULL, owner TEXT NOT NULL,
   PRIMARY KEY (generator, prompt, document)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS owners (owner TEXT PRIMARY KEY, alive_until REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS owners (
+  owner TEXT PRIMARY KEY, machine TEXT NOT NULL, pid INTEGER NOT NULL, alive_until REAL NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS spending (
   id INTEGER PRIMARY KEY CHECK (id = 1), tokens INTEGER NOT NULL, nano INTEGER NOT NULL);
 INSERT OR IGNORE INTO spending VALUES (1, 0, 0);
@@ -80,6 +81,7 @@ class QueryStore:
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
         self.path = None if path is None else Path(path)
         self.owner = uuid.uuid4().hex
+        self._machine = _machine()
         self._lock = threading.RLock()
         self._closed = threading.Event()
         self._heart: threading.Thread | None = None
@@ -155,12 +157,27 @@ class QueryStore:
             where = "WHERE generator = ? AND prompt = ? AND document = ?"
             if database.execute(f"SELECT 1 FROM answers {where}", key).fetchone():
                 return False
+            self._bury(database)
             changed = database.execute(
                 "INSERT INTO claims VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET owner = excluded.owner "
                 "WHERE owner = excluded.owner OR owner NOT IN (SELECT owner FROM owners WHERE alive_until > ?)",
                 (*key, self.owner, time.time()),
             )
             return changed.rowcount == 1
+
+    def _bury(self, database: sqlite3.Connection) -> None:
+        """Strike off owners of this machine whose process is no more."""
+        if not self._machine:
+            return
+        for owner, pid in database.execute(
+            "SELECT owner, pid FROM owners WHERE machine = ? AND pid != ?", (self._machine, os.getpid())
+        ).fetchall():
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                database.execute("DELETE FROM owners WHERE owner = ?", (owner,))
+            except OSError:
+                continue
 
     def put(self, key: Key, answer: StoredAnswer) -> None:
         """Keep an answer and let go of its document."""
@@ -227,7 +244,10 @@ class QueryStore:
     def _beat(self) -> None:
         now = time.time()
         with self._transaction() as database:
-            database.execute("INSERT OR REPLACE INTO owners VALUES (?, ?)", (self.owner, now + LEASE_SECONDS))
+            database.execute(
+                "INSERT OR REPLACE INTO owners VALUES (?, ?, ?, ?)",
+                (self.owner, self._machine, os.getpid(), now + LEASE_SECONDS),
+            )
             database.execute("DELETE FROM owners WHERE alive_until < ?", (now - 100 * LEASE_SECONDS,))
 
     def _beat_on(self) -> None:
@@ -252,6 +272,16 @@ class QueryStore:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _machine() -> str:
+    """What the processes share whose numbers can be looked up; empty where that is not known."""
+    try:
+        # Containers may have one machine's name and kernel, and numbers of their own.
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
 
 
 def digest(text: str) -> str:

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
@@ -98,24 +97,25 @@ def test_a_row_never_gets_its_own_query_or_one_that_its_positive_answers(tiny_mo
     # For b it says q's query in other letters, r's, and one of its own; for d nothing but q's.
     says = Says({"b": ["which  RIVER", "What is wet", "a good one?"], "d": ["which river"]})
     last = Says({"d": ["the last one?"]}, name="last")
-    rows = mine(
+    mined_rows = mine(
         tiny_model,
         collection,
-        MiningOptions(num_negatives=2, on_shortage="fewer", queries_per_negative=3),
+        MiningOptions(num_negatives=3, queries_per_negative=3),
         negative_queries=QueryChain(["judgments", says, last]),
         show_progress_bar=False,
     )
-    found = {(row.query_id, negative.doc_id): negative for row in rows.rows for negative in row.negatives}
-    for query_id in ("q", "r"):
-        if (query_id, "b") in found:
-            assert found[query_id, "b"].queries == ("a good one?",)
-        if (query_id, "d") in found:
-            assert found[query_id, "d"].queries == ("the last one?",)
-    if ("s", "b") in found:
-        assert found["s", "b"].queries == ("which  RIVER", "What is wet", "a good one?")
-    barred = sum((query_id, "d") in found for query_id in ("q", "r"))
-    assert rows.account.queries_barred == barred
-    assert barred + ("q", "b") in found or ("r", "b") in found
+    found = {(row.query_id, n.doc_id): set(n.queries) for row in mined_rows.rows for n in row.negatives}
+    judged = {"where is it?"}
+    assert found == {
+        **{(query_id, "b"): {"a good one?"} for query_id in "qr"},
+        **{(query_id, "c"): judged for query_id in "qr"},
+        **{(query_id, "d"): {"the last one?"} for query_id in "qr"},
+        ("s", "a"): {"Which river?", "what is wet?"},
+        ("s", "b"): {"which  RIVER", "What is wet", "a good one?"},
+        ("s", "d"): {"which river"},
+    }
+    assert mined_rows.account.queries_barred == 2
+    assert mined_rows.account.query_sources == {"judgments": 3, "says": 4, "last": 2}
     assert "a" not in says.asked  # nobody needs a query for it that the judgments do not know
 
 
@@ -194,9 +194,9 @@ def test_a_query_that_does_not_find_its_document_is_dropped_or_weighs_less(
     assert found.account.documents_without_query == missing
     # Deep enough, every document is found.
     deep = mined(
-        tiny_model, collection, QueryChain([Says(said)]), query_round_trip=action, query_round_trip_k=np.inf
-    ) if False else mined(tiny_model, collection, QueryChain([Says(said)]), query_round_trip=action, query_round_trip_k=30)  # fmt: skip
-    assert deep.account.query_round_trip["found"] == deep.account.query_round_trip["checked"]
+        tiny_model, collection, QueryChain([Says(said)]), query_round_trip=action, query_round_trip_k=30
+    ).account.query_round_trip
+    assert deep["found"] == deep["checked"] == len(asked)
 
 
 def test_title_or_lead() -> None:
@@ -262,13 +262,13 @@ def test_sources_are_read_in_order_with_their_weights(tmp_path: Path) -> None:
 def test_mining_with_an_endpoint_counts_what_it_cost_and_stops_at_a_wrong_key(
     tiny_model: SentenceTransformer, endpoint: Endpoint, tmp_path: Path
 ) -> None:
-    endpoint.fault = lambda document, before: "language" if document == "20" else None
+    endpoint.fault = lambda document, before: "language" if document == "10" else None
     common: dict[str, Any] = {"query_base_url": endpoint.base_url, "query_retries": 0}
     chain = make_chain("openai:tiny", QueryOptions(**common), store=tmp_path / "q.sqlite", show_progress_bar=False)
     found = mined(tiny_model, make_collection(), chain, **common)
     account = found.account
     asked = {negative.doc_id for row in found.rows for negative in row.negatives}
-    assert "d20" in asked
+    assert "d10" in asked
     assert account.documents_without_query == {"openai: the wrong language": 1}
     assert account.query_usage["requests"] == len(asked) + 2
     assert account.query_usage["prompt_tokens"] + account.query_usage["completion_tokens"] == endpoint.tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from st_clp.cli import app
 from st_clp.mining.negative_queries import QueryStore, Usage
 from st_clp.mining.negative_queries import store as store_module
 from st_clp.mining.negative_queries.store import Key, StoredAnswer
@@ -99,31 +102,101 @@ def write_beir(folder: Path, documents: int) -> Path:
     return folder
 
 
-def test_a_killed_process_loses_what_was_in_flight_and_two_finish_its_work_together(
+def test_a_killed_process_loses_what_was_in_flight_and_another_finishes_its_work(
     endpoint: Endpoint, tmp_path: Path
 ) -> None:
     endpoint.latency = 0.03
     endpoint.knows_idempotency = False  # nothing but the store keeps anybody from paying twice
     collection = write_beir(tmp_path / "collection", 400)
+    store = tmp_path / "q.sqlite"
     command = [sys.executable, "-m", "st_clp.cli", "queries", "--collection", str(collection)]
     command += ["--negative-queries", "judgments,openai:tiny", "--query-base-url", endpoint.base_url]
-    command += ["--query-store", str(tmp_path / "q.sqlite"), "--query-concurrency", "4"]
-    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while endpoint.billed.total() < 100 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(first.pid, signal.SIGKILL)
-    first.wait()
-    time.sleep(0.3)  # what the server was working on is billed to nobody's use
-    paid = endpoint.billed.total()
-    assert 100 <= paid < 380
-    with QueryStore(tmp_path / "q.sqlite") as store:
-        assert paid - 5 <= len(store) <= paid
-    others = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    outputs = [other.communicate(timeout=120)[0] for other in others]
-    assert [other.returncode for other in others] == [0, 0]
-    assert all("400 of 400 documents have a query" in output for output in outputs)
-    assert all("1 from judgments" in " ".join(output.split()) for output in outputs)
+    command += ["--query-store", str(store), "--query-concurrency", "4"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def until(billed: int) -> int:
+        deadline = time.monotonic() + 90
+        while endpoint.billed.total() < billed and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        assert process.poll() is None
+        return endpoint.billed.total()
+
+    def work() -> None:
+        with chain_for(endpoint, store, seed=42, query_concurrency=4) as chain:
+            found.append(len(chain.generate(make_documents(400)[1:])[0]))
+
+    assert until(40) < 300
+    found: list[int] = []
+    worker = threading.Thread(target=work)  # this process shares the work, and finishes it
+    worker.start()
+    assert until(150) < 380
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    worker.join()
+    assert found == [399]  # the judgments know a query for the other one
     assert set(endpoint.billed) == {str(i) for i in range(1, 400)}
+    assert endpoint.billed.total() <= 399 + 4  # in flight when it was killed
+    result = CliRunner().invoke(app, command[3:])
+    assert result.exit_code == 0, result.output
+    text = " ".join(result.output.split())
+    assert "400 of 400 documents have a query 1 from judgments 399 from openai" in text
     assert endpoint.billed.total() <= 399 + 4
-    assert len({headers["User-Agent"] for headers, _ in endpoint.requests}) == 1
+    assert "spent so far" in text
+
+
+def test_a_dry_run_counts_and_sends_and_writes_nothing(endpoint: Endpoint, tmp_path: Path) -> None:
+    collection = write_beir(tmp_path / "collection", 30)
+    store = tmp_path / "q.sqlite"
+    command = ["queries", "--collection", str(collection), "--negative-queries", "judgments,openai:tiny,title"]
+    command += ["--query-base-url", endpoint.base_url, "--query-store", str(store)]
+    command += ["--query-price-prompt", "2", "--query-price-completion", "8"]
+
+    def run(*more: str) -> str:
+        result = CliRunner().invoke(app, [*command, *more])
+        assert result.exit_code == 0, result.output
+        return " ".join(result.output.split())
+
+    text = run("--dry-run")
+    assert "judgments: asked for 30 documents, 1 of them known" in text
+    assert "asked for 29 documents, 0 of them known, 29 texts to generate for" in text
+    assert not endpoint.requests
+    assert not store.exists()
+    about, most = re.search(r"to write, about ([\d.]+) \(at the very most [\d,]+ tokens, ([\d.]+)\)", text).groups()  # type: ignore[union-attr]
+    endpoint.fault = lambda document, before: "text" if document == "7" else None
+    text = run()
+    assert "30 of 30 documents have a query" in text
+    assert "1 from lead" in text
+    assert "1 without one, openai: not JSON" in text
+    spent = float(re.search(r"tokens, ([\d.]+) in money kept", text).group(1))  # type: ignore[union-attr]
+    assert float(about) / 4 < spent < float(most)
+    sent = len(endpoint.requests)
+    text = run("--dry-run")
+    assert "28 of them known, 1 tried before without a good query, 0 texts to generate for" in text
+    assert "title: asked for 1 documents, 1 of them known" in text
+    assert len(endpoint.requests) == sent
+
+
+def test_only_the_negatives_of_mined_rows(endpoint: Endpoint, tiny_model_path: Path, tmp_path: Path) -> None:
+    collection = write_beir(tmp_path / "collection", 30)
+    common = ["--collection", str(collection), "--negative-queries", "openai:tiny"]
+    common += ["--query-base-url", endpoint.base_url, "--query-store", str(tmp_path / "q.sqlite")]
+
+    def run(*arguments: str) -> str:
+        result = CliRunner().invoke(app, [*arguments])
+        assert result.exit_code == 0, result.output
+        return " ".join(result.output.split())
+
+    mining = ["mine", "--model", str(tiny_model_path), "--output", str(tmp_path / "out")]
+    run(*mining, *common[:2], "--num-negatives", "5")
+    (rows,) = (tmp_path / "out").glob("*.jsonl")
+    assert "5 of 5 documents have a query" in run("queries", *common, "--rows", str(rows))
+    assert len(endpoint.requests) == 5
+    # Mining with the same sources finds them in the store.
+    text = run(*mining, *common, "--num-negatives", "5")
+    assert len(endpoint.requests) == 5
+    assert "5 of them from openai" in text
+    assert "st-clp queries --dry-run says" in run(*mining, *common, "--dry-run")
+    (tmp_path / "rows.jsonl").write_text('{"query": "x"}\n')
+    result = CliRunner().invoke(app, ["queries", *common, "--rows", str(tmp_path / "rows.jsonl")])
+    assert result.exit_code == 1
+    assert "is no file that st-clp mine wrote" in result.output
