@@ -28,7 +28,7 @@ key of an endpoint comes from the environment alone (`OPENAI_API_KEY`, or what `
 
 `st-clp queries --collection miracl/ko --rows mined.jsonl --negative-queries judgments,openai:MODEL --dry-run`
 
-`st-clp queries --collection miracl/ko --negative-queries local:doc2query/msmarco-korean-mt5-base-v1`
+`st-clp queries --collection miracl/hi --negative-queries local:doc2query/msmarco-hindi-mt5-base-v1`
 
 `st-clp queries --collection my-collection --negative-queries openai:MODEL --query-base-url http://localhost:8000/v1`
 """

@@ -74,6 +74,7 @@ class LocalQueries(GeneratingSource):
         self._device = device
         self._loaded: tuple[Any, Any] | None = None
         self._hash: str | None = None
+        self._around: dict[str, int] = {}  # tokens of each template
         self.weight = weight
 
     def prepare(self) -> None:
@@ -169,7 +170,9 @@ class LocalQueries(GeneratingSource):
         """What the model reads for a document, cut to what it can read."""
         model, tokenizer = self._load()
         template = self.prompt(language)
-        around = len(self._tokens(self._dressed(template.replace(DOCUMENT, "")))) if template else 4
+        if template not in self._around:
+            self._around[template] = len(self._tokens(self._dressed(template.replace(DOCUMENT, "")))) if template else 4
+        around = self._around[template]
         room = self._max_document_tokens
         if (longest := _longest(model, tokenizer)) is not None:
             written = 0 if model.config.is_encoder_decoder else self._max_new_tokens
@@ -195,7 +198,9 @@ class LocalQueries(GeneratingSource):
         if not self._is_chat():
             return prompt
         message = [{"role": "user", "content": prompt}]
-        return self._load()[1].apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        # Templates of models that can think aloud know this word; to others it means nothing.
+        options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+        return self._load()[1].apply_chat_template(message, **options)
 
     def _reads_document_alone(self) -> bool:
         model, _ = self._load()

@@ -2,8 +2,9 @@
 
 An answer is kept under its generator, its prompt and the document's text. Before a document is worked on it is claimed,
 so that two processes that share the file do not both pay for it; the claims of a process that died lapse at once where
-this can be seen, and within seconds where it cannot. The file also holds what was spent, so that a budget covers all who share it and outlives a process that is
-killed. It is in SQLite's WAL mode: processes of one machine may share it, not machines over a network file system.
+this can be seen, and within seconds where it cannot. The file also holds what was spent, so that a budget covers all
+who share it and outlives a process that is killed. It is in SQLite's WAL mode: processes of one machine may share it,
+not machines over a network file system.
 """
 
 from __future__ import annotations

@@ -166,6 +166,7 @@ def test_a_dry_run_counts_and_sends_and_writes_nothing(endpoint: Endpoint, tmp_p
     text = run()
     assert "30 of 30 documents have a query" in text
     assert "1 from lead" in text
+    assert re.search(r"Queries by openai: 100%.*spent [\d.]+ of about [\d.]+", text)
     assert "1 without one, openai: not JSON" in text
     spent = float(re.search(r"tokens, ([\d.]+) in money kept", text).group(1))  # type: ignore[union-attr]
     assert float(about) / 4 < spent < float(most)
