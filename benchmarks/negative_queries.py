@@ -160,7 +160,8 @@ def table(results: dict[str, dict[str, Any]], seeds: list[int], sources: list[st
             means = {kind: statistics.mean(values["shares"].get(kind, 0.0) for values in found) for kind in kinds}
             shares = ", ".join(f"{kind} {share:.0%}" for kind, share in means.items())
         lines.append(
-            f"| {name} | {statistics.mean(scores):.3f} ({min(scores):.3f} to {max(scores):.3f}) | {against} | {shares} |"
+            f"| {name} | {statistics.mean(scores):.3f} ({min(scores):.3f} to {max(scores):.3f}) "
+            f"| {against} | {shares} |"
         )
     return "\n".join(lines)
 

