@@ -225,7 +225,7 @@ def _of_positives(
     source: QuerySource, needs: Sequence[Need], documents: Mapping[str, Document], language: str | None
 ) -> dict[str, tuple[NegativeQuery, ...]]:
     """What a free source says of the rows' positives: the title of both documents is no query of the negative alone."""
-    if isinstance(source, CachedSource):
+    if not source.free:
         return {}
     positives = dict.fromkeys(need.positive_id for need in needs)
     asked = [documents[doc_id] for doc_id in positives if doc_id in documents]

@@ -82,10 +82,13 @@ class QuerySource(ABC):
     Attributes:
         name: Marks its queries (:attr:`NegativeQuery.source`).
         weight: The weight of its queries.
+        free: Whether asking costs next to nothing: such a source is asked about the rows' positives too, whose queries
+            are none for the negatives.
     """
 
     name: str
     weight: float = 1.0
+    free: bool = False
 
     @abstractmethod
     def generate(self, documents: Iterable[Document], *, language: str | None = None) -> Iterator[DocumentQueries]:

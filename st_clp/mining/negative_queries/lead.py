@@ -23,6 +23,7 @@ class TitleOrLead(QuerySource):
     """
 
     name = "title"
+    free = True
 
     def __init__(self, *, weight: float = DEFAULT_WEIGHT) -> None:
         self.weight = weight
