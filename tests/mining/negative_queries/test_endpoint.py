@@ -118,8 +118,8 @@ def test_a_failure_is_retried_where_that_helps_and_then_counted(
     expected = {"d0", "d3"} if fault == "400" else {"d0", "d2", "d3"}
     with chain_for(endpoint, tmp_path / "q.sqlite", query_timeout=0.25) as chain:
         found, account = chain.generate(make_documents(4))
-    assert set(found) == expected
         spent, _ = chain.store.spent()
+    assert set(found) == expected
     assert account.without == {f"openai: {cause}": 4 - len(expected)}
     # What nobody knows the fate of counts at its worst; what was refused was not billed.
     assert spent - endpoint.tokens >= (5 * 80 if fault in ("cut", "slow", "html") else 0)
