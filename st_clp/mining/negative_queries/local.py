@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from st_clp.data import Document
-from st_clp.encoding import hardware_has_bf16
+from st_clp.encoding import ComputeDtype, hardware_has_bf16
 from st_clp.mining.negative_queries.interface import DocumentQueries, GeneratingSource, SourceEstimate, Usage
 from st_clp.mining.negative_queries.prompts import DOCUMENT, Prompts, fill
 from st_clp.mining.negative_queries.sampling import SeededSampling
@@ -28,7 +28,8 @@ class LocalQueries(GeneratingSource):
 
     A sequence-to-sequence model reads the document alone, as doc2query models do (Nogueira and Lin (2019), From
     doc2query to docTTTTTquery), unless a prompt is given. A causal model reads the prompt, in its chat template where
-    its tokenizer has one. What a document's queries are depends on the seed and the document, not on the batch.
+    its tokenizer has one. What a document's queries are depends on the seed and the document, not on the batch, but for near ties
+    that rounding tips (more of them in bfloat16).
 
     Args:
         name_or_path: A folder, or a name on the Hugging Face Hub. It is loaded when it is first needed.
@@ -42,6 +43,8 @@ class LocalQueries(GeneratingSource):
         top_p: Sample from the likeliest tokens that hold this share together.
         seed: Of the sampling.
         device: Where it runs. None: an accelerator where there is one.
+        dtype: What it computes in: ``"bfloat16"``, the ``"model"``'s own precision, or ``"auto"``: bfloat16 where the
+            hardware multiplies it.
         weight: The weight of the queries.
     """
 
@@ -61,6 +64,7 @@ class LocalQueries(GeneratingSource):
         top_p: float = 1.0,
         seed: int = 0,
         device: str | None = None,
+        dtype: ComputeDtype = "auto",
         weight: float = 1.0,
     ) -> None:
         self._path = name_or_path
@@ -72,6 +76,7 @@ class LocalQueries(GeneratingSource):
         self._sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         self._seed = seed
         self._device = device
+        self._dtype = dtype
         self._loaded: tuple[Any, Any] | None = None
         self._hash: str | None = None
         self._around: dict[str, int] = {}  # tokens of each template
@@ -208,11 +213,11 @@ class LocalQueries(GeneratingSource):
 
     def _load(self) -> tuple[Any, Any]:
         if self._loaded is None:
-            self._loaded = _load_model(self._path, self._device)
+            self._loaded = _load_model(self._path, self._device, self._dtype)
         return self._loaded
 
 
-def _load_model(name_or_path: str, device: str | None) -> tuple[Any, Any]:
+def _load_model(name_or_path: str, device: str | None, compute: ComputeDtype) -> tuple[Any, Any]:
     """(model, tokenizer), the model in bfloat16 where that is fast, the tokenizer padding where the model wants it."""
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
@@ -222,7 +227,8 @@ def _load_model(name_or_path: str, device: str | None) -> tuple[Any, Any]:
         both_ways = _read_config(name).is_encoder_decoder
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right" if both_ways else "left")
         kind = AutoModelForSeq2SeqLM if both_ways else AutoModelForCausalLM
-        dtype = torch.bfloat16 if hardware_has_bf16(place) else torch.float32
+        fast = compute == "bfloat16" or (compute == "auto" and hardware_has_bf16(place))
+        dtype = torch.bfloat16 if fast else "auto" if compute == "model" else torch.float32
         model: Any = kind.from_pretrained(name, dtype=dtype)
         return model.to(place).eval(), tokenizer
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from transformers import LogitsProcessor
+
+# Of SplitMix64 (Steele, Lea and Flood (2014), Fast Splittable Pseudorandom Number Generators), as signed numbers.
+_STEP, _FIRST, _SECOND = (number - 2**64 for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 class SeededSampling(LogitsProcessor):
-    """Samples each row by a generator of its own, so that a row's text is the same in any batch.
+    """Samples each row by a seed of its own, so that a row's text is the same in any batch.
 
     Adds Gumbel noise to the k likeliest tokens and leaves the best one: its token is a sample from the softmax over
-    them (Maddison et al. (2014), A* Sampling, arXiv:1411.0030). Use it with ``do_sample=False``.
+    them (Maddison et al. (2014), A* Sampling, arXiv:1411.0030). The noise is a hash of seed, step and token, so that
+    rounding, which padding changes, tips near ties alone. Use it with ``do_sample=False``, anew for each call.
 
     Args:
         seeds: One for each row.
@@ -22,7 +27,7 @@ class SeededSampling(LogitsProcessor):
     """
 
     def __init__(self, seeds: Sequence[int], *, temperature: float, top_k: int, top_p: float) -> None:
-        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._state = torch.tensor(list(seeds), dtype=torch.int64)[:, None]
         self._temperature = temperature
         self._top_k = top_k
         self._top_p = top_p
@@ -34,7 +39,24 @@ class SeededSampling(LogitsProcessor):
             best = torch.log_softmax(best / self._temperature, dim=-1)
             before = best.exp().cumsum(-1) - best.exp()
             best = best.masked_fill(before >= self._top_p, -torch.inf)
-            noise = torch.stack([torch.rand(best.shape[-1], generator=generator) for generator in self._generators])
-            best = best - torch.log(-torch.log(noise.clamp(1e-20, 1 - 1e-7))).to(best.device)
+            self._state = _mix(self._state.to(tokens.device) + _STEP)
+            best = best - torch.log(-torch.log(_uniform(self._state + tokens * _STEP)))
         chosen = tokens.gather(-1, best.argmax(-1, keepdim=True))
         return torch.full_like(scores, -torch.inf).scatter(-1, chosen, 0.0)  # type: ignore[return-value]
+
+
+def _mix(state: Tensor) -> Tensor:
+    """SplitMix64's output function, element by element, int64; products wrap around."""
+    state = (state ^ _shift(state, 30)) * _FIRST
+    state = (state ^ _shift(state, 27)) * _SECOND
+    return state ^ _shift(state, 31)
+
+
+def _shift(state: Tensor, bits: int) -> Tensor:
+    """To the right, with zeros from the left: signed numbers would bring their sign."""
+    return (state >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _uniform(state: Tensor) -> Tensor:
+    """Between 0 and 1, neither of them reached, float32."""
+    return ((_shift(_mix(state), 40).double() + 0.5) / 2**24).clamp(max=1 - 1e-7).float()

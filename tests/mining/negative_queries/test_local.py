@@ -35,7 +35,7 @@ def model_path(request: pytest.FixtureRequest, tiny_t5_path: Path, tiny_causal_p
 
 
 def queries(model: Path, documents: list[Document], **options: object) -> dict[str, tuple[str, ...]]:
-    source = LocalQueries(str(model), max_new_tokens=8, prompts=None, **options)  # type: ignore[arg-type]
+    source = LocalQueries(str(model), max_new_tokens=8, dtype="model", **options)  # type: ignore[arg-type]
     return {answer.doc_id: tuple(q.text for q in answer.queries) for answer in source.generate(documents)}
 
 
