@@ -28,8 +28,8 @@ class LocalQueries(GeneratingSource):
 
     A sequence-to-sequence model reads the document alone, as doc2query models do (Nogueira and Lin (2019), From
     doc2query to docTTTTTquery), unless a prompt is given. A causal model reads the prompt, in its chat template where
-    its tokenizer has one. What a document's queries are depends on the seed and the document, not on the batch, but for near ties
-    that rounding tips (more of them in bfloat16).
+    its tokenizer has one. What a document's queries are depends on the seed and the document, not on the batch, but for
+    near ties that rounding tips (more of them in bfloat16).
 
     Args:
         name_or_path: A folder, or a name on the Hugging Face Hub. It is loaded when it is first needed.
