@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import st_clp
-from st_clp.commands import compare, demo, evaluate, mine, report, run, search, store
+from st_clp.commands import compare, demo, evaluate, mine, queries, report, run, search, store
 
 app = typer.Typer(
     name="st-clp",
@@ -22,6 +22,7 @@ app = typer.Typer(
 
 app.command("run", help=run.RUN_HELP, no_args_is_help=True)(run.run_command())
 app.command("mine", help=mine.MINE_HELP, no_args_is_help=True)(mine.mine_command())
+app.command("queries", help=queries.QUERIES_HELP, no_args_is_help=True)(queries.queries_command())
 app.command("evaluate", help=evaluate.EVALUATE_HELP, no_args_is_help=True)(evaluate.evaluate)
 app.command(no_args_is_help=True)(compare.compare)
 app.command(no_args_is_help=True)(report.report)

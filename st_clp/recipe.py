@@ -23,6 +23,7 @@ from evaluators import CollectionEvaluator
 from evaluators.saving import save_parts
 from st_clp.data import Collection
 from st_clp.mining import MiningOptions, mine
+from st_clp.mining.negative_queries import QueryOptions, make_chain
 from st_clp.mining.rows import read_rows, to_dataset, write_rows
 from st_clp.moe import expert_usage, is_moe, load, train_only, upcycle
 from st_clp.report import METRICS, machine, print_scores, versions, write_card
@@ -70,6 +71,9 @@ class _Run:
         # Everything that may be wrong with the input is found before the folder is made or anything is computed.
         check_training_arguments(self.settings)
         self.mining_options = mining_options(self.settings)
+        self.query_options = query_options(self.settings)
+        if self.directory.finished("mine") is None:
+            make_chain(self.settings.negative_queries, self.query_options).close()
         self.collections = load_collections(self.settings)
         if self.directory.finished("train") is None:
             self._base_model()
@@ -154,19 +158,23 @@ class _Run:
         settings = self.settings
         cross_encoder = load_cross_encoder(settings.cross_encoder)
         accounts = {}
-        for collection in self.collections.train:
-            mined = mine(
-                self._base_model(),
-                collection,
-                self.mining_options,
-                cross_encoder=cross_encoder,
-                dtype=settings.encode_dtype,  # type: ignore[arg-type]
-                batch_size=settings.encode_batch_size,
-                store_dir=self.directory.store("before", collection.corpus_name),
-            )
-            write_rows(self._rows_file(collection), mined.rows)
-            self.console.print(f"  {mined.account}")
-            accounts[collection.name] = mined.account.to_dict()
+        query_store = settings.query_store or self.directory.query_store
+        with make_chain(settings.negative_queries, self.query_options, store=query_store) as chain:
+            for collection in self.collections.train:
+                mined = mine(
+                    self._base_model(),
+                    collection,
+                    self.mining_options,
+                    cross_encoder=cross_encoder,
+                    negative_queries=chain,
+                    query_options=self.query_options,
+                    dtype=settings.encode_dtype,  # type: ignore[arg-type]
+                    batch_size=settings.encode_batch_size,
+                    store_dir=self.directory.store("before", collection.corpus_name),
+                )
+                write_rows(self._rows_file(collection), mined.rows)
+                self.console.print(f"  {mined.account}")
+                accounts[collection.name] = mined.account.to_dict()
         # The base model's embeddings have served; they can be many times as large as the model.
         shutil.rmtree(self.directory.work / "embeddings" / "before", ignore_errors=True)
         return {"accounts": accounts}
@@ -235,3 +243,15 @@ def mining_options(settings: RunSettings) -> MiningOptions:
     """
     values = {item.name: getattr(settings, item.name) for item in fields(MiningOptions) if hasattr(settings, item.name)}
     return MiningOptions(**values)
+
+
+def query_options(settings: RunSettings) -> QueryOptions:
+    """The settings that are about making queries of negatives.
+
+    Raises:
+        ValueError: A value that cannot be meant.
+    """
+    names = [item.name for item in fields(QueryOptions) if item.name.startswith("query_")]
+    values = {name: getattr(settings, name) for name in names}
+    values["query_samples"] = settings.query_samples or max(1, settings.queries_per_negative)
+    return QueryOptions(**values, seed=settings.seed)

@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 WORK = "run"
 SETTINGS = "settings.yaml"
+QUERY_STORE = "queries.sqlite"
 
 
 class RunDirectory:
@@ -60,9 +61,20 @@ class RunDirectory:
                 "or name another --output"
             )
         if occupied:
-            shutil.rmtree(self.path)
+            self._clear()
         self.work.mkdir(parents=True, exist_ok=True)
         settings.write_yaml(self.settings_file)
+
+    def _clear(self) -> None:
+        """Remove everything but the queries that were generated: they may have been paid for."""
+        kept = set(self.work.glob(f"{QUERY_STORE}*"))
+        for path in [*self.path.iterdir(), *self.work.iterdir()]:
+            if path == self.work or path in kept:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
     def _require_same(self, settings: RunSettings) -> None:
         started = RunSettings.from_dict(RunSettings.read_yaml(self.settings_file), where=str(self.settings_file))
@@ -100,6 +112,11 @@ class RunDirectory:
         except ValueError:
             logger.warning("%s cannot be read; the stage is done again", file)
             return None
+
+    @property
+    def query_store(self) -> Path:
+        """Where generated queries are kept."""
+        return self.work / QUERY_STORE
 
     def store(self, when: str, corpus_name: str) -> Path:
         """Where the embeddings of a corpus are kept."""

@@ -25,7 +25,8 @@ def option(default: Any, help: str, group: str, *, choices: tuple[str, ...] | No
     return field(default=default, metadata=metadata)
 
 
-DATA, MINING, LOSS, MODEL, TRAINING = "Data", "Mining", "Loss", "Mixture of experts", "Training"
+DATA, MINING, QUERIES, LOSS = "Data", "Mining", "Queries of negatives", "Loss"
+MODEL, TRAINING = "Mixture of experts", "Training"
 
 
 NO_LIMIT = float("inf")
@@ -39,6 +40,18 @@ LIMITS: dict[str, tuple[float, float]] = {
     "duplicate_threshold": (-1, 1),
     "max_positives_per_query": (1, NO_LIMIT),
     "nprobe": (1, NO_LIMIT),
+    "query_samples": (1, NO_LIMIT),
+    "query_max_tokens": (1, NO_LIMIT),
+    "query_temperature": (0, NO_LIMIT),
+    "query_concurrency": (1, NO_LIMIT),
+    "query_rate": (1e-9, NO_LIMIT),
+    "query_timeout": (1e-9, NO_LIMIT),
+    "query_retries": (0, NO_LIMIT),
+    "query_budget": (0, NO_LIMIT),
+    "query_budget_tokens": (0, NO_LIMIT),
+    "query_price_prompt": (0, NO_LIMIT),
+    "query_price_completion": (0, NO_LIMIT),
+    "query_round_trip_k": (1, NO_LIMIT),
     "penalty_weight": (0, 1),
     "scale": (1e-9, NO_LIMIT),
     "mini_batch_size": (1, NO_LIMIT),
@@ -87,7 +100,7 @@ class RunSettings:
     )
 
     num_negatives: int = option(4, "Hard negatives for each query.", MINING)
-    queries_per_negative: int = option(1, "Queries for each negative, found in the training judgments.", MINING)
+    queries_per_negative: int = option(1, "Queries for each negative; 0 for none.", MINING)
     range_min: int = option(0, "Skip this many of the best candidates that pass the limits below.", MINING)
     range_max: int = option(100, "Take candidates from no further down than this rank.", MINING)
     absolute_margin: float | None = option(
@@ -135,6 +148,54 @@ class RunSettings:
     max_positives_per_query: int | None = option(
         None, "Make no more rows of a query than this, with its best-judged positives.", MINING
     )
+
+    negative_queries: str = option(
+        "judgments",
+        "Where they come from, in order, the first that knows one wins: judgments, local:MODEL (a folder or a name on "
+        "the Hub), openai:MODEL (any endpoint of that API), title (or lead sentence); title*0.3 gives another weight.",
+        QUERIES,
+    )
+    query_store: str | None = option(
+        None,
+        "The SQLite file that keeps what is generated, so that nothing is paid for twice. By default queries.sqlite in "
+        "the output folder (under run/ for a run).",
+        QUERIES,
+    )
+    query_samples: int | None = option(
+        None, "Queries to make for each document. By default as many as queries_per_negative.", QUERIES
+    )
+    query_prompts: str | None = option(
+        None,
+        "A YAML file with prompt templates: a language code or default, and a text with {document} in it.",
+        QUERIES,
+    )
+    query_max_tokens: int = option(64, "Tokens that a generated query may have.", QUERIES)
+    query_temperature: float = option(0.7, "Of the sampling; 0 takes the likeliest.", QUERIES)
+    query_base_url: str | None = option(
+        None, "The endpoint's address. By default OPENAI_BASE_URL, or else OpenAI's own.", QUERIES
+    )
+    query_key_variable: str = option(
+        "OPENAI_API_KEY", "The environment variable that holds the endpoint's key.", QUERIES
+    )
+    query_concurrency: int = option(8, "Requests at a time.", QUERIES)
+    query_rate: float | None = option(None, "Requests a minute at most.", QUERIES)
+    query_timeout: float = option(60.0, "Seconds to wait for an answer of the endpoint.", QUERIES)
+    query_retries: int = option(5, "Times that a request that failed is sent again.", QUERIES)
+    query_budget: float | None = option(
+        None, "Money that all queries in the store may have cost at most; it needs both prices.", QUERIES
+    )
+    query_budget_tokens: int | None = option(
+        None, "Tokens, read and written, that all queries in the store may have taken at most.", QUERIES
+    )
+    query_price_prompt: float | None = option(None, "Money for a million tokens that are read.", QUERIES)
+    query_price_completion: float | None = option(None, "Money for a million tokens that are written.", QUERIES)
+    query_round_trip: str = option(
+        "off",
+        "What becomes of a generated query that does not find its document: drop it, halve its weight, or do not look.",
+        QUERIES,
+        choices=("off", "drop", "weight"),
+    )
+    query_round_trip_k: int = option(10, "How far down it may find it.", QUERIES)
 
     penalty_weight: float = option(0.1, "The weight of the penalty in the loss (the paper's lambda), 0 to 1.", LOSS)
     penalty: str = option("cosine", "The kind of penalty.", LOSS, choices=("cosine", "contrastive"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,12 @@ from rich.console import Console
 
 from st_clp.commands.advice import after_a_stop
 from st_clp.commands.options import CONFIG, Extra, given_settings, settings_command
-from st_clp.rundir import slug, write_json
-from st_clp.settings import RunSettings
+from st_clp.rundir import QUERY_STORE, slug, write_json
+from st_clp.settings import QUERIES, RunSettings
 
 if TYPE_CHECKING:
     from st_clp.data import Collection
+    from st_clp.mining.negative_queries import QueryChain
 
 MINE_HELP = """Mine hard negatives with a model, and the queries that they answer.
 
@@ -28,8 +30,12 @@ kept: mining again with other options encodes nothing, and a run that was stoppe
 `st-clp mine --model BAAI/bge-m3 --collection miracl/ko --output negatives --dry-run`
 
 `st-clp mine --model BAAI/bge-m3 --collection miracl/ko --output negatives --relative-margin 0.05`
+
+`st-clp mine --model BAAI/bge-m3 --collection miracl/ko --output negatives --negative-queries judgments,title`
 """
 
+# Every setting that is about queries of negatives.
+QUERY_SETTINGS = [item.name for item in fields(RunSettings) if item.metadata["group"] == QUERIES]
 SETTINGS = [
     "model",
     "collection",
@@ -58,6 +64,7 @@ SETTINGS = [
     "index",
     "nprobe",
     "max_positives_per_query",
+    *QUERY_SETTINGS,
     "seed",
 ]
 
@@ -91,9 +98,20 @@ def _mine(**options: Any) -> None:
     output = Path(settings.output)
     if not dry_run:
         after_a_stop.append("What was encoded is kept; the same command goes on from there.")
-    for collection in collections:
-        work(model, collection, settings, output, (store or output / "embeddings") / slug(collection.corpus_name))
+    with open_chain(settings, None if dry_run else output / QUERY_STORE) as chain:
+        for collection in collections:
+            folder = (store or output / "embeddings") / slug(collection.corpus_name)
+            work(model, collection, settings, output, folder, chain)
     after_a_stop.clear()
+
+
+def open_chain(settings: RunSettings, default: Path | None) -> QueryChain:
+    """The sources of queries that the settings name, with their store in ``query_store`` or else in ``default``."""
+    from st_clp.mining.negative_queries import make_chain
+    from st_clp.recipe import query_options
+
+    store = settings.query_store if settings.query_store and default else default
+    return make_chain(settings.negative_queries, query_options(settings), store=store)
 
 
 def _arguments(settings: RunSettings, store: Path) -> tuple[Any, dict[str, Any]]:
@@ -110,23 +128,39 @@ def _arguments(settings: RunSettings, store: Path) -> tuple[Any, dict[str, Any]]
     }
 
 
-def _estimate(model: Any, collection: Collection, settings: RunSettings, output: Path, store: Path) -> None:
+def _estimate(
+    model: Any, collection: Collection, settings: RunSettings, output: Path, store: Path, chain: QueryChain
+) -> None:
     from st_clp.mining.estimate import estimate
 
+    console = Console(highlight=False, soft_wrap=True)
     options, others = _arguments(settings, store)
-    Console(highlight=False, soft_wrap=True).print(str(estimate(model, collection, options, **others)))
+    console.print(str(estimate(model, collection, options, **others)))
+    if chain.generates:
+        console.print("  without the queries of negatives: st-clp queries --dry-run says what those would cost")
 
 
-def _mine_one(model: Any, collection: Collection, settings: RunSettings, output: Path, store: Path) -> None:
+def _mine_one(
+    model: Any, collection: Collection, settings: RunSettings, output: Path, store: Path, chain: QueryChain
+) -> None:
     from st_clp.mining import mine
     from st_clp.mining.rows import write_rows
+    from st_clp.recipe import query_options
     from st_clp.training import load_cross_encoder
 
     console = Console(highlight=False, soft_wrap=True)
     options, others = _arguments(settings, store)
     # A folder that cannot be written is found before hours of encoding, not after.
     output.mkdir(parents=True, exist_ok=True)
-    mined = mine(model, collection, options, cross_encoder=load_cross_encoder(settings.cross_encoder), **others)
+    mined = mine(
+        model,
+        collection,
+        options,
+        cross_encoder=load_cross_encoder(settings.cross_encoder),
+        negative_queries=chain,
+        query_options=query_options(settings),
+        **others,
+    )
     base = output / slug(collection.name)
     write_rows(base.with_name(base.name + ".jsonl"), mined.rows)
     write_json(base.with_name(base.name + ".account.json"), mined.account.to_dict())

@@ -30,6 +30,8 @@ class Collection:
         language: ISO 639 code, or None where it is not known.
         split: ``"train"``, ``"dev"`` …, or None where the source has no splits.
         known_queries: Document id to further queries that this document answers (a training row's ``neg_q``).
+        query_marks: Of those that are not somebody's judgment: document id to {query: (source, weight)} (a training
+            row's ``neg_q_source`` and ``neg_q_weight``).
         judged_negatives: Whether the source names negatives on purpose (a training row's ``neg``), so that
             documents of grade 0 should be used as negatives before any mined ones.
         left_out: What reading left out, cause to count.
@@ -42,6 +44,7 @@ class Collection:
     language: str | None = None
     split: str | None = None
     known_queries: dict[str, list[str]] = field(default_factory=dict)
+    query_marks: dict[str, dict[str, tuple[str, float]]] = field(default_factory=dict)
     judged_negatives: bool = False
     left_out: dict[str, int] = field(default_factory=dict)
 

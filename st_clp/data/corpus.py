@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,10 +14,11 @@ SMALL_CORPUS_BYTES = 64 * 2**20
 
 
 class Document(NamedTuple):
-    """A document's id in its corpus and the text that a model encodes."""
+    """A document's id in its corpus, the text that a model encodes, and its title where the source knows one."""
 
     doc_id: str
     text: str
+    title: str = ""
 
 
 class Corpus(ABC):
@@ -45,15 +46,19 @@ class Corpus(ABC):
 class MemoryCorpus(Corpus):
     """Documents held in memory: for small collections."""
 
-    def __init__(self, name: str, documents: dict[str, str]) -> None:
+    def __init__(self, name: str, documents: dict[str, str], titles: Mapping[str, str] | None = None) -> None:
         self.name = name
         self._texts = documents
+        self._titles = titles or {}
+
+    def _document(self, doc_id: str) -> Document:
+        return Document(doc_id, self._texts[doc_id], self._titles.get(doc_id, ""))
 
     def __iter__(self) -> Iterator[Document]:
-        return (Document(doc_id, text) for doc_id, text in self._texts.items())
+        return map(self._document, self._texts)
 
     def get(self, doc_ids: Iterable[str]) -> dict[str, Document]:
-        return {doc_id: Document(doc_id, self._texts[doc_id]) for doc_id in doc_ids if doc_id in self._texts}
+        return {doc_id: self._document(doc_id) for doc_id in doc_ids if doc_id in self._texts}
 
     def fingerprint(self) -> str:
         digest = hashlib.blake2b(digest_size=16)
@@ -83,12 +88,12 @@ class FileCorpus(Corpus):
         self._path = path
         self._read = read
         self._size: int | None = None
-        self._held: dict[str, str] | None = None
+        self._held: dict[str, Document] | None = None
         self.repeated = 0  # ids that came again with the same text
         # Compressed text is several times as large once it is read.
         share = 0.25 if path.suffix == ".gz" else 1.0
         if path.stat().st_size <= SMALL_CORPUS_BYTES * share:
-            self._held = {document.doc_id: document.text for document in self._stream()}
+            self._held = {document.doc_id: document for document in self._stream()}
 
     def _stream(self) -> Iterator[Document]:
         # A hash of each text instead of the text: the check must not hold the corpus.
@@ -111,12 +116,12 @@ class FileCorpus(Corpus):
     def __iter__(self) -> Iterator[Document]:
         if self._held is None:
             return self._stream()
-        return (Document(doc_id, text) for doc_id, text in self._held.items())
+        return iter(self._held.values())
 
     def get(self, doc_ids: Iterable[str]) -> dict[str, Document]:
         wanted = set(doc_ids)
         if self._held is not None:
-            return {doc_id: Document(doc_id, self._held[doc_id]) for doc_id in wanted if doc_id in self._held}
+            return {doc_id: self._held[doc_id] for doc_id in wanted if doc_id in self._held}
         return {document.doc_id: document for document in self._stream() if document.doc_id in wanted}
 
     def fingerprint(self) -> str:

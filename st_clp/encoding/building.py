@@ -220,7 +220,8 @@ class Builder:
             yield window, embeddings
 
     def _require_text(self, documents: list[Document]) -> None:
-        for doc_id, text in documents:
+        for document in documents:
+            doc_id, text = document.doc_id, document.text
             if not isinstance(text, str):
                 raise CollectionError(
                     f"{self._corpus.name}: {self._task} {doc_id!r} has no text but {type(text).__name__} ({text!r:.60})"

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from st_clp.mining.negative_queries.chain import QueriesAccount
 from st_clp.mining.rows import TrainingRow
 
 SOURCES = {
@@ -68,6 +69,12 @@ class MiningAccount:
         filtered: Candidates that were refused or left out, reason to count.
         left_out: What reading the collection left out, cause to count.
         with_query: Negatives for which a query is known.
+        query_sources: Those negatives by where their first query comes from, source to count.
+        documents_without_query: Documents that a source that generates was asked for and left without one, by
+            ``"source: cause"``.
+        queries_barred: Negatives for which a source knew only the row's own query, or one that its positive answers.
+        query_round_trip: Generated queries that were checked, that found their document, and what became of the others.
+        query_usage: What generating has cost this time: tokens, money, requests.
         mean_positive_score: Mean similarity of queries and positives.
         mean_negative_score: Mean similarity of queries and ranked negatives; None without any.
         mean_rank: Mean rank of the ranked negatives, from 0; None without any.
@@ -88,6 +95,11 @@ class MiningAccount:
     filtered: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
     with_query: int = 0
+    query_sources: dict[str, int] = field(default_factory=dict)
+    documents_without_query: dict[str, int] = field(default_factory=dict)
+    queries_barred: int = 0
+    query_round_trip: dict[str, int] = field(default_factory=dict)
+    query_usage: dict[str, float] = field(default_factory=dict)
     mean_positive_score: float | None = None
     mean_negative_score: float | None = None
     mean_rank: float | None = None
@@ -103,6 +115,7 @@ class MiningAccount:
         self.rows_short = sum(len(row.negatives) < num_negatives for row in rows)
         self.negatives = dict(Counter(negative.source for negative in negatives))
         self.with_query = sum(bool(negative.queries) for negative in negatives)
+        self.query_sources = dict(Counter(n.query_sources[0] for n in negatives if n.queries))
         self.mean_positive_score = _mean([row.positive_score for row in rows])
         self.mean_negative_score = _mean([n.score for n in negatives if n.score is not None])
         self.mean_rank = _mean([n.rank for n in negatives if n.rank is not None])
@@ -112,6 +125,14 @@ class MiningAccount:
         every = [score for group in groups.values() for score in group] or [0.0]
         found = {name: Distribution.of(group, min(every), max(every)) for name, group in groups.items()}
         self.scores = {name: distribution for name, distribution in found.items() if distribution is not None}
+
+    def add_queries(self, queries: QueriesAccount) -> None:
+        """Count what became of the queries of negatives."""
+        self.documents_without_query = dict(queries.without)
+        self.queries_barred = queries.barred
+        self.query_round_trip = dict(queries.round_trip)
+        if queries.usage.tokens:
+            self.query_usage = asdict(queries.usage)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -146,6 +167,7 @@ class MiningAccount:
         lines += [f"{number:>9,}  candidates passed over: {reason}" for reason, number in self.filtered.items()]
         if total:
             lines.append(f"{self.with_query:>9,}  negatives ({self.with_query / total:.0%}) have a query of their own")
+            lines += self._query_lines()
         if self.mean_rank is not None:
             lines.append(f"{self.mean_rank:>9.1f}  mean rank of the ranked negatives")
         if self.scores:
@@ -159,6 +181,25 @@ class MiningAccount:
                 f"{self.search['recall']:>9.3f}  recall of {self.search['index']} against exact search, "
                 f"over {self.search['recall_queries']} queries"
             )
+        return lines
+
+    def _query_lines(self) -> list[str]:
+        if set(self.query_sources) <= {"judgments"} and not self.documents_without_query:
+            return []
+        lines = [f"{number:>9,}    of them from {source}" for source, number in self.query_sources.items()]
+        lines += [
+            f"{number:>9,}  documents without a query, {cause}"
+            for cause, number in self.documents_without_query.items()
+        ]
+        if self.queries_barred:
+            lines.append(f"{self.queries_barred:>9,}  times a source knew only the row's own query, or its positive's")
+        lines += [
+            f"{number:>9,}  generated queries {what} (round trip)" for what, number in self.query_round_trip.items()
+        ]
+        if self.query_usage:
+            tokens = int(self.query_usage["prompt_tokens"] + self.query_usage["completion_tokens"])
+            cost = f", at a cost of {self.query_usage['cost']:.4f}" if self.query_usage["cost"] else ""
+            lines.append(f"{tokens:>9,}  tokens read and written for queries{cost}")
         return lines
 
     def plot(self, path: str | os.PathLike[str]) -> None:

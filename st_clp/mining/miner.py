@@ -17,9 +17,17 @@ from sentence_transformers import SentenceTransformer
 from st_clp.data import Collection
 from st_clp.encoding import ComputeDtype, EmbeddingStore
 from st_clp.mining.account import MiningAccount
+from st_clp.mining.assembly import choose_negatives, make_rows, needs_of, positives_of, usable_part
 from st_clp.mining.bm25 import require_bm25
-from st_clp.mining.chooser import Choice, Chooser
-from st_clp.mining.negative_queries import JudgedQueries
+from st_clp.mining.chooser import Chooser
+from st_clp.mining.negative_queries import (
+    JUDGMENTS,
+    JudgedQueries,
+    QueryChain,
+    QueryOptions,
+    RoundTrip,
+    make_chain,
+)
 from st_clp.mining.options import (
     CandidateSource,
     JudgedNegatives,
@@ -29,7 +37,7 @@ from st_clp.mining.options import (
 )
 from st_clp.mining.ranking import Ranker, Ranking
 from st_clp.mining.rescoring import require_one_score, rescore
-from st_clp.mining.rows import Negative, TrainingRow, require_writable, to_dataset, write_rows
+from st_clp.mining.rows import TrainingRow, require_writable, to_dataset, write_rows
 from st_clp.search import require_index
 
 if TYPE_CHECKING:
@@ -76,6 +84,9 @@ def mine_hard_negatives(
     dtype: ComputeDtype = "auto",
     batch_size: int | None = None,
     seed: int = 0,
+    negative_queries: str | QueryChain = JUDGMENTS,
+    query_options: QueryOptions | None = None,
+    query_store: str | os.PathLike[str] | None = None,
     store_dir: str | os.PathLike[str] | None = None,
     output_file: str | os.PathLike[str] | None = None,
     output_details: bool = False,
@@ -91,7 +102,7 @@ def mine_hard_negatives(
         model: The model that is about to be trained; its own similarity function ranks.
         collection: Documents, training queries and judgments.
         num_negatives: Negatives for each query.
-        queries_per_negative: Queries for each negative, from the training judgments; 0 for none.
+        queries_per_negative: Queries for each negative; 0 for none.
         range_min: Skip this many of the best candidates that pass the margins and the score limits.
         range_max: Take candidates from no further down than this rank.
         absolute_margin: A negative must score at least this much below the query's lowest-scoring positive.
@@ -127,6 +138,12 @@ def mine_hard_negatives(
             the hardware multiplies it, several times as fast.
         batch_size: No more texts than this in one forward pass. None: as many as fill it with tokens.
         seed: Of everything random.
+        negative_queries: Where the queries of negatives come from, in order: ``"judgments"``, ``"local:MODEL"``,
+            ``"openai:MODEL"``, ``"title"``, with commas between; the first that knows one for a negative, wins. Or a
+            :class:`st_clp.mining.negative_queries.QueryChain` of sources.
+        query_options: How queries are made and checked; None has the defaults.
+        query_store: A SQLite file that keeps what is generated, so that nothing is paid for twice; None keeps it in
+            memory. A chain has its own.
         store_dir: A folder to keep the documents' embeddings in, and the queries' in one beside it, so that mining can
             be stopped and gone on with, and mining again with other options encodes nothing; None keeps them in memory.
         output_file: Write the rows here too, as JSON lines in the format of the paper's code.
@@ -142,6 +159,7 @@ def mine_hard_negatives(
 
     Raises:
         CollectionError: No query has a relevant document, or the corpus is too small for so many negatives.
+        EndpointError: An endpoint that is to write queries refuses the key or does not have the model.
         ModuleNotFoundError: Something that an option needs is not installed.
         OSError: The disk is full or cannot be written; the embeddings that are finished are kept.
         ValueError: An option is out of range, or an embedding is not finite (with the document's id).
@@ -174,6 +192,9 @@ def mine_hard_negatives(
         collection,
         options,
         cross_encoder=cross_encoder,
+        negative_queries=negative_queries,
+        query_options=query_options,
+        query_store=query_store,
         dtype=dtype,
         batch_size=batch_size,
         store_dir=store_dir,
@@ -198,6 +219,9 @@ def mine(
     options: MiningOptions | None = None,
     *,
     cross_encoder: CrossEncoder | None = None,
+    negative_queries: str | QueryChain = JUDGMENTS,
+    query_options: QueryOptions | None = None,
+    query_store: str | os.PathLike[str] | None = None,
     dtype: ComputeDtype = "auto",
     batch_size: int | None = None,
     store_dir: str | os.PathLike[str] | None = None,
@@ -206,12 +230,31 @@ def mine(
     """As :func:`mine_hard_negatives`, but returns the rows with ids, ranks, scores and the account."""
     options = options or MiningOptions()
     _require_possible(model, collection, options, cross_encoder)
+    query_options = query_options or QueryOptions(query_samples=max(1, options.queries_per_negative), seed=options.seed)
+    if isinstance(negative_queries, str):
+        # What is wrong with a source is said before anything is encoded.
+        with make_chain(
+            negative_queries, query_options, store=query_store, show_progress_bar=show_progress_bar
+        ) as chain:
+            return mine(
+                model,
+                collection,
+                options,
+                cross_encoder=cross_encoder,
+                negative_queries=chain,
+                query_options=query_options,
+                dtype=dtype,
+                batch_size=batch_size,
+                store_dir=store_dir,
+                show_progress_bar=show_progress_bar,
+            )
+    chain = negative_queries
     clock = _Clock()
     store = EmbeddingStore.build(
         model, collection, store_dir, dtype=dtype, batch_size=batch_size, show_progress_bar=show_progress_bar
     )
     clock.lap("documents")
-    usable = _usable(collection, store)
+    usable = usable_part(collection, store)
     drawn = usable if options.max_queries is None else _draw_queries(usable, options.max_queries, options.seed)
     ranker = Ranker(
         model,
@@ -231,11 +274,25 @@ def mine(
         clock.lap("rescoring")
     # Whether a document answers another query is known from all judgments, drawn or not.
     known = JudgedQueries(usable, seed=options.seed)
-    chooser = Chooser(drawn, store.ids, options, prefer=known if options.prefer_known_queries else None)
-    chosen, texts, passed_over = _choose(drawn, ranking, chooser)
+    prefer = known if options.prefer_known_queries and chain.has_judgments else None
+    chooser = Chooser(drawn, store.ids, options, prefer=prefer)
+    chosen, documents, passed_over = choose_negatives(drawn, ranking, chooser)
     dropped = chooser.short if options.on_shortage == "drop" else set()
-    rows = _make_rows(drawn, ranking, {q: c for q, c in chosen.items() if q not in dropped}, texts, known, options)
+    chosen = {query_id: choices for query_id, choices in chosen.items() if query_id not in dropped}
+    positives = {
+        query_id: positives_of(drawn, ranking, query_id, options.max_positives_per_query) for query_id in chosen
+    }
     clock.lap("choice")
+    found, queries_account = chain.assign(
+        needs_of(chosen, positives),
+        known,
+        documents,
+        number=options.queries_per_negative,
+        language=collection.language,
+        round_trip=_round_trip(model, store, query_options, dtype, batch_size),
+    )
+    rows = make_rows(drawn, chosen, positives, documents, found)
+    clock.lap("queries of negatives")
     account = MiningAccount(
         collection.name,
         queries=len(collection.queries),
@@ -248,6 +305,7 @@ def mine(
         seconds=clock.laps,
     )
     account.add_rows(rows, options.num_negatives)
+    account.add_queries(queries_account)
     return MinedNegatives(rows, account)
 
 
@@ -279,22 +337,6 @@ class _Clock:
         self.laps[name], self._last = now - self._last, now
 
 
-def _usable(collection: Collection, store: EmbeddingStore) -> Collection:
-    """The collection without judgments that cannot be used: of documents that are not there, or have no text.
-
-    Raises:
-        CollectionError: No query with a relevant document is left.
-    """
-    usable = collection.without_missing_documents(store.ids)
-    relevant = {doc_id for doc_ids in usable.positives().values() for doc_id in doc_ids}
-    blank = {doc_id for doc_id, document in usable.get_documents(relevant).items() if not document.text.strip()}
-    usable = usable.without_documents(blank, "judgments of a document without text")
-    usable.require_positives()
-    if usable is not collection:
-        usable.say_left_out()
-    return usable
-
-
 def _draw_queries(collection: Collection, number: int, seed: int) -> Collection:
     """The collection with so many of the queries that have a relevant document."""
     return collection.with_queries(collection.positives()).sample(number, seed)
@@ -306,75 +348,15 @@ def _refused(chooser: Chooser, ranking: Ranking, passed_over: Counter[str]) -> d
     return {reason: number for reason, number in (refused + passed_over).items() if number}
 
 
-def _choose(
-    collection: Collection, ranking: Ranking, chooser: Chooser
-) -> tuple[dict[str, list[Choice]], dict[str, str], Counter[str]]:
-    """Every query's negatives, the texts of all documents in the rows, and what was passed over for its text.
-
-    A document with the same text as a relevant one is an answer too, whatever its id, and one without text teaches
-    nothing. Texts are only known once documents are chosen, so such a choice is excluded and made again until there
-    is none.
-    """
-    passed_over: Counter[str] = Counter()
-    blank: set[str] = set()
-    chosen: dict[str, list[Choice]] = {}
-    texts: dict[str, str] = {}
-    open_queries = ranking.query_ids
-    while open_queries:
-        for query_id in open_queries:
-            chosen[query_id] = chooser.choose(query_id, ranking)
-        wanted = {choice.doc_id for query_id in open_queries for choice in chosen[query_id]}
-        wanted |= {doc_id for query_id in open_queries for doc_id in ranking.positive_scores[query_id]}
-        found = collection.get_documents(wanted - texts.keys())
-        texts.update({doc_id: document.text for doc_id, document in found.items()})
-        again = []
-        empty = {doc_id for doc_id in found if not texts[doc_id].strip()}
-        ranking.exclude_everywhere(empty)
-        blank |= empty
-        passed_over["document without text"] += len(empty)
-        for query_id in open_queries:
-            answers = {texts[doc_id] for doc_id in ranking.positive_scores[query_id]}
-            copies = {choice.doc_id for choice in chosen[query_id] if texts[choice.doc_id] in answers}
-            ranking.exclude(query_id, copies)
-            passed_over["same text as a relevant document"] += len(copies)
-            if copies or any(choice.doc_id in blank for choice in chosen[query_id]):
-                again.append(query_id)
-        open_queries = again
-    return chosen, texts, passed_over
-
-
-def _make_rows(
-    collection: Collection,
-    ranking: Ranking,
-    chosen: dict[str, list[Choice]],
-    texts: dict[str, str],
-    known: JudgedQueries,
-    options: MiningOptions,
-) -> list[TrainingRow]:
-    def negative(choice: Choice, query_id: str, positive_id: str) -> Negative:
-        queries = known.find(
-            choice.doc_id, query_id=query_id, positive_id=positive_id, number=options.queries_per_negative
-        )
-        return Negative(choice.doc_id, texts[choice.doc_id], choice.rank, choice.score, choice.source, tuple(queries))
-
-    return [
-        TrainingRow(
-            query_id,
-            collection.queries[query_id],
-            positive_id,
-            texts[positive_id],
-            score,
-            tuple(negative(choice, query_id, positive_id) for choice in chosen[query_id]),
-        )
-        for query_id in chosen
-        for positive_id, score in _positives(collection, ranking, query_id, options.max_positives_per_query)
-    ]
-
-
-def _positives(collection: Collection, ranking: Ranking, query_id: str, at_most: int | None) -> list[tuple[str, float]]:
-    """The query's relevant documents with their scores: all of them, or the best-judged."""
-    scored = list(ranking.positive_scores[query_id].items())
-    if at_most is None or len(scored) <= at_most:
-        return scored
-    grades = collection.judgments[query_id]
-    return sorted(scored, key=lambda pair: (-grades[pair[0]], -pair[1]))[:at_most]
+def _round_trip(
+    model: SentenceTransformer,
+    store: EmbeddingStore,
+    options: QueryOptions,
+    dtype: ComputeDtype,
+    batch_size: int | None,
+) -> RoundTrip | None:
+    """The check of what is generated; None where there is to be none."""
+    if options.query_round_trip == "off":
+        return None
+    k, action = options.query_round_trip_k, options.query_round_trip
+    return RoundTrip(model, store, k=k, action=action, dtype=dtype, batch_size=batch_size)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+GIVEN = "given"  # the source of a query in a file that does not say
 DETAIL_COLUMNS = [
     "query_id",
     "positive_id",
@@ -24,6 +25,7 @@ DETAIL_COLUMNS = [
     "negative_ranks",
     "negative_scores",
     "negative_sources",
+    "negative_query_sources",
 ]
 
 
@@ -39,6 +41,12 @@ class Negative:
         source: How it came to be chosen: ``"ranking"``, ``"judged"``, ``"relaxed"`` (it was refused by a filter,
             and there was no other) or ``"random"``.
         queries: Queries that it answers, none of them the row's own.
+        query_sources: Where each of those comes from: ``"judgments"``, ``"local"``, ``"openai"``, ``"title"``,
+            ``"lead"``; ``"given"`` in a file that does not say.
+        query_weights: The weight of each in the loss's penalty; 1 where nothing else is said.
+
+    Raises:
+        ValueError: There is not one source and one weight for each query.
     """
 
     doc_id: str
@@ -47,6 +55,16 @@ class Negative:
     score: float | None
     source: str
     queries: tuple[str, ...] = ()
+    query_sources: tuple[str, ...] = ()
+    query_weights: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, default in (("query_sources", GIVEN), ("query_weights", 1.0)):
+            marks = getattr(self, name)
+            if not marks:
+                object.__setattr__(self, name, (default,) * len(self.queries))
+            elif len(marks) != len(self.queries):
+                raise ValueError(f"document {self.doc_id!r}: {len(self.queries)} queries and {len(marks)} {name}")
 
 
 @dataclass(frozen=True)
@@ -81,8 +99,8 @@ def to_dataset(
     """The columns that CLPLoss reads, as a ``datasets.Dataset``.
 
     Columns, in order: ``anchor``, ``positive``, ``negative_1`` … ``negative_n``, then the queries of the negatives,
-    m for each in order, and ``label``: for each of those n·m queries its weight, 1, or 0 where the negative has no
-    known query (its column then holds an empty text). Without negative queries (m = 0) there is no label.
+    m for each in order, and ``label``: for each of those n·m queries its weight, or 0 where the negative has no known
+    query (its column then holds an empty text). Without negative queries (m = 0) there is no label.
 
     A row with fewer negatives than columns has its positive in the others, with weight 0: CLPLoss, which knows a copy
     of the positive by its text, never takes it for this row's negative. To the other rows of a batch it is one more
@@ -93,8 +111,9 @@ def to_dataset(
         num_negatives: n.
         queries_per_negative: m.
         details: Add ``query_id``, ``positive_id``, ``positive_score``, and for each row's negatives lists of their
-            ``negative_ids``, ``negative_ranks``, ``negative_scores`` and ``negative_sources``. No loss reads these:
-            take them out before training (``dataset.remove_columns(DETAIL_COLUMNS)``).
+            ``negative_ids``, ``negative_ranks``, ``negative_scores``, ``negative_sources`` and
+            ``negative_query_sources``. No loss reads these: take them out before training
+            (``dataset.remove_columns(DETAIL_COLUMNS)``).
         description: Kept as ``dataset.info.description``.
     """
     from datasets import Dataset, DatasetInfo
@@ -120,7 +139,7 @@ def to_dataset(
             known = negative.queries[:queries_per_negative] if negative else ()
             for m in range(1, queries_per_negative + 1):
                 columns[query_column(n, m, queries_per_negative)].append(known[m - 1] if m <= len(known) else "")
-                weights.append(float(m <= len(known)))
+                weights.append(negative.query_weights[m - 1] if negative and m <= len(known) else 0.0)
         if weighted:
             columns["label"].append(weights)
         for name, value in _details(row).items() if details else ():
@@ -137,6 +156,7 @@ def _details(row: TrainingRow) -> dict[str, Any]:
         "negative_ranks": [negative.rank for negative in row.negatives],
         "negative_scores": [negative.score for negative in row.negatives],
         "negative_sources": [negative.source for negative in row.negatives],
+        "negative_query_sources": [list(negative.query_sources) for negative in row.negatives],
     }
 
 
@@ -168,7 +188,8 @@ def write_rows(path: str | os.PathLike[str], rows: Iterable[TrainingRow]) -> Non
     """Write rows as JSON lines in the format of the paper's code, with ids, ranks and scores beside.
 
     ``query``, ``pos``, ``neg`` and ``neg_q`` are what the paper's code reads, and
-    :meth:`st_clp.Collection.load` too. The file appears whole or not at all.
+    :meth:`st_clp.Collection.load` too, which also minds ``neg_q_source`` and ``neg_q_weight``, a list for each
+    negative. The file appears whole or not at all.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -202,6 +223,8 @@ def _to_json(row: TrainingRow) -> dict[str, Any]:
         "neg_rank": [negative.rank for negative in row.negatives],
         "neg_score": [negative.score for negative in row.negatives],
         "neg_source": [negative.source for negative in row.negatives],
+        "neg_q_source": [list(negative.query_sources) for negative in row.negatives],
+        "neg_q_weight": [list(negative.query_weights) for negative in row.negatives],
     }
 
 
@@ -213,8 +236,18 @@ def _query_entry(queries: tuple[str, ...]) -> str | list[str] | None:
 
 
 def _from_json(row: dict[str, Any]) -> TrainingRow:
+    number = len(row["neg"])
+    nothing: list[list[Any]] = [[] for _ in range(number)]  # files from before there were marks
     negatives = zip(
-        row["neg_id"], row["neg"], row["neg_rank"], row["neg_score"], row["neg_source"], row["neg_q"], strict=True
+        row["neg_id"],
+        row["neg"],
+        row["neg_rank"],
+        row["neg_score"],
+        row["neg_source"],
+        [tuple([known] if isinstance(known, str) else known or ()) for known in row["neg_q"]],
+        map(tuple, row.get("neg_q_source", nothing)),
+        map(tuple, row.get("neg_q_weight", nothing)),
+        strict=True,
     )
     return TrainingRow(
         query_id=row["query_id"],
@@ -222,8 +255,5 @@ def _from_json(row: dict[str, Any]) -> TrainingRow:
         positive_id=row["pos_id"],
         positive=row["pos"][0],
         positive_score=row["pos_score"],
-        negatives=tuple(
-            Negative(doc_id, text, rank, score, source, tuple([known] if isinstance(known, str) else known or ()))
-            for doc_id, text, rank, score, source, known in negatives
-        ),
+        negatives=tuple(Negative(*values) for values in negatives),
     )

@@ -64,7 +64,7 @@ def test_beir_folder_is_read(
     if not small:  # documents are then streamed from the file each time, and never held
         monkeypatch.setattr(corpus, "SMALL_CORPUS_BYTES", 0)
     collection = Collection.load(write_beir(tmp_path / "c", gz=gz, header=header))
-    assert [tuple(document) for document in collection.documents()] == [
+    assert [(document.doc_id, document.text) for document in collection.documents()] == [
         ("d1", "River a big river"),
         ("d2", "Lake an old lake"),
         ("d3", "a red city"),

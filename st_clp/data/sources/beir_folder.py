@@ -82,7 +82,15 @@ def _read_documents(path: Path, fields: tuple[str, ...]) -> Iterator[tuple[int, 
                 f"{path}, line {number}: none of the fields {', '.join(fields)}; the line has {', '.join(row)}"
             )
         texts = [text_field(path, number, row, name, default="") for name in fields]
-        yield number, Document(text_field(path, number, row, "_id"), " ".join(text for text in texts if text))
+        title = row.get("title")
+        yield (
+            number,
+            Document(
+                text_field(path, number, row, "_id"),
+                " ".join(text for text in texts if text),
+                title.strip() if isinstance(title, str) else "",
+            ),
+        )
 
 
 def _read_queries(path: Path) -> dict[str, str]:

@@ -40,7 +40,9 @@ def load(source: str, *, split: str | None, text_fields: Sequence[str] | None) -
         for doc_id, (title, text) in content.documents.items()
     }
     return Collection.checked(
-        MemoryCorpus(f"{PREFIX}{language}", documents),
+        MemoryCorpus(
+            f"{PREFIX}{language}", documents, {doc_id: title for doc_id, (title, _) in content.documents.items()}
+        ),
         content.queries[split],
         content.judgments[split],
         name=f"{PREFIX}{language}/{split}",

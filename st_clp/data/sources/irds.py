@@ -37,12 +37,15 @@ class IrdsCorpus(Corpus):
             return document.default_text()
         return " ".join(text for name in self._fields if (text := str(getattr(document, name))))
 
+    def _document(self, document: Any) -> Document:
+        return Document(document.doc_id, self._text(document), str(getattr(document, "title", None) or "").strip())
+
     def __iter__(self) -> Iterator[Document]:
-        return (Document(document.doc_id, self._text(document)) for document in self._dataset.docs_iter())
+        return map(self._document, self._dataset.docs_iter())
 
     def get(self, doc_ids: Iterable[str]) -> dict[str, Document]:
         found = self._dataset.docs_store().get_many(list(dict.fromkeys(doc_ids)))
-        return {doc_id: Document(doc_id, self._text(document)) for doc_id, document in found.items()}
+        return {doc_id: self._document(document) for doc_id, document in found.items()}
 
     def fingerprint(self) -> str:
         # Whoever puts other files into the home has another corpus under the same name.

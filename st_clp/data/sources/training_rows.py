@@ -1,8 +1,9 @@
 """A JSON-lines file of training rows, in the format of the paper's code and of FlagEmbedding.
 
 ``{"query": str, "pos": [str, …], "neg": [str, …], "neg_q": [str, …]}``: ``neg_q[i]`` is a query that ``neg[i]``
-answers, null where none is known. ``neg`` and ``neg_q`` may be missing. Rows have no ids, so texts stand for
-themselves: the same text is the same document, the same query.
+answers, null where none is known. ``neg`` and ``neg_q`` may be missing. ``neg_q_source`` and ``neg_q_weight``, where
+they are there, hold for each negative a list with where each query comes from and its weight. Rows have no ids, so
+texts stand for themselves: the same text is the same document, the same query.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def load(source: str, *, split: str | None, text_fields: Sequence[str] | None) -
     queries: dict[str, str] = {}
     judgments: dict[str, dict[str, int]] = {}
     known_queries: dict[str, list[str]] = {}
+    query_marks: dict[str, dict[str, tuple[str, float]]] = {}
     contradictions = 0
     for number, row in read_jsonl(path):
         query = text_field(path, number, row, "query")
@@ -52,16 +54,20 @@ def load(source: str, *, split: str | None, text_fields: Sequence[str] | None) -
             documents[text_id(text)] = text
             grades[text_id(text)] = 1
         negatives = _texts(path, number, row, "neg")
-        for text, negative_queries in zip(negatives, _negative_queries(path, number, row, len(negatives)), strict=True):
+        entries = _negative_queries(path, number, row, len(negatives))
+        marks = _marks(path, number, row, entries)
+        for text, negative_queries, marked in zip(negatives, entries, marks, strict=True):
             documents[text_id(text)] = text
             # What is relevant in one row stays so, though another row gives it as a negative.
             contradictions += grades.setdefault(text_id(text), 0) > 0
             known = known_queries.setdefault(text_id(text), [])
             known += [negative_query for negative_query in negative_queries if negative_query not in known]
+            query_marks.setdefault(text_id(text), {}).update(marked)
     if not queries:
         raise CollectionError(f'{path} is empty; each line must be {{"query": …, "pos": […]}}')
     collection = Collection.checked(MemoryCorpus(source, documents), queries, judgments, name=source, split=SPLIT)
     collection.known_queries = {doc_id: known for doc_id, known in known_queries.items() if known}
+    collection.query_marks = {doc_id: marked for doc_id, marked in query_marks.items() if marked}
     collection.judged_negatives = any(0 in grades.values() for grades in judgments.values())
     if contradictions:
         collection.left_out["negatives that are also a positive of the same query"] = contradictions
@@ -101,3 +107,27 @@ def _negative_queries(path: Path, number: int, row: dict[str, Any], num_negative
     if not all(isinstance(entry, list) and all(isinstance(text, str) for text in entry) for entry in found):
         raise CollectionError(f"{path}, line {number}: each entry of 'neg_q' must be a text, a list of texts or null")
     return [[text for text in entry if text.strip()] for entry in found]
+
+
+def _marks(
+    path: Path, number: int, row: dict[str, Any], entries: list[list[str]]
+) -> list[dict[str, tuple[str, float]]]:
+    """For each negative {query: (source, weight)}, where the row says them."""
+    sources, weights = row.get("neg_q_source"), row.get("neg_q_weight")
+    if sources is None and weights is None:
+        return [{} for _ in entries]
+    marks = []
+    for place, queries in enumerate(entries):
+        try:
+            own_sources = ["given"] * len(queries) if sources is None else sources[place]
+            own_weights = [1.0] * len(queries) if weights is None else weights[place]
+            pairs = [(str(s), float(w)) for s, w in zip(own_sources, own_weights, strict=True)]
+            if not all(0 <= weight < float("inf") for _, weight in pairs):
+                raise ValueError
+            marks.append(dict(zip(queries, pairs, strict=True)))
+        except (TypeError, ValueError, IndexError) as error:
+            raise CollectionError(
+                f"{path}, line {number}: 'neg_q_source' and 'neg_q_weight' must give for each entry of 'neg_q' a list "
+                "with a name, or a number of at least 0, for each of its queries"
+            ) from error
+    return marks

@@ -1,0 +1,120 @@
+"""From a ranking to training rows: what can be used, which negatives are taken, and the texts that they stand for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from st_clp.data import Collection, Document
+from st_clp.encoding import EmbeddingStore
+from st_clp.mining.chooser import Choice, Chooser
+from st_clp.mining.negative_queries import Need, NegativeQuery
+from st_clp.mining.ranking import Ranking
+from st_clp.mining.rows import Negative, TrainingRow
+
+
+def usable_part(collection: Collection, store: EmbeddingStore) -> Collection:
+    """The collection without judgments that cannot be used: of documents that are not there, or have no text.
+
+    Raises:
+        CollectionError: No query with a relevant document is left.
+    """
+    usable = collection.without_missing_documents(store.ids)
+    relevant = {doc_id for doc_ids in usable.positives().values() for doc_id in doc_ids}
+    blank = {doc_id for doc_id, document in usable.get_documents(relevant).items() if not document.text.strip()}
+    usable = usable.without_documents(blank, "judgments of a document without text")
+    usable.require_positives()
+    if usable is not collection:
+        usable.say_left_out()
+    return usable
+
+
+def choose_negatives(
+    collection: Collection, ranking: Ranking, chooser: Chooser
+) -> tuple[dict[str, list[Choice]], dict[str, Document], Counter[str]]:
+    """Every query's negatives, all documents in the rows by id, and what was passed over for its text.
+
+    A document with the same text as a relevant one is an answer too, whatever its id, and one without text teaches
+    nothing. Texts are only known once documents are chosen, so such a choice is excluded and made again until there
+    is none.
+    """
+    passed_over: Counter[str] = Counter()
+    blank: set[str] = set()
+    chosen: dict[str, list[Choice]] = {}
+    documents: dict[str, Document] = {}
+    open_queries = ranking.query_ids
+    while open_queries:
+        for query_id in open_queries:
+            chosen[query_id] = chooser.choose(query_id, ranking)
+        wanted = {choice.doc_id for query_id in open_queries for choice in chosen[query_id]}
+        wanted |= {doc_id for query_id in open_queries for doc_id in ranking.positive_scores[query_id]}
+        found = collection.get_documents(wanted - documents.keys())
+        documents.update(found)
+        again = []
+        empty = {doc_id for doc_id in found if not documents[doc_id].text.strip()}
+        ranking.exclude_everywhere(empty)
+        blank |= empty
+        passed_over["document without text"] += len(empty)
+        for query_id in open_queries:
+            answers = {documents[doc_id].text for doc_id in ranking.positive_scores[query_id]}
+            copies = {choice.doc_id for choice in chosen[query_id] if documents[choice.doc_id].text in answers}
+            ranking.exclude(query_id, copies)
+            passed_over["same text as a relevant document"] += len(copies)
+            if copies or any(choice.doc_id in blank for choice in chosen[query_id]):
+                again.append(query_id)
+        open_queries = again
+    return chosen, documents, passed_over
+
+
+def needs_of(chosen: dict[str, list[Choice]], positives: dict[str, list[tuple[str, float]]]) -> Iterator[Need]:
+    """Every row's negatives."""
+    for query_id, choices in chosen.items():
+        for positive_id, _ in positives[query_id]:
+            yield from (Need(query_id, positive_id, choice.doc_id) for choice in choices)
+
+
+def make_rows(
+    collection: Collection,
+    chosen: dict[str, list[Choice]],
+    positives: dict[str, list[tuple[str, float]]],
+    documents: dict[str, Document],
+    queries: dict[Need, tuple[NegativeQuery, ...]],
+) -> list[TrainingRow]:
+    """A row for each query and each of its positives, with the queries that its negatives have in that row."""
+
+    def negative(choice: Choice, query_id: str, positive_id: str) -> Negative:
+        found = queries.get(Need(query_id, positive_id, choice.doc_id), ())
+        return Negative(
+            choice.doc_id,
+            documents[choice.doc_id].text,
+            choice.rank,
+            choice.score,
+            choice.source,
+            tuple(query.text for query in found),
+            tuple(query.source for query in found),
+            tuple(query.weight for query in found),
+        )
+
+    return [
+        TrainingRow(
+            query_id,
+            collection.queries[query_id],
+            positive_id,
+            documents[positive_id].text,
+            score,
+            tuple(negative(choice, query_id, positive_id) for choice in chosen[query_id]),
+        )
+        for query_id in chosen
+        for positive_id, score in positives[query_id]
+    ]
+
+
+def positives_of(
+    collection: Collection, ranking: Ranking, query_id: str, at_most: int | None
+) -> list[tuple[str, float]]:
+    """The query's relevant documents with their scores: all of them, or the best-judged."""
+    scored = list(ranking.positive_scores[query_id].items())
+    if at_most is None or len(scored) <= at_most:
+        return scored
+    grades = collection.judgments[query_id]
+    return sorted(scored, key=lambda pair: (-grades[pair[0]], -pair[1]))[:at_most]
