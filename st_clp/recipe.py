@@ -22,14 +22,20 @@ from transformers import set_seed
 from evaluators import CollectionEvaluator
 from evaluators.saving import save_parts
 from st_clp.data import Collection
-from st_clp.mining import MiningOptions, mine
+from st_clp.mining import AnceCallback, MiningOptions, mine, plot_refreshes
 from st_clp.mining.rows import read_rows, to_dataset, write_rows
 from st_clp.moe import expert_usage, is_moe, load, train_only, upcycle
 from st_clp.report import METRICS, machine, print_scores, versions, write_card
 from st_clp.rundir import RunDirectory, slug, write_json
 from st_clp.settings import RunSettings
 from st_clp.splits import load_collections
-from st_clp.training import check_training_arguments, load_base_model, load_cross_encoder, make_trainer
+from st_clp.training import (
+    check_training_arguments,
+    load_base_model,
+    load_cross_encoder,
+    make_refresh,
+    make_trainer,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -188,15 +194,16 @@ class _Run:
             )
         trainable = train_only(model, settings.what_trains)
         self.console.print(f"  {trainable}")
+        collections = {slug(collection.name): collection for collection in self.collections.train}
+        rows = {name: read_rows(self._rows_file(collection)) for name, collection in collections.items()}
         datasets = {
-            slug(collection.name): to_dataset(
-                read_rows(self._rows_file(collection)),
-                num_negatives=settings.num_negatives,
-                queries_per_negative=settings.queries_per_negative,
+            name: to_dataset(
+                found, num_negatives=settings.num_negatives, queries_per_negative=settings.queries_per_negative
             )
-            for collection in self.collections.train
+            for name, found in rows.items()
         }
-        trainer = make_trainer(model, datasets, settings, self.directory.work / "checkpoints")
+        refresh = make_refresh(collections, rows, self.mining_options, settings)
+        trainer = make_trainer(model, datasets, settings, self.directory.work / "checkpoints", refresh)
         checkpoint = self.directory.last_checkpoint()
         if checkpoint is not None:
             self.console.print(f"  going on from {checkpoint.name}")
@@ -211,7 +218,21 @@ class _Run:
             "steps": trainer.state.global_step,
             "bf16": trainer.args.bf16,
             "history": history,
+            "refreshes": self._refreshes(refresh),
         }
+
+    def _refreshes(self, refresh: AnceCallback | None) -> list[dict[str, Any]]:
+        """The account of each refresh, drawn too; empty where negatives were mined once."""
+        if refresh is None:
+            return []
+        failed = sum(found["status"] == "failed" for found in refresh.refreshes)
+        used = sum(found["status"] == "used" for found in refresh.refreshes)
+        self.console.print(f"  negatives refreshed {used} times" + (f"; {failed} refreshes failed" if failed else ""))
+        try:
+            plot_refreshes(refresh.refreshes, self.directory.work / "refreshes.png")
+        except (ModuleNotFoundError, ValueError) as error:
+            self.console.print(f"  no picture of the refreshes: {error}")
+        return refresh.refreshes
 
     def _report(self, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
         return {

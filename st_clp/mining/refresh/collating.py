@@ -11,7 +11,6 @@ from __future__ import annotations
 import uuid
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from accelerate.utils import send_to_device
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from st_clp.mining.refresh.generation import Generation
+from st_clp.mining.refresh.layout import Layout
 
 ROW = "row"
 """The column of a training set that says which row of a generation belongs to it."""
@@ -26,22 +26,17 @@ ROW = "row"
 Features = list[dict[str, Any]]
 
 
-def generation_folder(folder: Path, step: int) -> Path:
-    """Where the generation is that the weights after so many steps mined; that of step 0 is what there was before."""
-    return folder / "negatives" / f"step-{step:08d}"
-
-
 class Negatives:
     """Which generation is in use, for this process and the data loader's workers.
 
     Args:
-        folder: The refreshes' folder.
+        layout: Where the files lie.
         collections: How many collections there are.
         columns: The columns that a refresh replaces.
     """
 
-    def __init__(self, folder: Path, collections: int, columns: list[str]) -> None:
-        self._folder = folder
+    def __init__(self, layout: Layout, collections: int, columns: list[str]) -> None:
+        self._layout = layout
         self._collections = collections
         self._columns = columns
         # Shared memory: a worker process sees at once what this one uses.
@@ -79,7 +74,7 @@ class Negatives:
         if self._open[0] != step:
             self._open = (
                 step,
-                Generation(generation_folder(self._folder, step), self._collections) if step else None,
+                Generation(self._layout.negatives(step), self._collections) if step else None,
             )
         return self._open[1]
 

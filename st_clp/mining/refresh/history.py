@@ -104,10 +104,10 @@ def write_journal(path: Path, history: History) -> None:
     beside.replace(path)
 
 
-def used_after_checkpoint(path: Path, step: int) -> int | None:
-    """When a run that was killed put the refresh of ``step`` to use, as its journal says; None where it did not."""
+def used_after(path: Path, step: int) -> dict[int, int]:
+    """The refreshes that a run which was killed put to use after a step, as its journal says: step to used_from."""
     try:
         journal = History.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
-        return None  # none, or broken when the disk was full: the refresh is used when it is due
-    return next((refresh.used_from for refresh in journal.refreshes if refresh.step == step), None)
+        return {}  # none, or broken when the disk was full: every refresh is used when it is due
+    return {r.step: r.used_from for r in journal.refreshes if r.used_from is not None and r.used_from > step}
