@@ -143,6 +143,7 @@ class AnceCallback(TrainerCallback):
         self, args: Any, state: Any, control: Any, model: Any = None, train_dataloader: Any = None, **kwargs: Any
     ) -> None:
         """Prepare the folder, or take up what a checkpoint says."""
+        self.close()
         if getattr(args, "fsdp", None) or getattr(args, "deepspeed", None):
             raise ValueError("AnceCallback needs the whole model in each process: no FSDP and no DeepSpeed")
         layout = self._layout = Layout(self._folder or Path(args.output_dir) / "ance")
@@ -207,11 +208,18 @@ class AnceCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End the process beside, and remove what is of no use any more."""
-        self._running.close()
-        if self._threads_before is not None:
-            torch.set_num_threads(self._threads_before)
+        self._running.finish()
+        self.close()
         if self._processes.first:
             shutil.rmtree(self._layout.embeddings, ignore_errors=True)
+
+    def close(self) -> None:
+        """End the process that mines beside; needed only after a training that an error ended, to end it at once."""
+        if self._refresher is not None:
+            self._refresher.close()
+        if self._threads_before is not None:
+            torch.set_num_threads(self._threads_before)
+            self._threads_before = None
 
     @property
     def _running(self) -> Refresher:
@@ -232,7 +240,6 @@ class AnceCallback(TrainerCallback):
 
         A sum over another number of threads can differ in its last bit, so the number must not change in between.
         """
-        self._threads_before = None
         beside = torch.device(self._device or free_device(model.device))
         if self._asynchronous and model.device.type == beside.type == "cpu":
             self._threads_before = torch.get_num_threads()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -124,6 +125,8 @@ class MinerBeside:
 
     def begin(self, step: int, previous: int) -> None:
         """Copy the weights, and have them mined."""
+        # A run that was stopped may have mined this step too, with weights that may differ in their last bits.
+        shutil.rmtree(self._layout.negatives(step), ignore_errors=True)
         snapshot.write_trained(self._what.model, self._layout.snapshot(step))
         self.take_up(step, previous)
 

@@ -138,9 +138,12 @@ class Refresher:
             self._settle(refresh)
 
     def close(self) -> None:
-        """End mining, and count a refresh that came too late."""
+        """End mining."""
         if self._miner is not None:
             self._miner.close()
+
+    def finish(self) -> None:
+        """Training is over: count a refresh that came too late."""
         pending = self.history.pending
         if pending is not None:
             pending.status = "unused"
