@@ -7,20 +7,21 @@ writes its batches and refreshes as JSON to ``OUTPUT/process-RANK.json``.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+SAVING = {"save_strategy": "steps", "save_steps": 5}
 WORDS = "river lake mountain city country money bank language people capital red blue green old new big small".split()
 
 
-@dataclass
+@dataclasses.dataclass
 class Trained:
     """What a training was."""
 
@@ -72,6 +73,7 @@ def train(
     *,
     seeds: Sequence[int] = (0,),
     options: dict[str, Any] | None = None,
+    first_options: dict[str, Any] | None = None,
     every: int | str | None = 3,
     patient: bool = False,
     before: Sequence[Any] = (),
@@ -103,7 +105,8 @@ def train(
     rows = {}
     for name, collection in collections.items():
         # What training begins with comes from another model, so that the first refresh changes it.
-        found = mine(first_model(model), collection, mining, dtype="model", show_progress_bar=False).rows
+        first = dataclasses.replace(mining, **(first_options or {}))
+        found = mine(first_model(model), collection, first, dtype="model", show_progress_bar=False).rows
         rows[name] = to_dataset(found, num_negatives=2, queries_per_negative=mining.queries_per_negative, details=True)
     batches: list[list[list[str]]] = []
 
@@ -143,8 +146,7 @@ def train(
                 "learning_rate": 3e-3,
                 "use_cpu": True,
                 "seed": 5,
-                "save_strategy": "steps",
-                "save_steps": 5,
+                "save_strategy": "no",
                 "logging_steps": 2,
                 "report_to": "none",
                 "disable_tqdm": True,

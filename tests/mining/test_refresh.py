@@ -104,15 +104,17 @@ def test_a_resumed_run_has_the_batches_of_one_that_was_not_stopped(
     model = make_tiny_model(dropout=0.2)  # so that a random number too many would show
     path = tmp_path / "start"
     model.save(str(path))
-    whole = refresh_run.train(path, tmp_path / "whole")
+    whole = refresh_run.train(path, tmp_path / "whole", arguments=refresh_run.SAVING)
 
     def stop(state: Any, model: Any) -> None:
         if state.global_step == 8:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        refresh_run.train(path, tmp_path / "stopped", after=[probe(refresh_run, on_step_begin=stop)])
-    resumed = refresh_run.train(path, tmp_path / "stopped", resume=True)
+        refresh_run.train(
+            path, tmp_path / "stopped", after=[probe(refresh_run, on_step_begin=stop)], arguments=refresh_run.SAVING
+        )
+    resumed = refresh_run.train(path, tmp_path / "stopped", resume=True, arguments=refresh_run.SAVING)
     assert resumed.batches == whole.batches[5:]
     described = [{k: v for k, v in r.items() if k != "seconds"} for r in resumed.ance.refreshes]
     assert described == [{k: v for k, v in r.items() if k != "seconds"} for r in whole.ance.refreshes]
@@ -123,7 +125,7 @@ def test_a_resumed_run_has_the_batches_of_one_that_was_not_stopped(
 def test_a_checkpoint_whose_negatives_are_gone_is_refused(
     tiny_model_path: Path, tmp_path: Path, refresh_run: ModuleType
 ) -> None:
-    refresh_run.train(tiny_model_path, tmp_path)
+    refresh_run.train(tiny_model_path, tmp_path, arguments=refresh_run.SAVING)
     (tmp_path / "ance" / "negatives" / "step-00000003" / "account.json").unlink()
     with pytest.raises(RuntimeError, match=r"negatives of step 3.*start anew"):
         refresh_run.train(tiny_model_path, tmp_path, resume=str(tmp_path / "checkpoint-5"))
@@ -132,7 +134,9 @@ def test_a_checkpoint_whose_negatives_are_gone_is_refused(
 def test_negatives_that_no_checkpoint_needs_are_removed(
     tiny_model_path: Path, tmp_path: Path, refresh_run: ModuleType
 ) -> None:
-    refresh_run.train(tiny_model_path, tmp_path, arguments={"save_steps": 1, "save_total_limit": 2})
+    refresh_run.train(
+        tiny_model_path, tmp_path, arguments={**refresh_run.SAVING, "save_steps": 1, "save_total_limit": 2}
+    )
     left = sorted(path.name for path in (tmp_path / "ance" / "negatives").iterdir())
     assert left == ["step-00000000", "step-00000009"]
     assert not (tmp_path / "ance" / "embeddings").exists()
@@ -306,17 +310,17 @@ def test_the_account_counts_what_changed_and_what_scores_above_its_positive(
 def test_rows_that_mining_drops_keep_their_negatives(
     tiny_model: SentenceTransformer, tmp_path: Path, refresh_run: ModuleType, caplog: pytest.LogCaptureFixture
 ) -> None:
-    collection = refresh_run.make_collection()
-    rows = mine_hard_negatives(
-        tiny_model, collection, num_negatives=2, output_details=True, show_progress_bar=False, verbose=False
+    """No candidate is as far away as is asked for, so the refresh drops every query."""
+    strict = {"max_score": -2.0, "on_shortage": "drop"}
+    first = expected_columns(refresh_run.first_model(tiny_model), refresh_run.make_collection())
+    done = refresh_run.train(
+        tiny_model, tmp_path, options=strict, first_options={"max_score": None, "on_shortage": "relax"}, every=8
     )
-    strict = MiningOptions(num_negatives=2, max_score=-2.0, on_shortage="drop")
-    ance = AnceCallback(collection, rows, every=1, options=strict)
-    assert ance.train_dataset.column_names[-1] == "row"
-    loss_rows = refresh_run.train(
-        tiny_model, tmp_path, every=3, options={"max_score": -2.0, "on_shortage": "relax", "range_max": 8}
-    )
-    assert all(r["collections"]["collection"]["kept"] == 0 for r in loss_rows.ance.refreshes)
+    assert all(row == first[anchor] for batch in done.batches for anchor, row in rows_of(batch).items())
+    refresh = done.ance.refreshes[1]
+    assert refresh["status"] == "used"
+    assert (refresh["collections"]["collection"]["kept"], refresh["changed"]) == (16, 0)
+    assert "16 rows were not mined again and keep the negatives that they had" in caplog.text
 
 
 @pytest.mark.parametrize(
