@@ -207,7 +207,11 @@ class _Run:
         checkpoint = self.directory.last_checkpoint()
         if checkpoint is not None:
             self.console.print(f"  going on from {checkpoint.name}")
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            if refresh is not None:
+                refresh.close()
         model.save(str(self.directory.path))
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
         shutil.rmtree(self.directory.work / "checkpoints", ignore_errors=True)

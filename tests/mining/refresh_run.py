@@ -1,8 +1,8 @@
 """A small training with refreshed negatives that writes down its batches; loaded by conftest.py, and run as a script.
 
-``refresh_run.py JOB`` reads a JSON file: the arguments of :func:`train`, ``"processes"`` where it is to be several
-gloo processes, and ``"kill_at"`` where the process is to kill itself at the beginning of that step. Each process
-writes its batches and refreshes as JSON to ``OUTPUT/process-RANK.json``.
+``refresh_run.py JOB`` reads a JSON file: ``"runs"``, each the arguments of a :func:`train`, ``"processes"`` where it is
+to be several gloo processes, and ``"kill_at"`` where the process is to kill itself at the beginning of that step. Each
+process writes the batches and refreshes of each run as JSON to ``OUTPUT/process-RANK.json``.
 """
 
 from __future__ import annotations
@@ -86,20 +86,19 @@ def train(
     """Train, with 4 rows in a batch, for 3 epochs of 4 steps and more where there are more collections."""
     import torch
     from datasets import DatasetDict
-    from sentence_transformers import (
-        SentenceTransformer,
-        SentenceTransformerTrainer,
-        SentenceTransformerTrainingArguments,
-    )
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from transformers import TrainerCallback
 
-    from st_clp import AnceCallback, CLPLoss
+    from st_clp import AnceCallback, CLPLoss, load, train_only
     from st_clp.mining import DETAIL_COLUMNS, MiningOptions, mine
     from st_clp.mining.rows import to_dataset
+    from st_clp.moe import is_moe
 
     torch.set_num_threads(1)
     if isinstance(model, (str, Path)):
-        model = SentenceTransformer(str(model), device="cpu")
+        model = load(model, device="cpu")
+        if is_moe(model):
+            train_only(model, "moe")
     mining = MiningOptions(**{"num_negatives": 2, "range_max": 8, **(options or {})})
     collections = {f"toy {seed}": make_collection(seed) for seed in seeds}
     rows = {}
@@ -194,10 +193,11 @@ def work(rank: int, job: dict[str, Any], rendezvous: str | None) -> None:
         if state.global_step + 1 == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    output = Path(job.pop("output"))
-    done = train(job.pop("model"), output, after=[make_callback(TrainerCallback, on_step_begin=kill)], **job)
-    result = {"batches": done.batches, "refreshes": done.ance.refreshes}
-    (output / f"process-{rank}.json").write_text(json.dumps(result))
+    for run in job["runs"]:
+        output = Path(run.pop("output"))
+        done = train(run.pop("model"), output, after=[make_callback(TrainerCallback, on_step_begin=kill)], **run)
+        result = {"batches": done.batches, "refreshes": done.ance.refreshes}
+        (output / f"process-{rank}.json").write_text(json.dumps(result))
     if processes > 1:
         torch.distributed.destroy_process_group()
 

