@@ -219,7 +219,10 @@ class RunSettings:
                 f"experts={self.experts} with experts_per_token={self.experts_per_token}: a mixture needs at least "
                 "two experts and no fewer than each token goes to; 0 experts trains the dense model"
             )
-        _ = self.steps_between_refreshes
+        if self.steps_between_refreshes is None and self.refresh_async:
+            raise SettingsError("refresh_async needs refresh_every: after how many steps, or each epoch")
+        if self.refresh_lag is not None and not self.refresh_async:
+            raise SettingsError("refresh_lag is for refresh_async: otherwise new negatives are used at once")
         if self.experts == 0 and self.train in ("moe", "router"):
             raise SettingsError(f"train={self.train} needs experts; with experts=0 train intermediate, output or all")
 

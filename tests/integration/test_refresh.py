@@ -87,13 +87,18 @@ def test_a_run_that_mines_beside_ends_well_however_late_the_mining_is(
 
 
 @pytest.mark.parametrize(
-    ("value", "message"),
-    [("0", "refresh_every must be a number of steps, at least 1, or epoch, got '0'"), ("often", "got 'often'")],
+    ("arguments", "message"),
+    [
+        (["--refresh-every", "0"], "refresh_every must be a number of steps, at least 1, or epoch, got '0'"),
+        (["--refresh-every", "often"], "got 'often'"),
+        (["--refresh-async"], "refresh_async needs refresh_every"),
+        (["--refresh-every", "5", "--refresh-lag", "2"], "refresh_lag is for refresh_async"),
+    ],
 )
 def test_a_refresh_that_cannot_be_meant_is_refused(
-    tiny_model_path: Path, collection_path: Path, tmp_path: Path, value: str, message: str
+    tiny_model_path: Path, collection_path: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
-    result = run(tiny_model_path, collection_path, tmp_path / "out", "--refresh-every", value)
+    result = run(tiny_model_path, collection_path, tmp_path / "out", *arguments)
     assert result.exit_code == 1
     assert message in " ".join(result.output.split())
     assert not (tmp_path / "out").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import random
+import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.training_args import BatchSamplers
@@ -19,6 +23,9 @@ from transformers import TrainerCallback
 
 from st_clp import AnceCallback, mine_hard_negatives, train_only, upcycle
 from st_clp.mining import MiningOptions, mine, plot_refreshes
+from st_clp.mining.refresh.collating import Negatives
+from st_clp.mining.refresh.generation import write_first
+from st_clp.mining.refresh.layout import Layout
 from st_clp.mining.rows import to_dataset
 from st_clp.moe import expert_usage
 
@@ -321,6 +328,43 @@ def test_rows_that_mining_drops_keep_their_negatives(
     assert refresh["status"] == "used"
     assert (refresh["collections"]["collection"]["kept"], refresh["changed"]) == (16, 0)
     assert "16 rows were not mined again and keep the negatives that they had" in caplog.text
+
+
+@settings(max_examples=15, deadline=None)
+@given(sizes=st.lists(st.integers(1, 2500), min_size=1, max_size=3), data=st.data())
+def test_a_row_is_found_by_its_number_whatever_collections_there_are(sizes: list[int], data: st.DataObject) -> None:
+    """Through the files of a generation, which are written in blocks, as a data loader reads them."""
+    columns = ["anchor", "positive", "negative_1", "negative_query_1"]
+    datasets = {}
+    for which, size in enumerate(sizes):
+        texts = {column: [f"{column} {which} {i} ä\n" for i in range(size)] for column in columns}
+        details = {
+            "query_id": [f"q{i}" for i in range(size)],
+            "positive_id": [f"d{i}" for i in range(size)],
+            "positive_score": [0.5] * size,
+            "negative_ids": [[f"n{i}"] for i in range(size)],
+            "negative_ranks": [[None] for _ in range(size)],
+            "negative_scores": [[None] for _ in range(size)],
+            "negative_sources": [["random"] for _ in range(size)],
+        }
+        label = {"label": [[i / size] for i in range(size)]}
+        datasets[f"{which}"] = Dataset.from_dict({**texts, **label, **details})
+    with tempfile.TemporaryDirectory() as folder:
+        layout = Layout(Path(folder))
+        write_first(layout.negatives(7), datasets)
+        negatives = Negatives(layout, len(sizes), ["negative_1", "negative_query_1", "label"])
+        negatives.use(7)
+        number = data.draw(st.integers(0, sum(sizes) - 1))
+        which, within = 0, number
+        while within >= sizes[which]:
+            which, within = which + 1, within - sizes[which]
+        (row,) = negatives.fill([{"anchor": "kept", "negative_1": "old", "label": [0.0], "row": number}], 7)
+        assert row == {
+            "anchor": "kept",
+            "negative_1": f"negative_1 {which} {within} ä\n",
+            "negative_query_1": f"negative_query_1 {which} {within} ä\n",
+            "label": [within / sizes[which]],
+        }
 
 
 @pytest.mark.parametrize(
