@@ -75,8 +75,7 @@ def whole(
         if state.global_step == 8:
             for pid in mining_processes():
                 os.kill(pid, signal.SIGKILL)
-            while mining_processes():
-                time.sleep(0.02)
+                os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # it ends some time after, and these steps are short
 
     def wait(state: Any, model: Any) -> None:
         """Training so slow that what is not killed is there in time."""
