@@ -22,15 +22,17 @@ _PUBLIC = {
     "load": "st_clp.moe",
     "Collection": "st_clp.data",
     "mine_hard_negatives": "st_clp.mining",
+    "AnceCallback": "st_clp.mining",
 }
 
 if TYPE_CHECKING:
     from st_clp.data import Collection
     from st_clp.losses import CachedCLPLoss, CLPLoss
-    from st_clp.mining import mine_hard_negatives
+    from st_clp.mining import AnceCallback, mine_hard_negatives
     from st_clp.moe import MoETransformer, load, to_dense, train_only, upcycle
 
 __all__ = [
+    "AnceCallback",
     "CLPLoss",
     "CachedCLPLoss",
     "Collection",

@@ -22,7 +22,7 @@ from transformers import set_seed
 from evaluators import CollectionEvaluator
 from evaluators.saving import save_parts
 from st_clp.data import Collection
-from st_clp.mining import MiningOptions, mine
+from st_clp.mining import AnceCallback, MiningOptions, mine, plot_refreshes
 from st_clp.mining.negative_queries import QueryOptions, make_chain
 from st_clp.mining.rows import read_rows, to_dataset, write_rows
 from st_clp.moe import expert_usage, is_moe, load, train_only, upcycle
@@ -30,7 +30,13 @@ from st_clp.report import METRICS, machine, print_scores, versions, write_card
 from st_clp.rundir import RunDirectory, slug, write_json
 from st_clp.settings import RunSettings
 from st_clp.splits import load_collections
-from st_clp.training import check_training_arguments, load_base_model, load_cross_encoder, make_trainer
+from st_clp.training import (
+    check_training_arguments,
+    load_base_model,
+    load_cross_encoder,
+    make_refresh,
+    make_trainer,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +78,7 @@ class _Run:
         check_training_arguments(self.settings)
         self.mining_options = mining_options(self.settings)
         self.query_options = query_options(self.settings)
-        if self.directory.finished("mine") is None:
+        if self.directory.finished("train") is None:  # refreshing mines while training
             make_chain(self.settings.negative_queries, self.query_options).close()
         self.collections = load_collections(self.settings)
         if self.directory.finished("train") is None:
@@ -158,8 +164,7 @@ class _Run:
         settings = self.settings
         cross_encoder = load_cross_encoder(settings.cross_encoder)
         accounts = {}
-        query_store = settings.query_store or self.directory.query_store
-        with make_chain(settings.negative_queries, self.query_options, store=query_store) as chain:
+        with make_chain(settings.negative_queries, self.query_options, store=self._query_store()) as chain:
             for collection in self.collections.train:
                 mined = mine(
                     self._base_model(),
@@ -179,6 +184,9 @@ class _Run:
         shutil.rmtree(self.directory.work / "embeddings" / "before", ignore_errors=True)
         return {"accounts": accounts}
 
+    def _query_store(self) -> str | Path:
+        return self.settings.query_store or self.directory.query_store
+
     def _rows_file(self, collection: Collection) -> Path:
         return self.directory.work / "mined" / f"{slug(collection.name)}.jsonl"
 
@@ -196,19 +204,26 @@ class _Run:
             )
         trainable = train_only(model, settings.what_trains)
         self.console.print(f"  {trainable}")
+        collections = {slug(collection.name): collection for collection in self.collections.train}
+        rows = {name: read_rows(self._rows_file(collection)) for name, collection in collections.items()}
         datasets = {
-            slug(collection.name): to_dataset(
-                read_rows(self._rows_file(collection)),
-                num_negatives=settings.num_negatives,
-                queries_per_negative=settings.queries_per_negative,
+            name: to_dataset(
+                found, num_negatives=settings.num_negatives, queries_per_negative=settings.queries_per_negative
             )
-            for collection in self.collections.train
+            for name, found in rows.items()
         }
-        trainer = make_trainer(model, datasets, settings, self.directory.work / "checkpoints")
+        refresh = make_refresh(
+            collections, rows, self.mining_options, settings, self.query_options, self._query_store()
+        )
+        trainer = make_trainer(model, datasets, settings, self.directory.work / "checkpoints", refresh)
         checkpoint = self.directory.last_checkpoint()
         if checkpoint is not None:
             self.console.print(f"  going on from {checkpoint.name}")
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            if refresh is not None:
+                refresh.close()
         model.save(str(self.directory.path))
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
         shutil.rmtree(self.directory.work / "checkpoints", ignore_errors=True)
@@ -219,7 +234,21 @@ class _Run:
             "steps": trainer.state.global_step,
             "bf16": trainer.args.bf16,
             "history": history,
+            "refreshes": self._refreshes(refresh),
         }
+
+    def _refreshes(self, refresh: AnceCallback | None) -> list[dict[str, Any]]:
+        """The account of each refresh, drawn too; empty where negatives were mined once."""
+        if refresh is None:
+            return []
+        failed = sum(found["status"] == "failed" for found in refresh.refreshes)
+        used = sum(found["status"] == "used" for found in refresh.refreshes)
+        self.console.print(f"  negatives refreshed {used} times" + (f"; {failed} refreshes failed" if failed else ""))
+        try:
+            plot_refreshes(refresh.refreshes, self.directory.work / "refreshes.png")
+        except (ModuleNotFoundError, ValueError) as error:
+            self.console.print(f"  no picture of the refreshes: {error}")
+        return refresh.refreshes
 
     def _report(self, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
         return {

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -27,6 +27,7 @@ def option(default: Any, help: str, group: str, *, choices: tuple[str, ...] | No
 
 DATA, MINING, QUERIES, LOSS = "Data", "Mining", "Queries of negatives", "Loss"
 MODEL, TRAINING = "Mixture of experts", "Training"
+REFRESH = "Refreshing negatives while training"
 
 
 NO_LIMIT = float("inf")
@@ -61,6 +62,8 @@ LIMITS: dict[str, tuple[float, float]] = {
     "batch_size": (1, NO_LIMIT),
     "learning_rate": (0, NO_LIMIT),
     "warmup": (0, NO_LIMIT),
+    "refresh_lag": (0, NO_LIMIT),
+    "refresh_threads": (1, NO_LIMIT),
 }
 
 
@@ -232,12 +235,38 @@ class RunSettings:
         {}, "Any other argument of SentenceTransformerTrainingArguments, as NAME=VALUE.", TRAINING
     )
 
+    refresh_every: str | None = option(
+        None,
+        "Mine again with the weights as they are after every so many steps, or each epoch. By default once, before "
+        "training.",
+        REFRESH,
+    )
+    refresh_async: bool = option(
+        False, "Mine in another process while training goes on; what it found is used --refresh-lag later.", REFRESH
+    )
+    refresh_lag: int | None = option(
+        None,
+        "With --refresh-async, after how many steps the new negatives are used. By default as many as lie between "
+        "refreshes. 0: as soon as they are there, which no second run repeats.",
+        REFRESH,
+    )
+    refresh_threads: int = option(
+        1, "With --refresh-async on a processor, threads to mine with; training has as many fewer.", REFRESH
+    )
+    refresh_device: str | None = option(
+        None,
+        "With --refresh-async, what to mine on, such as cuda:1. By default a free GPU, or where it trains.",
+        REFRESH,
+    )
+
     def __post_init__(self) -> None:
         """Check kinds, choices and ranges.
 
         Raises:
             SettingsError: A value that cannot be meant.
         """
+        if isinstance(self.refresh_every, int):  # a YAML file gives a number
+            self.refresh_every = str(self.refresh_every)
         for item in fields(self):
             self._check_kind(item)
             choices, value = item.metadata["choices"], getattr(self, item.name)
@@ -253,6 +282,10 @@ class RunSettings:
                 f"experts={self.experts} with experts_per_token={self.experts_per_token}: a mixture needs at least "
                 "two experts and no fewer than each token goes to; 0 experts trains the dense model"
             )
+        if self.steps_between_refreshes is None and self.refresh_async:
+            raise SettingsError("refresh_async needs refresh_every: after how many steps, or each epoch")
+        if self.refresh_lag is not None and not self.refresh_async:
+            raise SettingsError("refresh_lag is for refresh_async: otherwise new negatives are used at once")
         if self.experts == 0 and self.train in ("moe", "router"):
             raise SettingsError(f"train={self.train} needs experts; with experts=0 train intermediate, output or all")
 
@@ -284,6 +317,16 @@ class RunSettings:
         if self.learning_rate is not None:
             return self.learning_rate
         return 2e-5 if self.what_trains == "all" else 1e-4
+
+    @property
+    def steps_between_refreshes(self) -> int | Literal["epoch"] | None:
+        """``refresh_every`` as a number, ``"epoch"``, or None for no refresh."""
+        every = self.refresh_every
+        if every is None or every == "epoch":
+            return every  # type: ignore[return-value]
+        if not every.isdigit() or int(every) < 1:
+            raise SettingsError(f"refresh_every must be a number of steps, at least 1, or epoch, got {every!r}")
+        return int(every)
 
     def require(self, *names: str) -> None:
         """Raise a SettingsError that names the first of these settings that is empty."""

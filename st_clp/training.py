@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import logging
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +21,16 @@ from transformers import ProgressCallback
 
 from st_clp.encoding import hardware_has_bf16
 from st_clp.losses import CachedCLPLoss, CLPLoss
+from st_clp.mining import AnceCallback, MiningOptions, TrainingRow
+from st_clp.mining.rows import to_dataset
 from st_clp.settings import RunSettings, SettingsError
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
     from sentence_transformers import CrossEncoder
+
+    from st_clp.data import Collection
+    from st_clp.mining.negative_queries import QueryOptions
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +97,7 @@ def make_trainer(
     datasets: Mapping[str, Dataset],
     settings: RunSettings,
     checkpoints: Path,
+    refresh: AnceCallback | None = None,
 ) -> SentenceTransformerTrainer:
     """The Trainer of a run. Each collection is a dataset of its own, so that a batch holds one language.
 
@@ -99,6 +106,7 @@ def make_trainer(
         datasets: Collection name to training rows in CLPLoss's columns.
         settings: The run's settings.
         checkpoints: Folder for checkpoints.
+        refresh: What refreshes the negatives; its ``train_dataset`` is trained on.
 
     Raises:
         SettingsError: A training argument cannot be used here.
@@ -111,12 +119,62 @@ def make_trainer(
     trainer = SentenceTransformerTrainer(
         model=model,
         args=make_arguments(model, settings, checkpoints, columns, steps=max(1, int(steps))),
-        train_dataset=rows,
+        train_dataset=rows if refresh is None else refresh.train_dataset,
         loss=make_loss(model, settings),
+        callbacks=[refresh] if refresh is not None else None,
     )
+    if refresh is not None:
+        refresh.log = trainer.log
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(LossInProgressBar)
     return trainer
+
+
+def make_refresh(
+    collections: Mapping[str, Collection],
+    rows: Mapping[str, Iterable[TrainingRow]],
+    options: MiningOptions,
+    settings: RunSettings,
+    query_options: QueryOptions,
+    query_store: str | os.PathLike[str],
+) -> AnceCallback | None:
+    """What refreshes the negatives as the settings have it; None where they are mined once.
+
+    Args:
+        collections: Name to collection.
+        rows: The same names, to the rows that training begins with.
+        options: What they were mined with.
+        settings: The run's settings.
+        query_options: How their queries were made.
+        query_store: What keeps the queries that are generated.
+    """
+    if settings.steps_between_refreshes is None:
+        return None
+    datasets = {
+        name: to_dataset(
+            found,
+            num_negatives=settings.num_negatives,
+            queries_per_negative=settings.queries_per_negative,
+            details=True,
+        )
+        for name, found in rows.items()
+    }
+    return AnceCallback(
+        collections,
+        datasets,
+        every=settings.steps_between_refreshes,
+        options=options,
+        asynchronous=settings.refresh_async,
+        lag=settings.refresh_lag,
+        threads=settings.refresh_threads,
+        device=settings.refresh_device,
+        dtype=settings.encode_dtype,
+        batch_size=settings.encode_batch_size,
+        cross_encoder=load_cross_encoder(settings.cross_encoder),
+        negative_queries=settings.negative_queries,
+        query_options=query_options,
+        query_store=query_store,
+    )
 
 
 class LossInProgressBar(ProgressCallback):

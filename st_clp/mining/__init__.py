@@ -3,10 +3,12 @@
 from st_clp.mining.account import MiningAccount
 from st_clp.mining.miner import MinedNegatives, mine, mine_hard_negatives
 from st_clp.mining.options import MiningOptions
+from st_clp.mining.refresh import AnceCallback, plot_refreshes
 from st_clp.mining.rows import DETAIL_COLUMNS, Negative, TrainingRow
 
 __all__ = [
     "DETAIL_COLUMNS",
+    "AnceCallback",
     "MinedNegatives",
     "MiningAccount",
     "MiningOptions",
@@ -14,4 +16,5 @@ __all__ = [
     "TrainingRow",
     "mine",
     "mine_hard_negatives",
+    "plot_refreshes",
 ]

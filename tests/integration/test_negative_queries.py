@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGene
 from typer.testing import CliRunner, Result
 
 from st_clp import cli
+from st_clp.mining import mine
 from st_clp.mining.negative_queries import LocalQueries
 from st_clp.mining.rows import read_rows
 
@@ -71,6 +72,33 @@ def test_a_run_with_queries_by_a_local_model(
     assert result.exit_code == 0, result.output
     again = json.loads((output / "report.json").read_text())["mining"][f"{collection_path}/train"]
     assert again["query_sources"] == mined["query_sources"]
+
+
+def test_refreshed_negatives_have_queries_of_the_same_sources(
+    tiny_model_path: Path, collection_path: Path, writer_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accounts = []
+
+    def recorded(*arguments: Any, **options: Any) -> Any:
+        found = mine(*arguments, **options)
+        accounts.append((options["query_store"], found.account.query_sources))
+        return found
+
+    monkeypatch.setattr("st_clp.mining.refresh.generation.mine", recorded)
+    output = tmp_path / "out"
+    result = invoke(
+        *("--model", tiny_model_path, "--collection", collection_path, "--output", output, "--epochs", 1, "--no-bf16"),
+        *("--num-negatives", 2, "--query-max-tokens", 8, "--no-prefer-known-queries", "--refresh-every", 4),
+        *("--training-arg", "disable_tqdm=true", "--negative-queries", f"judgments,local:{writer_path}"),
+    )
+    assert result.exit_code == 0, result.output
+    refreshes = json.loads((output / "report.json").read_text())["training"]["refreshes"]
+    assert [refresh["status"] for refresh in refreshes] == ["first", *["used"] * len(accounts)]
+    assert len(accounts) > 0
+    for store, sources in accounts:
+        assert Path(store).is_file()
+        assert set(sources) == {"judgments", "local"}
+        assert min(sources.values()) > 0
 
 
 def test_a_source_that_is_not_there_is_said_before_anything_is_done(

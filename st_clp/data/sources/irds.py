@@ -32,6 +32,10 @@ class IrdsCorpus(Corpus):
                 f"{', '.join(dataset.docs_cls()._fields)}"
             )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # What ir_datasets makes of a dataset cannot be pickled; its id says all there is to know.
+        return _reopen, (self._dataset.dataset_id(), self._fields)
+
     def _text(self, document: Any) -> str:
         if not self._fields:
             return document.default_text()
@@ -72,6 +76,10 @@ class IrdsCorpus(Corpus):
 
     def expected_size(self) -> int | None:
         return self._dataset.docs_count()
+
+
+def _reopen(dataset_id: str, text_fields: Sequence[str]) -> IrdsCorpus:
+    return IrdsCorpus(_load(dataset_id), text_fields)
 
 
 def recognises(source: str) -> bool:

@@ -1,0 +1,292 @@
+"""Refresh the hard negatives while training goes on.
+
+Xiong et al. (2021), Approximate Nearest Neighbor Negative Contrastive Learning for Dense Text Retrieval,
+arXiv:2007.00808: the negatives come from the model as it is, not as it was before training.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from sentence_transformers import SentenceTransformer
+from transformers import TrainerCallback
+
+from st_clp.data import Collection
+from st_clp.mining.miner import mine
+from st_clp.mining.options import MiningOptions
+from st_clp.mining.refresh.account import MEASURES
+from st_clp.mining.refresh.collating import Negatives, RefreshingCollator
+from st_clp.mining.refresh.dataset import columns_to_refresh, mining_options_of, named, to_train_on
+from st_clp.mining.refresh.generation import is_whole, write_first
+from st_clp.mining.refresh.history import Refresh
+from st_clp.mining.refresh.layout import Layout
+from st_clp.mining.refresh.miners import Miner, MinerBeside, MinerHere, What, free_device
+from st_clp.mining.refresh.processes import Processes
+from st_clp.mining.refresh.refresher import Refresher
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+logger = logging.getLogger(__name__)
+
+STATE = "st_clp.refreshes"
+"""Where in the Trainer's state, and so in a checkpoint, the history is kept."""
+
+
+class AnceCallback(TrainerCallback):
+    """Mine the hard negatives of a training set anew while it is trained on, with the model as it is then.
+
+    Every ``every`` steps the current weights mine, and the batches after that have the new negatives, their queries
+    and the weights of these. Rows, their order and their number stay as they are, and so does what the Trainer's
+    sampler does: a batch sampler without duplicates looks at the negatives that training began with.
+
+    Synchronously, training stands still while the model mines. Asynchronously (as in the ANCE paper), a copy of the
+    weights is mined by another process, and training goes on with the negatives that it has: what was begun at step s
+    is used from step s + ``lag``, or as soon after as it is there. A fixed lag is what makes a run repeatable.
+
+    A run that is resumed from a checkpoint, in the middle of a refresh too, has the same batches as one that was not
+    stopped: the checkpoint says which negatives are in use, and the refresh that was under way is taken up from the
+    same weights. A resumed run waits for it at the step where it is due, and what the run that was stopped had used
+    late, because mining took longer than ``lag``, it uses at the same step.
+
+    A refresh that fails, because the disk is full or the process was killed, is logged as an error and counted, and
+    training goes on with the negatives it has. The next refresh tries again.
+
+    Among several processes (DDP) the first one mines and all use what it found; they must share the folder.
+
+    Args:
+        collections: The collection that the rows were mined from; or a mapping of names to collections.
+        rows: The rows that training begins with, from :func:`st_clp.mine_hard_negatives` with
+            ``output_details=True``; or a mapping with the same names as ``collections``.
+        every: Steps between two refreshes; or ``"epoch"``.
+        options: What to mine. None: as many negatives and queries as the rows have, and the defaults otherwise. Give
+            the options that the rows were mined with.
+        asynchronous: Mine in another process while training goes on.
+        lag: Asynchronous: after how many steps the negatives are used. None: as many as lie between refreshes.
+            0: as soon as they are there, which no other run will repeat.
+        threads: Asynchronous on a processor: threads to mine with. While training on a processor, it has as many
+            fewer, from its first step to its last, so that the two do not disturb each other.
+        device: Asynchronous: what to mine on. None: a GPU that training does not use, or else what it uses.
+        folder: Where negatives, snapshots and embeddings are kept while they are needed. None: ``ance`` in the
+            Trainer's ``output_dir``.
+        **mining: Further arguments of :func:`st_clp.mining.mine`: ``dtype``, ``batch_size``, ``cross_encoder`` …
+
+    Attributes:
+        train_dataset: What to give the Trainer: the rows, with their numbers in a column ``row``; a ``DatasetDict``
+            where there are several collections.
+        refreshes: What became of each refresh (a list of dictionaries): the ``step`` whose weights mined, its
+            ``status``, the step from which it was ``used_from``, its ``age`` in steps by then, ``seconds`` of mining,
+            the share of negatives that ``changed``, ``mean_positive_score`` and ``mean_negative_score``, the share of
+            negatives ``above_positive`` (which may be answers), and the same for each of the ``collections``. The
+            first entry is about the rows that training began with. :func:`st_clp.mining.plot_refreshes` draws it.
+        log: Called with the account of each refresh. Set it to ``trainer.log`` to have the account sent wherever the
+            Trainer reports to; by default it goes to ``trainer.state.log_history`` alone. Every log of the Trainer
+            gets ``negatives_age``, how many steps ago the negatives in use were mined.
+
+    Raises:
+        ValueError: An option is out of range, or rows and collections do not belong together.
+
+    Example::
+
+        rows = mine_hard_negatives(model, train, num_negatives=4, output_details=True)
+        ance = AnceCallback(train, rows, every=500, asynchronous=True)
+        trainer = SentenceTransformerTrainer(
+            model=model, args=args, train_dataset=ance.train_dataset, loss=CLPLoss(model), callbacks=[ance]
+        )
+        trainer.train()
+    """
+
+    def __init__(
+        self,
+        collections: Collection | Mapping[str, Collection],
+        rows: Dataset | Mapping[str, Dataset],
+        *,
+        every: int | Literal["epoch"] = "epoch",
+        options: MiningOptions | None = None,
+        asynchronous: bool = False,
+        lag: int | None = None,
+        threads: int = 1,
+        device: str | None = None,
+        folder: str | Path | None = None,
+        **mining: Any,
+    ) -> None:
+        if every != "epoch" and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
+            raise ValueError(f'every must be a number of steps, at least 1, or "epoch", got {every!r}')
+        if (lag is not None and lag < 0) or threads < 1:
+            raise ValueError(f"lag must be at least 0 and threads at least 1, got lag={lag} and threads={threads}")
+        known = inspect.signature(mine).parameters.keys() - {"model", "collection", "options", "store_dir"}
+        for name in mining.keys() - known:
+            raise ValueError(f"AnceCallback knows no {name!r}, and mine takes {', '.join(sorted(known))}")
+        self._collections, self._rows = named(collections, rows)
+        self._options = mining_options_of(self._rows, options)
+        self._every, self._asynchronous, self._lag = every, asynchronous, lag
+        self._threads, self._device = threads, device
+        self._folder = Path(folder) if folder is not None else None
+        self._mining = mining
+        self._refresher: Refresher | None = None
+        self._threads_before: int | None = None
+        self.log: Callable[[dict[str, float]], None] | None = None
+        self.train_dataset: Dataset | DatasetDict = to_train_on(self._rows)
+
+    @property
+    def refreshes(self) -> list[dict[str, Any]]:
+        """What became of each refresh."""
+        return [refresh.describe() for refresh in self._refresher.history.refreshes] if self._refresher else []
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, train_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        """Prepare the folder, or take up what a checkpoint says."""
+        self.close()
+        if getattr(args, "fsdp", None) or getattr(args, "deepspeed", None):
+            raise ValueError("AnceCallback needs the whole model in each process: no FSDP and no DeepSpeed")
+        layout = self._layout = Layout(self._folder or Path(args.output_dir) / "ance")
+        processes = self._processes = Processes()
+        self._negatives = Negatives(layout, len(self._collections), columns_to_refresh(self._rows))
+        stored = state.stateful_callbacks.get(STATE) if state.global_step else None
+        miner = None
+        if processes.first:
+            if stored is None:
+                layout.clear()
+            if not is_whole(layout.negatives(0)):
+                write_first(layout.negatives(0), self._rows)
+            miner = self._make_miner(model, show_progress_bar=not args.disable_tqdm)
+        processes.share(None)  # none reads before the first has written
+        self._leave_threads(model)
+        self._refresher = Refresher(
+            layout,
+            processes,
+            self._negatives,
+            miner,
+            asynchronous=self._asynchronous,
+            record=lambda history: state.stateful_callbacks.update({STATE: history}),
+            report=lambda refresh: self._say(refresh, state),
+        )
+        if stored is None:
+            self._refresher.start()
+        else:
+            self._refresher.take_up(stored, state.global_step)
+        self._collator = _refresh_batches(train_dataloader, self._negatives)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """See that the batch has the negatives that are in use."""
+        if self._collator.given != self._negatives.step:
+            raise RuntimeError(
+                f"step {state.global_step + 1} was given negatives of step {self._collator.given}, though those of "
+                f"step {self._negatives.step} are in use: this version of accelerate moves batches to the device at "
+                "another time than AnceCallback knows"
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Use a refresh that is due, and begin one."""
+        step = state.global_step
+        self._running.use_what_is_due(step)
+        between = self._steps_between(state)
+        if between is not None:
+            self._running.begin(step, step + (between if self._lag is None else self._lag), state.max_steps)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Remove negatives that neither this run nor any checkpoint needs."""
+        if self._processes.first:
+            checkpoints = [path.name.rpartition("-")[2] for path in Path(args.output_dir).glob("checkpoint-*")]
+            oldest = min((int(step) for step in checkpoints if step.isdigit()), default=state.global_step)
+            self._layout.remove_before(self._running.history.in_use_at(oldest))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Say how old the negatives in use are, in steps."""
+        if logs is None or self._refresher is None:
+            return
+        logs["negatives_age"] = state.global_step - self._refresher.history.current.step
+        if state.log_history:
+            state.log_history[-1]["negatives_age"] = logs["negatives_age"]
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End the process beside, and remove what is of no use any more."""
+        self._running.finish()
+        self.close()
+        if self._processes.first:
+            shutil.rmtree(self._layout.embeddings, ignore_errors=True)
+
+    def close(self) -> None:
+        """End the process that mines beside; needed only after a training that an error ended, to end it at once."""
+        if self._refresher is not None:
+            self._refresher.close()
+        if self._threads_before is not None:
+            torch.set_num_threads(self._threads_before)
+            self._threads_before = None
+
+    @property
+    def _running(self) -> Refresher:
+        if self._refresher is None:
+            raise RuntimeError("AnceCallback has seen no beginning of a training")
+        return self._refresher
+
+    def _make_miner(self, model: SentenceTransformer, *, show_progress_bar: bool) -> Miner:
+        mining = {"show_progress_bar": show_progress_bar, **self._mining}
+        what = What(model, self._collections, self._options, mining)
+        if not self._asynchronous:
+            return MinerHere(what, self._layout)
+        device = self._device or free_device(model.device)
+        return MinerBeside(what, self._layout, device=device, threads=self._threads)
+
+    def _leave_threads(self, model: SentenceTransformer) -> None:
+        """Give the process beside its share of the processor, from the first step to the last.
+
+        A sum over another number of threads can differ in its last bit, so the number must not change in between.
+        """
+        beside = torch.device(self._device or free_device(model.device))
+        if self._asynchronous and model.device.type == beside.type == "cpu":
+            self._threads_before = torch.get_num_threads()
+            torch.set_num_threads(max(1, self._threads_before - self._threads))
+
+    def _steps_between(self, state: Any) -> int | None:
+        """How many steps lie between refreshes, at a step where one begins; None at the others."""
+        step = state.global_step
+        if self._every == "epoch":
+            epoch = float(state.epoch or 0)
+            return step // int(epoch) if epoch.is_integer() and epoch >= 1 else None
+        return self._every if step % self._every == 0 else None
+
+    def _say(self, refresh: Refresh, state: Any) -> None:
+        """Log what became of a refresh."""
+        if refresh.status == "unused":
+            logger.warning("the refresh of step %d was not used: training ended first", refresh.step)
+            return
+        if refresh.status == "failed":
+            logger.error(
+                "the refresh of step %d failed, and training goes on with the negatives of step %d: %s",
+                refresh.step,
+                self._negatives.step,
+                refresh.error,
+            )
+            values: dict[str, float] = {"refresh_failed": 1.0}
+        else:
+            described = refresh.describe()
+            kept = sum(account["kept"] for account in refresh.collections.values())
+            if kept:
+                logger.warning("%d rows were not mined again and keep the negatives that they had", kept)
+            names = ("age", "seconds", *MEASURES)
+            values = {f"refresh_{name}": round(described[name], 4) for name in names if described[name] is not None}
+        if self.log is not None:
+            self.log(dict(values))
+        else:
+            state.log_history.append({**values, "epoch": state.epoch, "step": state.global_step})
+
+
+def _refresh_batches(loader: Any, negatives: Negatives) -> RefreshingCollator:
+    """Have a data loader, which has not begun, collate with the negatives in use.
+
+    Raises:
+        ValueError: One process reads the rows of all.
+    """
+    if type(loader).__name__ == "DataLoaderDispatcher":
+        raise ValueError("AnceCallback cannot work with dispatch_batches: each process must read its own rows")
+    base = getattr(loader, "base_dataloader", loader)
+    base.collate_fn = collator = RefreshingCollator(base.collate_fn, negatives)
+    return collator
