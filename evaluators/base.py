@@ -158,6 +158,7 @@ class RetrievalEvaluator(BaseEvaluator):
                 "primary_metric": self.primary_metric,
                 "metrics": metrics,
                 "counts": self.counts,
+                "pooled": {key: part.pooled for key, part in self.parts.items() if part.pooled},
             }
             write_json(folder / self.json_file, content)
         if self.save_runs:

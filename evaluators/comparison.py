@@ -141,8 +141,7 @@ def compare(before: Evaluation, after: Evaluation, metric: str | None = None, *,
     if len(samples) > 1:
         p = p_value(list(samples.values()), seed)
         differences.append(_difference(OVERALL, list(changes.values()), list(samples.values()), p, p, seed))
-    pooled = any(result.pooled for result in before.results.values())
-    return Comparison(before.model, after.model, metric, pooled, differences, changes)
+    return Comparison(before.model, after.model, metric, before.pooled, differences, changes)
 
 
 def p_value(samples: Sequence[np.ndarray], seed: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,17 +28,24 @@ def make_run(query_ids: Sequence[str], scores: np.ndarray, doc_ids: Sequence[Seq
     }
 
 
-def without_identical_ids(run: Run, depth: int) -> tuple[Run, int]:
-    """The run without each query's own id, cut to ``depth`` documents, and how many documents that left out.
+def cut_run(run: Run, depth: int) -> Run:
+    """The first ``depth`` documents of each query; its own id, where it is there, is not counted.
 
     The documents of each query must be best first.
     """
-    left_out = sum(query_id in documents for query_id, documents in run.items())
-    kept = {
-        query_id: dict([item for item in documents.items() if item[0] != query_id][:depth])
+    return {
+        query_id: dict(itertools.islice(documents.items(), depth + (query_id in documents)))
         for query_id, documents in run.items()
     }
-    return kept, left_out
+
+
+def without_identical_ids(run: Run) -> tuple[Run, int]:
+    """The run without each query's own id, and how many documents that left out."""
+    own = {query_id for query_id, documents in run.items() if query_id in documents}
+    kept = {query_id: dict(documents) if query_id in own else documents for query_id, documents in run.items()}
+    for query_id in own:
+        del kept[query_id][query_id]
+    return kept, len(own)
 
 
 def write_run(run: Mapping[str, Mapping[str, float]], path: str | os.PathLike[str], *, tag: str = "st_clp") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import shutil
@@ -50,6 +51,7 @@ class Builder:
         dtype: ComputeDtype,
         batch_size: int | None,
         show_progress_bar: bool,
+        progress: Any = None,
     ) -> None:
         self._model = model
         self._corpus = corpus
@@ -57,6 +59,7 @@ class Builder:
         self.computed_in: ComputeDtype = resolve_dtype(model, dtype)
         self._batch_size = batch_size
         self._show_progress_bar = show_progress_bar
+        self._shared_progress = progress
         self._stored_as = "float16" if self.computed_in == "bfloat16" else "float32"
         self._window = window_size(model)
 
@@ -206,6 +209,8 @@ class Builder:
         }
 
     def _progress(self) -> Any:
+        if self._shared_progress is not None:
+            return contextlib.nullcontext(self._shared_progress)  # whoever made it closes it
         return tqdm(
             total=self._corpus.expected_size(),
             desc=f"Encoding {self._corpus.name}",
