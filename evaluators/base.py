@@ -158,8 +158,9 @@ class RetrievalEvaluator(BaseEvaluator):
                 "primary_metric": self.primary_metric,
                 "metrics": metrics,
                 "counts": self.counts,
-                "pooled": {key: part.pooled for key, part in self.parts.items() if part.pooled},
             }
+            if pooled := {key: part.pooled for key, part in self.parts.items() if part.pooled}:
+                content["pooled"] = pooled
             write_json(folder / self.json_file, content)
         if self.save_runs:
             self.write_runs(folder, suffix="" if steps == -1 else f"_{steps}_steps")

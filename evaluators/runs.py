@@ -48,6 +48,15 @@ def without_identical_ids(run: Run) -> tuple[Run, int]:
     return kept, len(own)
 
 
+def ranked(documents: Mapping[str, float]) -> list[tuple[str, float]]:
+    """(document id, score) in trec_eval's order: best score first, equal scores by descending document id.
+
+    trec_eval keeps scores as float32, so they are equal where their float32 values are, and those are returned.
+    """
+    scores = np.fromiter(documents.values(), np.float64, len(documents)).astype(np.float32).tolist()
+    return sorted(zip(documents, scores, strict=True), key=lambda item: (item[1], item[0]), reverse=True)
+
+
 def write_run(run: Mapping[str, Mapping[str, float]], path: str | os.PathLike[str], *, tag: str = "st_clp") -> None:
     """Write a TREC run file: query id, ``Q0``, document id, rank from 1, score, tag.
 
@@ -66,8 +75,7 @@ def write_run(run: Mapping[str, Mapping[str, float]], path: str | os.PathLike[st
     with replacing(Path(path)) as file:
         for query_id, documents in run.items():
             _require_word(query_id, "the query id")
-            ranking = sorted(documents.items(), key=lambda item: (item[1], item[0]), reverse=True)
-            for rank, (doc_id, score) in enumerate(ranking, 1):
+            for rank, (doc_id, score) in enumerate(ranked(documents), 1):
                 _require_word(doc_id, "the document id")
                 file.write(f"{query_id} Q0 {doc_id} {rank} {score:.9g} {tag}\n")
 
@@ -83,12 +91,15 @@ def read_run(path: str | os.PathLike[str]) -> Run:
             the file and the line.
     """
     run: Run = {}
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            columns = line.split()
+    with open(path, "rb") as file:
+        for number, raw in enumerate(file, start=1):
+            where = f"{os.fspath(path)}, line {number}"
+            try:
+                columns = raw.decode("utf-8").split()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{where}: not UTF-8 text ({error.reason})") from None
             if not columns:
                 continue
-            where = f"{os.fspath(path)}, line {number}"
             if len(columns) != 6:
                 raise ValueError(
                     f"{where}: a run's lines have 6 columns (query Q0 document rank score tag), this one {len(columns)}"

@@ -59,9 +59,7 @@ def comparison_table(comparisons: Sequence[Comparison]) -> pandas.DataFrame:
 
 def to_latex(frame: pandas.DataFrame, *, index: bool) -> str:
     """As a LaTeX table with booktabs rules."""
-    text = frame.copy()
-    text.columns = [_escape(str(name)) for name in text.columns]
-    return text.to_latex(index=index, float_format="%.4f", escape=False, formatters=_escaped_texts(text))
+    return frame.to_latex(index=index, float_format="%.4f", escape=True)
 
 
 def comparisons_text(comparisons: Sequence[Comparison], kind: Format) -> str:
@@ -71,13 +69,3 @@ def comparisons_text(comparisons: Sequence[Comparison], kind: Format) -> str:
         return json.dumps(content, indent=1, ensure_ascii=False)
     frame = comparison_table(comparisons)
     return to_latex(frame, index=False) if kind == "latex" else frame.to_csv(index=False)
-
-
-def _escaped_texts(frame: pandas.DataFrame) -> dict[str, object]:
-    return {name: lambda value: _escape(str(value)) for name in frame.columns if frame[name].dtype.kind not in "iuf"}
-
-
-def _escape(text: str) -> str:
-    for sign in "&%$#_{}":
-        text = text.replace(sign, "\\" + sign)
-    return text
