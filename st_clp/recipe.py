@@ -147,7 +147,9 @@ class _Run:
         for name, found in scores.items():
             self.console.print(f"  {name}: nDCG@10 {found['ndcg@10']:.4f}")
         # The model after training is the one in the output folder.
-        title = Path(self.settings.model).name if when == "before" else f"{self.directory.path.resolve().name}, trained"
+        title = (
+            Path(self.settings.model).name if when == "before" else f"{self.directory.path.resolve().name} (trained)"
+        )
         save_parts(
             self.directory.evaluation(when), parts, model_name=title, model=model, dtype=self.settings.encode_dtype
         )
