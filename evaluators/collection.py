@@ -44,8 +44,8 @@ class CollectionEvaluator(RetrievalEvaluator):
         ignore_identical_ids: Leave out a document whose id is the query's own, as BEIR does. Switch it off where
             queries and documents are numbered independently of each other.
         store_dir: The folder to keep the documents' embeddings in, and beside it the queries'. It is reused while model
-            and documents stay the same, by the miner too, and overwritten otherwise; an evaluation that was stopped
-            goes on where it was. None: they are kept in memory, during the call only.
+            and documents stay the same, by the miner too (with the same ``dtype``), and overwritten otherwise; an
+            evaluation that was stopped goes on where it was. None: in memory, during the call only.
         corpus: ``"full"`` searches the whole corpus; ``"pooled"`` only the judged documents and the best of
             ``reference_run``, for evaluation in the middle of training. ``_pooled`` then goes behind the name: such a
             figure comes out higher, and is not to be compared with one over the whole corpus.

@@ -107,7 +107,7 @@ def evaluate(
 
 
 def _model_name(model: str) -> str:
-    return Path(model).resolve().name if Path(model).is_dir() else model
+    return Path(model).resolve().name if model and Path(model).is_dir() else model
 
 
 def _load(sources: list[str], split: str | None, text_field: list[str] | None) -> dict[str, Collection]:

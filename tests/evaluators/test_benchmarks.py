@@ -238,3 +238,23 @@ def test_what_beir_does_not_have_is_refused(tmp_path) -> None:
     write_beir_folder(tmp_path / "other" / "laws", 0)
     with pytest.raises(ValueError, match="two datasets would both be called laws"):
         BEIREvaluator([str(tmp_path / "other" / "laws"), str(tmp_path / "other" / "laws")])
+
+
+def test_languages_are_one_progress_bar_with_a_rate(tiny_model, capfd, tmp_path) -> None:
+    collections = {name: make_collection(shift, name) for name, shift in (("ko", 0), ("fa", 1), ("hi", 2))}
+    evaluator = BenchmarkEvaluator(collections, "m", show_progress_bar=True, store_dir=tmp_path)
+    for _ in range(2):  # the second time nothing is encoded, and the bar is full all the same
+        evaluator(tiny_model)
+        shown = capfd.readouterr().err
+        bars = [state for state in shown.split("\r") if "Evaluating" in state]
+        assert shown.count("\n") == 1  # a bar that ends leaves a line
+        assert "15/15" in bars[-1]
+        assert "documents/s" in bars[-1]
+        assert {part for state in bars for part in ("m_ko", "m_fa", "m_hi") if part in state} == {
+            "m_ko",
+            "m_fa",
+            "m_hi",
+        }
+    evaluator = BenchmarkEvaluator(collections, "m")
+    evaluator(tiny_model)
+    assert "Evaluating" not in capfd.readouterr().err
