@@ -10,11 +10,11 @@ from typing import Any, Literal
 from sentence_transformers import SentenceTransformer
 
 from evaluators.base import RetrievalEvaluator
+from evaluators.call import EvaluationCall
 from evaluators.collection import CollectionEvaluator
 from evaluators.files import file_part
 from evaluators.metrics import DEFAULT_METRICS, QueryScores, mean_scores
 from evaluators.pooling import ReferenceRun
-from evaluators.progress import EvaluationProgress
 from evaluators.runs import Run
 from st_clp.data import Collection
 from st_clp.encoding import ComputeDtype
@@ -102,8 +102,8 @@ class BenchmarkEvaluator(RetrievalEvaluator):
 
     def evaluate(self, model: SentenceTransformer) -> dict[str, float]:
         corpora = [evaluator.collection.corpus for evaluator in self.evaluators.values()]
-        with EvaluationProgress(corpora, show=self.show_progress_bar) as progress:
-            scores = {key: evaluator.evaluate_with(model, progress) for key, evaluator in self.evaluators.items()}
+        with EvaluationCall(model, corpora, show_progress_bar=self.show_progress_bar) as call:
+            scores = {key: evaluator.evaluate_in(call) for key, evaluator in self.evaluators.items()}
         datasets = {dataset: mean_scores(scores[key] for key in keys) for dataset, keys in self._parts.items()}
         rows = {"mean": mean_scores(datasets.values()), **datasets, **scores}
         found = {f"{row}_{metric}": value for row, values in rows.items() for metric, value in values.items()}

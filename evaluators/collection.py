@@ -7,17 +7,17 @@ import os
 from collections.abc import Iterable
 from typing import Any, Literal
 
-import numpy as np
 from sentence_transformers import SentenceTransformer
 
 from evaluators.base import RetrievalEvaluator
+from evaluators.call import EvaluationCall
 from evaluators.files import file_part
 from evaluators.metrics import DEFAULT_METRICS, QueryScores, mean_scores, score_queries
 from evaluators.pooling import ReferenceRun, pooled_collection
-from evaluators.progress import EvaluationProgress
 from evaluators.runs import Run, cut_run, make_run, without_identical_ids, write_run
-from st_clp.data import Collection, CollectionError, MemoryCorpus
+from st_clp.data import Collection, CollectionError, Corpus, MemoryCorpus
 from st_clp.encoding import ComputeDtype, EmbeddingStore
+from st_clp.encoding.working_model import Task
 from st_clp.search import search
 
 logger = logging.getLogger(__name__)
@@ -131,47 +131,43 @@ class CollectionEvaluator(RetrievalEvaluator):
         return [metric.name for metric in self.metrics]
 
     def evaluate(self, model: SentenceTransformer) -> dict[str, float]:
-        with EvaluationProgress([self.collection.corpus], show=self.show_progress_bar) as progress:
-            return self.evaluate_with(model, progress)
+        with EvaluationCall(model, [self.collection.corpus], show_progress_bar=self.show_progress_bar) as call:
+            return self.evaluate_in(call)
 
-    def evaluate_with(self, model: SentenceTransformer, progress: EvaluationProgress) -> dict[str, float]:
-        """As :meth:`evaluate`, on a progress bar that evaluators of other collections share."""
-        progress.begin(self.name or default_name(self.collection))
-        store = EmbeddingStore.build(
-            model,
-            self.collection,
-            self.store_dir,
-            dtype=self.dtype,
-            batch_size=self.batch_size,
-            show_progress_bar=False,
-            progress=progress.bar,
-        )
+    def evaluate_in(self, call: EvaluationCall) -> dict[str, float]:
+        """As :meth:`evaluate`, as a part of a call that evaluators of other collections share."""
+        call.begin(self.name or default_name(self.collection))
+        store = self._store(call, self.collection.corpus, self.store_dir, "document")
         self.num_documents = len(store)
         query_ids = list(self.judgments)
-        embeddings = self._query_embeddings(model, query_ids)
-        ignored = self.ignore_identical_ids and not set(query_ids).isdisjoint(store.ids)
-        # One document more makes up for the query's own.
-        run = make_run(query_ids, *search(model, embeddings, store, self.run_depth + ignored))
-        if ignored:
-            run = cut_run(run, self.run_depth)
-        progress.finish(len(store))
-        return self.score(run)
-
-    def _query_embeddings(self, model: SentenceTransformer, query_ids: list[str]) -> np.ndarray:
-        """(queries, dim), from beside the documents' store where they are there."""
         asked = {query_id: self.collection.queries[query_id] for query_id in query_ids}
         # Under the collection's name: the miner keeps the embeddings of other queries beside the same store.
         folder = f"{os.fspath(self.store_dir)}.{default_name(self.collection)}.queries" if self.store_dir else None
-        store = EmbeddingStore.build(
-            model,
-            MemoryCorpus(f"{self.collection.name} queries", asked),
+        queries = self._store(call, MemoryCorpus(f"{self.collection.name} queries", asked), folder, "query")
+        ignored = self.ignore_identical_ids and not set(query_ids).isdisjoint(store.ids)
+        # One document more makes up for the query's own.
+        run = make_run(
+            query_ids, *search(call.model, queries.rows(range(len(queries))), store, self.run_depth + ignored)
+        )
+        if ignored:
+            run = cut_run(run, self.run_depth)
+        call.finish(len(store))
+        return self.score(run)
+
+    def _store(
+        self, call: EvaluationCall, corpus: Corpus, folder: str | os.PathLike[str] | None, task: Task
+    ) -> EmbeddingStore:
+        return EmbeddingStore.build(
+            call.model,
+            corpus,
             folder,
-            task="query",
+            task=task,
             dtype=self.dtype,
             batch_size=self.batch_size,
             show_progress_bar=False,
+            progress=call.bar if task == "document" else None,
+            fingerprint=call.fingerprint if folder else None,
         )
-        return store.rows(range(len(store)))
 
     def score(self, run: Run) -> dict[str, float]:
         """The metrics of a run that was retrieved before, by whatever, kept as the last call's.

@@ -20,7 +20,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import set_seed
 
 from evaluators import CollectionEvaluator
-from evaluators.progress import EvaluationProgress
+from evaluators.call import EvaluationCall
 from evaluators.saving import save_parts
 from st_clp.data import Collection
 from st_clp.mining import MiningOptions, mine
@@ -132,7 +132,8 @@ class _Run:
     def _evaluate(self, model: SentenceTransformer, when: str) -> dict[str, dict[str, float]]:
         parts: dict[str, CollectionEvaluator] = {}
         scores = {}
-        with EvaluationProgress([found.corpus for found in self.collections.evaluate], show=True) as progress:
+        corpora = [collection.corpus for collection in self.collections.evaluate]
+        with EvaluationCall(model, corpora, show_progress_bar=True) as call:
             for collection in self.collections.evaluate:
                 evaluator = CollectionEvaluator(
                     collection,
@@ -142,7 +143,7 @@ class _Run:
                     store_dir=self.directory.store(when, collection.corpus_name),
                     write_csv=False,
                 )
-                scores[collection.name] = evaluator.evaluate_with(model, progress)
+                scores[collection.name] = evaluator.evaluate_in(call)
                 parts[evaluator.name] = evaluator
         for name, found in scores.items():
             self.console.print(f"  {name}: nDCG@10 {found['ndcg@10']:.4f}")

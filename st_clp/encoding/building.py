@@ -52,6 +52,7 @@ class Builder:
         batch_size: int | None,
         show_progress_bar: bool,
         progress: Any = None,
+        fingerprint: str | None = None,
     ) -> None:
         self._model = model
         self._corpus = corpus
@@ -60,6 +61,7 @@ class Builder:
         self._batch_size = batch_size
         self._show_progress_bar = show_progress_bar
         self._shared_progress = progress
+        self._fingerprint = fingerprint
         self._stored_as = "float16" if self.computed_in == "bfloat16" else "float32"
         self._window = window_size(model)
 
@@ -199,7 +201,7 @@ class Builder:
 
     def _manifest(self) -> dict[str, Any]:
         return {
-            "model": model_fingerprint(self._model),
+            "model": self._fingerprint or model_fingerprint(self._model),
             "task": self._task,
             "computed_in": self.computed_in,
             "dtype": self._stored_as,

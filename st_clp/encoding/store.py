@@ -85,6 +85,7 @@ class EmbeddingStore:
         batch_size: int | None = None,
         show_progress_bar: bool = True,
         progress: tqdm | None = None,
+        fingerprint: str | None = None,
     ) -> EmbeddingStore:
         """Encode all documents of a collection, or open what is there.
 
@@ -102,6 +103,7 @@ class EmbeddingStore:
             batch_size: No more texts than this in one forward pass. None: as many as fill it with tokens.
             show_progress_bar: Show progress, rate and remaining time.
             progress: A bar to move by each text, in place of one of its own: several stores can share it.
+            fingerprint: The model's, where it is known already; otherwise it is computed from the weights.
 
         Raises:
             CollectionError: There are no texts.
@@ -111,7 +113,7 @@ class EmbeddingStore:
         from st_clp.encoding.building import Builder
 
         corpus = texts.corpus if isinstance(texts, Collection) else texts
-        builder = Builder(model, corpus, task, dtype, batch_size, show_progress_bar, progress)
+        builder = Builder(model, corpus, task, dtype, batch_size, show_progress_bar, progress, fingerprint)
         if path is None:
             return cls(*builder.in_memory())
         builder.in_folder(Path(path))

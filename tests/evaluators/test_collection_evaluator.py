@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import logging
@@ -338,3 +339,13 @@ def test_model_fit_saves_the_best_model(tiny_model, collection, tmp_path) -> Non
     evaluator(SentenceTransformer(str(tmp_path / "fitted"), device="cpu"))
     assert {q: list(docs) for q, docs in evaluator.run.items()} == {q: list(docs) for q, docs in best.items()}
     assert Path(tmp_path / "fitted" / "eval" / evaluator.csv_file).is_file()
+
+
+def test_a_model_that_was_evaluated_can_be_copied(tiny_model, collection) -> None:
+    # Its card remembers the evaluator, which holds a corpus that may be of any size and kind.
+    evaluator = CollectionEvaluator(collection)
+    found = evaluator(tiny_model)
+    copied = copy.deepcopy(tiny_model)
+    (remembered,) = copied.model_card_data.eval_results_dict
+    assert remembered.collection.corpus is collection.corpus
+    assert evaluator(copied) == found
