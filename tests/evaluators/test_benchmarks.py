@@ -112,6 +112,24 @@ def test_an_unknown_language_or_split_of_miracl_names_those_there_are() -> None:
         MIRACLEvaluator(languages=("ko", "fa", "ko"))
 
 
+def test_all_languages_of_miracl_that_have_the_split(monkeypatch) -> None:
+    loaded = []
+
+    def load(source: str, *, split: str) -> Collection:
+        loaded.append(f"{source}/{split}")
+        return make_collection(0, source)
+
+    monkeypatch.setattr(Collection, "load", load)
+    evaluator = MIRACLEvaluator(languages="all")
+    assert evaluator.languages == tuple(evaluator.evaluators) == MIRACL_LANGUAGES
+    assert len(loaded) == 18
+    assert loaded[0] == "miracl/ar/dev"
+    assert evaluator.primary_metric == "miracl_mean_ndcg@10"
+    train = MIRACLEvaluator(languages="all", split="train")
+    assert set(MIRACL_LANGUAGES) - set(train.languages) == {"de", "yo"}
+    assert train.primary_metric == "miracl_train_mean_ndcg@10"
+
+
 def test_every_language_and_dataset_is_in_ir_datasets_with_judgments() -> None:
     import ir_datasets
 

@@ -23,7 +23,7 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from torch.utils.data import DataLoader
 
-from evaluators import CollectionEvaluator
+from evaluators import BenchmarkEvaluator, CollectionEvaluator
 from st_clp import Collection
 from st_clp.data import CollectionError
 
@@ -285,8 +285,16 @@ def train_dataset(collection: Collection) -> Dataset:
     )
 
 
-def test_the_trainer_evaluates_and_keeps_the_best_model(tiny_model, collection, tmp_path) -> None:
-    evaluator = CollectionEvaluator(collection, name="laws")
+@pytest.mark.parametrize("several", [False, True])
+def test_the_trainer_evaluates_and_keeps_the_best_model(tiny_model, collection, tmp_path, several) -> None:
+    """By nDCG@10 on one collection, or by its mean over two, one of them small."""
+    small = collection.with_queries(set(list(collection.queries)[:7]))
+    if several:
+        evaluator = BenchmarkEvaluator({"all": collection, "small": small}, "laws", store_dir=tmp_path / "stores")
+    else:
+        evaluator = CollectionEvaluator(collection, name="laws")
+    metric = evaluator.primary_metric
+    assert metric == ("laws_mean_ndcg@10" if several else "laws_ndcg@10")
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(tmp_path),
         max_steps=2,
@@ -297,7 +305,7 @@ def test_the_trainer_evaluates_and_keeps_the_best_model(tiny_model, collection, 
         save_strategy="steps",
         save_steps=1,
         load_best_model_at_end=True,
-        metric_for_best_model="eval_laws_ndcg@10",
+        metric_for_best_model=f"eval_{metric}",
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
@@ -310,17 +318,17 @@ def test_the_trainer_evaluates_and_keeps_the_best_model(tiny_model, collection, 
         evaluator=evaluator,
     )
     trainer.train()
-    seen = [entry["eval_laws_ndcg@10"] for entry in trainer.state.log_history if "eval_laws_ndcg@10" in entry]
+    seen = [entry[f"eval_{metric}"] for entry in trainer.state.log_history if f"eval_{metric}" in entry]
     assert len(seen) == 2
     assert seen[0] != seen[1]
     assert trainer.state.best_metric == max(seen)
-    assert evaluator(tiny_model)["laws_ndcg@10"] == pytest.approx(max(seen), abs=1e-6)
+    assert evaluator(tiny_model)[metric] == pytest.approx(max(seen), abs=1e-6)
     with open(tmp_path / "eval" / evaluator.csv_file, newline="") as file:
         assert [int(row["steps"]) for row in csv.DictReader(file)] == [1, 2]
     tiny_model.save(str(tmp_path / "model"))
     card = (tmp_path / "model" / "README.md").read_text()
     assert "#### Information Retrieval" in card
-    assert "| **ndcg@10**" in card
+    assert f"| **{metric.removeprefix('laws_')}**" in card
     assert '"collection": "miracl/xx/dev"' in card
 
 
