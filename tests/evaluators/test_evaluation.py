@@ -37,6 +37,7 @@ def test_an_evaluation_is_read_as_it_was_found(tiny_model, collection, tmp_path)
         metric: fmean(row[metric] for row in found.query_scores["yy"].values()) for metric in found.metrics
     }
     assert found.settings["dtype"] == "model"
+    assert (found.settings["max_seq_length"], found.settings["similarity"]) == (64, "cosine")
     assert found.settings["xx"]["ignore_identical_ids"] is True
     assert {"sentence-transformers", "torch", "pytrec-eval-terrier"} <= found.versions.keys()
     assert list(tmp_path.rglob("*.partial")) == []
@@ -188,3 +189,13 @@ def test_the_querys_own_id_is_left_out_of_anybodys_run_too(collection, random_ru
     assert kept < left
     assert evaluators[0].counts["c"]["documents with the query's own id, left out"] == 1
     assert "q3" in run["q3"]  # the caller's run is as it was
+
+
+def test_a_run_file_ranks_scores_that_are_equal_in_float32_as_trec_eval_does(tmp_path) -> None:
+    write_run({"q": {"a": 0.5 + 1e-12, "b": 0.5, "c": 0.25}}, tmp_path / "run.trec")
+    ranking = [line.split()[2] for line in (tmp_path / "run.trec").read_text().splitlines()]
+    assert ranking == ["b", "a", "c"]
+    scores = pytrec_eval.RelevanceEvaluator({"q": {"a": 1}}, {"recip_rank"}).evaluate(
+        {"q": {"a": 0.5 + 1e-12, "b": 0.5}}
+    )
+    assert scores["q"]["recip_rank"] == 1 / 2
