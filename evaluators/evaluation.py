@@ -8,8 +8,9 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,17 @@ class Evaluation:
             FileNotFoundError: The run file is not there.
         """
         return read_run(self.path / "runs" / f"{self.results[key].file_part}.trec")
+
+
+def with_distinct_names(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """The same evaluations; models of one name are told apart by their folders."""
+    times = Counter(evaluation.model for evaluation in evaluations)
+    return [
+        replace(evaluation, model=f"{evaluation.model} ({evaluation.path})")
+        if times[evaluation.model] > 1
+        else evaluation
+        for evaluation in evaluations
+    ]
 
 
 def judgments_fingerprint(judgments: Judgments) -> str:

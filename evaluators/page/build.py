@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from evaluators.comparison import OVERALL, Comparison, compare, interval, most_changed
-from evaluators.evaluation import Evaluation, EvaluationError, pooled_label
+from evaluators.evaluation import Evaluation, EvaluationError, pooled_label, with_distinct_names
 from evaluators.files import replacing
 from evaluators.metrics import Metric
 from evaluators.page import charts
@@ -51,6 +51,7 @@ def write_page(
 
     if not evaluations:
         raise EvaluationError("there is nothing to report: name at least one evaluation")
+    evaluations = with_distinct_names(evaluations)
     metric = evaluations[0].metrics[0] if metric is None else Metric.parse(metric).name
     comparisons, refused = _compare(evaluations, metric)
     environment = Environment(

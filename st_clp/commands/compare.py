@@ -35,12 +35,13 @@ def compare(
 ) -> None:
     """Compare evaluations: differences with intervals, a paired randomisation test, and what changed most."""
     from evaluators.comparison import compare as compare_two
+    from evaluators.evaluation import with_distinct_names
     from evaluators.files import replacing
     from evaluators.tables import comparisons_text
     from st_clp.rundir import evaluations_of
     from st_clp.settings import SettingsError
 
-    found = [evaluation for folder in evaluations for evaluation in evaluations_of(folder)]
+    found = with_distinct_names([evaluation for folder in evaluations for evaluation in evaluations_of(folder)])
     if len(found) < 2:
         raise SettingsError("a comparison needs two evaluations: name another folder")
     comparisons = [compare_two(found[0], other, metric, seed=seed) for other in found[1:]]

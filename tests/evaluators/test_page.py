@@ -184,3 +184,11 @@ def test_what_cannot_be_shown_is_refused(page, collection, make_evaluation) -> N
         page(make_evaluation("a", {"c": collection}), metric="recall@5")
     with pytest.raises(ValueError, match="unknown metric"):
         page(make_evaluation("a", {"c": collection}), metric="accuracy@5")
+
+
+def test_models_of_one_name_are_told_apart_by_their_folders(page, collection, evaluations_in, tmp_path) -> None:
+    saved = [evaluations_in(tmp_path / folder)("base", {"c": collection}) for folder in ("one", "two")]
+    names = [f"base ({evaluation.path})" for evaluation in saved]
+    found = page(*saved)
+    assert found.xpath("//h2/text()")[1] == " → ".join(names)
+    assert found.xpath("//thead[1]/tr[1]/th/text()")[1:3] == names
