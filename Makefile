@@ -33,6 +33,7 @@ lint: $(VENV)/installed  ## ruff and mypy
 	$(BIN)/mypy
 
 bench: $(VENV)/installed  ## the benchmarks, each against its peer
+	$(PIP) --editable '.[bench]'
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only
 
 clean:  ## remove .venv

@@ -159,6 +159,8 @@ class RetrievalEvaluator(BaseEvaluator):
                 "metrics": metrics,
                 "counts": self.counts,
             }
+            if pooled := {key: part.pooled for key, part in self.parts.items() if part.pooled}:
+                content["pooled"] = pooled
             write_json(folder / self.json_file, content)
         if self.save_runs:
             self.write_runs(folder, suffix="" if steps == -1 else f"_{steps}_steps")

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from sentence_transformers import SentenceTransformer
 
 from evaluators.base import RetrievalEvaluator
+from evaluators.call import EvaluationCall
 from evaluators.collection import CollectionEvaluator
 from evaluators.files import file_part
 from evaluators.metrics import DEFAULT_METRICS, QueryScores, mean_scores
@@ -68,6 +69,7 @@ class BenchmarkEvaluator(RetrievalEvaluator):
         save_runs: bool = False,
     ) -> None:
         plain_name = name
+        self.show_progress_bar = show_progress_bar
         if corpus == "pooled":
             name = "_".join(filter(None, [name, "pooled"]))
         super().__init__(name, metrics, write_csv=write_csv, write_json=write_json, save_runs=save_runs)
@@ -99,7 +101,9 @@ class BenchmarkEvaluator(RetrievalEvaluator):
         return [f"{row}_{metric.name}" for row in rows for metric in self.metrics]
 
     def evaluate(self, model: SentenceTransformer) -> dict[str, float]:
-        scores = {key: evaluator.evaluate(model) for key, evaluator in self.evaluators.items()}
+        corpora = [evaluator.collection.corpus for evaluator in self.evaluators.values()]
+        with EvaluationCall(model, corpora, show_progress_bar=self.show_progress_bar) as call:
+            scores = {key: evaluator.evaluate_in(call) for key, evaluator in self.evaluators.items()}
         datasets = {dataset: mean_scores(scores[key] for key in keys) for dataset, keys in self._parts.items()}
         rows = {"mean": mean_scores(datasets.values()), **datasets, **scores}
         found = {f"{row}_{metric}": value for row, values in rows.items() for metric, value in values.items()}

@@ -10,12 +10,14 @@ from typing import Any, Literal
 from sentence_transformers import SentenceTransformer
 
 from evaluators.base import RetrievalEvaluator
+from evaluators.call import EvaluationCall
 from evaluators.files import file_part
 from evaluators.metrics import DEFAULT_METRICS, QueryScores, mean_scores, score_queries
 from evaluators.pooling import ReferenceRun, pooled_collection
-from evaluators.runs import Run, make_run, without_identical_ids, write_run
-from st_clp.data import Collection, CollectionError
-from st_clp.encoding import ComputeDtype, EmbeddingStore, encode_queries
+from evaluators.runs import Run, cut_run, make_run, without_identical_ids, write_run
+from st_clp.data import Collection, CollectionError, Corpus, MemoryCorpus
+from st_clp.encoding import ComputeDtype, EmbeddingStore
+from st_clp.encoding.working_model import Task
 from st_clp.search import search
 
 logger = logging.getLogger(__name__)
@@ -41,8 +43,9 @@ class CollectionEvaluator(RetrievalEvaluator):
         show_progress_bar: Show progress, rate and remaining time while encoding.
         ignore_identical_ids: Leave out a document whose id is the query's own, as BEIR does. Switch it off where
             queries and documents are numbered independently of each other.
-        store_dir: The folder to keep the documents' embeddings in. It is reused while model and documents stay the
-            same, by the miner too, and overwritten otherwise. None: they are kept in memory, during the call only.
+        store_dir: The folder to keep the documents' embeddings in, and beside it the queries'. It is reused while model
+            and documents stay the same, by the miner too (with the same ``dtype``), and overwritten otherwise; an
+            evaluation that was stopped goes on where it was. None: in memory, during the call only.
         corpus: ``"full"`` searches the whole corpus; ``"pooled"`` only the judged documents and the best of
             ``reference_run``, for evaluation in the middle of training. ``_pooled`` then goes behind the name: such a
             figure comes out higher, and is not to be compared with one over the whole corpus.
@@ -121,36 +124,50 @@ class CollectionEvaluator(RetrievalEvaluator):
         self._run: Run | None = None
         self._query_scores: QueryScores = {}
         self._counts = self._count_queries()
+        self._warn_of_low_figures()
         self.primary_metric = "_".join(filter(None, [self.name, self.keys()[0]]))
 
     def keys(self) -> list[str]:
         return [metric.name for metric in self.metrics]
 
     def evaluate(self, model: SentenceTransformer) -> dict[str, float]:
-        store = EmbeddingStore.build(
-            model,
-            self.collection,
-            self.store_dir,
-            dtype=self.dtype,
-            batch_size=self.batch_size,
-            show_progress_bar=self.show_progress_bar,
-        )
+        with EvaluationCall(model, [self.collection.corpus], show_progress_bar=self.show_progress_bar) as call:
+            return self.evaluate_in(call)
+
+    def evaluate_in(self, call: EvaluationCall) -> dict[str, float]:
+        """As :meth:`evaluate`, as a part of a call that evaluators of other collections share."""
+        call.begin(self.name or default_name(self.collection))
+        store = self._store(call, self.collection.corpus, self.store_dir, "document")
         self.num_documents = len(store)
         query_ids = list(self.judgments)
-        embeddings = encode_queries(
-            model,
-            [self.collection.queries[query_id] for query_id in query_ids],
-            batch_size=self.batch_size,
-            dtype=self.dtype,
-        )
+        asked = {query_id: self.collection.queries[query_id] for query_id in query_ids}
+        # Under the collection's name: the miner keeps the embeddings of other queries beside the same store.
+        folder = f"{os.fspath(self.store_dir)}.{default_name(self.collection)}.queries" if self.store_dir else None
+        queries = self._store(call, MemoryCorpus(f"{self.collection.name} queries", asked), folder, "query")
         ignored = self.ignore_identical_ids and not set(query_ids).isdisjoint(store.ids)
         # One document more makes up for the query's own.
-        run = make_run(query_ids, *search(model, embeddings, store, self.run_depth + ignored))
+        run = make_run(
+            query_ids, *search(call.model, queries.rows(range(len(queries))), store, self.run_depth + ignored)
+        )
         if ignored:
-            run, self._counts["documents with the query's own id, left out"] = without_identical_ids(
-                run, self.run_depth
-            )
+            run = cut_run(run, self.run_depth)
+        call.finish(len(store))
         return self.score(run)
+
+    def _store(
+        self, call: EvaluationCall, corpus: Corpus, folder: str | os.PathLike[str] | None, task: Task
+    ) -> EmbeddingStore:
+        return EmbeddingStore.build(
+            call.model,
+            corpus,
+            folder,
+            task=task,
+            dtype=self.dtype,
+            batch_size=self.batch_size,
+            show_progress_bar=False,
+            progress=call.bar if task == "document" else None,
+            fingerprint=call.fingerprint if folder else None,
+        )
 
     def score(self, run: Run) -> dict[str, float]:
         """The metrics of a run that was retrieved before, by whatever, kept as the last call's.
@@ -160,7 +177,15 @@ class CollectionEvaluator(RetrievalEvaluator):
         """
         answered = {query_id: run[query_id] for query_id in self.judgments if query_id in run}
         if not answered:
-            raise CollectionError(f"the run answers none of the queries of {self.collection.name}")
+            raise CollectionError(
+                f"the run answers none of the queries of {self.collection.name}: it has queries such as "
+                f"{', '.join(list(run)[:3])}, the collection such as {', '.join(list(self.judgments)[:3])}"
+            )
+        self._counts = self._count_queries()
+        if self.ignore_identical_ids:
+            answered, own = without_identical_ids(answered)
+            if own:
+                self._counts["documents with the query's own id, left out"] = own
         if others := len(run) - len(answered):
             self._counts["queries of the run without judgments, left out"] = others
         if unanswered := len(self.judgments) - len(answered):
@@ -211,29 +236,33 @@ class CollectionEvaluator(RetrievalEvaluator):
         }
 
     def _count_queries(self) -> dict[str, int]:
-        """Count the queries, and say what makes a figure lower than the model deserves."""
-        unanswerable = [
-            query_id for query_id, grades in self.judgments.items() if not any(grade > 0 for grade in grades.values())
-        ]
-        own = [query_id for query_id, grades in self.judgments.items() if grades.get(query_id, 0) > 0]
-        if unanswerable:
+        relevant = [any(grade > 0 for grade in grades.values()) for grades in self.judgments.values()]
+        return {"queries": len(relevant), "queries without a relevant document": relevant.count(False)}
+
+    def _warn_of_low_figures(self) -> None:
+        """Say what makes a figure lower than the model deserves."""
+        name = self.collection.name
+        if number := self._counts["queries without a relevant document"]:
+            unanswerable = (
+                q for q, grades in self.judgments.items() if not any(grade > 0 for grade in grades.values())
+            )
             logger.warning(
                 "%s: %d of %d queries have no relevant document (such as %s); they score 0, as in trec_eval",
-                self.collection.name,
-                len(unanswerable),
+                name,
+                number,
                 len(self.judgments),
-                unanswerable[0],
+                next(unanswerable),
             )
+        own = [query_id for query_id, grades in self.judgments.items() if grades.get(query_id, 0) > 0]
         if own and self.ignore_identical_ids:
             logger.warning(
                 "%s: for %d queries (such as %s) a document with the query's own id is judged relevant, but such "
                 "documents are left out as in BEIR; if queries and documents merely share their numbering, set "
                 "ignore_identical_ids=False",
-                self.collection.name,
+                name,
                 len(own),
                 own[0],
             )
-        return {"queries": len(self.judgments), "queries without a relevant document": len(unanswerable)}
 
 
 def default_name(collection: Collection) -> str:

@@ -68,6 +68,11 @@ class Difference:
         """How much was gained on average."""
         return self.after - self.before
 
+    @property
+    def is_mean(self) -> bool:
+        """Whether this is the mean over collections."""
+        return self.key == OVERALL
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -141,8 +146,7 @@ def compare(before: Evaluation, after: Evaluation, metric: str | None = None, *,
     if len(samples) > 1:
         p = p_value(list(samples.values()), seed)
         differences.append(_difference(OVERALL, list(changes.values()), list(samples.values()), p, p, seed))
-    pooled = any(result.pooled for result in before.results.values())
-    return Comparison(before.model, after.model, metric, pooled, differences, changes)
+    return Comparison(before.model, after.model, metric, before.pooled, differences, changes)
 
 
 def p_value(samples: Sequence[np.ndarray], seed: int) -> float:
@@ -156,8 +160,8 @@ def p_value(samples: Sequence[np.ndarray], seed: int) -> float:
 
     weighted = np.concatenate([sample / (len(sample) * len(samples)) for sample in samples])
     weighted = weighted[weighted != 0]  # a tie is the same whichever way it is swapped
-    if not len(weighted):
-        return 1.0
+    if len(weighted) < 2:
+        return 1.0  # one difference is as large either way
     found = permutation_test(
         (weighted,),
         lambda values, axis: np.sum(values, axis=axis),

@@ -8,8 +8,9 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,21 @@ class CollectionResult:
     scores: dict[str, float]
     counts: dict[str, int]
 
+    @property
+    def label(self) -> str:
+        """The key, marked where the figures are over a pool."""
+        return pooled_label(self.key) if self.pooled else self.key
+
+    @property
+    def file_part(self) -> str:
+        """What its files are called."""
+        return file_part(self.key) + (".pooled" if self.pooled else "")
+
+
+def pooled_label(key: str) -> str:
+    """What a collection or a mean is called wherever its figures are over a pool."""
+    return f"{key} (pooled)"
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -85,7 +101,14 @@ class Evaluation:
         Raises:
             EvaluationError: A file is missing or broken.
         """
-        return {key: _read_scores(self.path / "scores" / f"{file_part(key)}.csv") for key in self.results}
+        return {
+            key: _read_scores(self.path / "scores" / f"{result.file_part}.csv") for key, result in self.results.items()
+        }
+
+    @property
+    def pooled(self) -> bool:
+        """Whether the figures are over pools, not over whole corpora."""
+        return any(result.pooled for result in self.results.values())
 
     def run(self, key: str) -> Run:
         """What was retrieved on a collection.
@@ -94,7 +117,18 @@ class Evaluation:
             ValueError: A line of the run file is broken.
             FileNotFoundError: The run file is not there.
         """
-        return read_run(self.path / "runs" / f"{file_part(key)}.trec")
+        return read_run(self.path / "runs" / f"{self.results[key].file_part}.trec")
+
+
+def with_distinct_names(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """The same evaluations; models of one name are told apart by their folders."""
+    times = Counter(evaluation.model for evaluation in evaluations)
+    return [
+        replace(evaluation, model=f"{evaluation.model} ({evaluation.path})")
+        if times[evaluation.model] > 1
+        else evaluation
+        for evaluation in evaluations
+    ]
 
 
 def judgments_fingerprint(judgments: Judgments) -> str:
@@ -119,13 +153,18 @@ def write_evaluation(
     """Write an evaluation to a folder; the manifest comes last, so a folder with one is whole.
 
     Raises:
-        ValueError: An id holds white space, which a run file cannot carry.
+        ValueError: An id holds white space, which a run file cannot carry, or some of the figures are over pools and
+            others over whole corpora.
         OSError: The folder cannot be written.
     """
+    if len({result.pooled is None for result in results.values()}) > 1:
+        raise ValueError("figures over pools and over whole corpora do not go into one evaluation; save them apart")
     path = Path(folder)
-    for key in results:
-        write_run(runs[key], path / "runs" / f"{file_part(key)}.trec")
-        _write_scores(query_scores[key], path / "scores" / f"{file_part(key)}.csv")
+    # What an evaluation that was here before left must not stand beside the new manifest's files.
+    (path / MANIFEST).unlink(missing_ok=True)
+    for key, result in results.items():
+        write_run(runs[key], path / "runs" / f"{result.file_part}.trec")
+        _write_scores(query_scores[key], path / "scores" / f"{result.file_part}.csv")
     metrics = list(next(iter(results.values())).scores)
     manifest = {
         "format": FORMAT,

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 
-from evaluators.runs import read_run
+from evaluators.runs import ranked, read_run
 from st_clp.data import Collection, CollectionError, MemoryCorpus
 
 ReferenceRun = str | os.PathLike[str] | Mapping[str, Mapping[str, float]]
@@ -43,7 +43,7 @@ def pooled_collection(collection: Collection, reference: ReferenceRun | None, de
         if not answered:
             raise CollectionError(f"{name} answers none of the queries of {collection.name}; is it of another split?")
         for documents in answered.values():
-            wanted.update(_best(documents, depth))
+            wanted.update(doc_id for doc_id, _ in ranked(documents)[:depth])
         description = f"judged documents and the best {depth} of {os.path.basename(name)}"
     found = collection.get_documents(wanted)
     if not found:
@@ -55,8 +55,3 @@ def pooled_collection(collection: Collection, reference: ReferenceRun | None, de
     return replace(collection, corpus=corpus).without_missing_documents(
         texts
     ), f"{description}: {len(texts):,} documents"
-
-
-def _best(documents: Mapping[str, float], depth: int) -> list[str]:
-    """The ids of the best documents, in trec_eval's order."""
-    return sorted(documents, key=lambda doc_id: (documents[doc_id], doc_id), reverse=True)[:depth]

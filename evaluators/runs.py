@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,17 +28,33 @@ def make_run(query_ids: Sequence[str], scores: np.ndarray, doc_ids: Sequence[Seq
     }
 
 
-def without_identical_ids(run: Run, depth: int) -> tuple[Run, int]:
-    """The run without each query's own id, cut to ``depth`` documents, and how many documents that left out.
+def cut_run(run: Run, depth: int) -> Run:
+    """The first ``depth`` documents of each query; its own id, where it is there, is not counted.
 
     The documents of each query must be best first.
     """
-    left_out = sum(query_id in documents for query_id, documents in run.items())
-    kept = {
-        query_id: dict([item for item in documents.items() if item[0] != query_id][:depth])
+    return {
+        query_id: dict(itertools.islice(documents.items(), depth + (query_id in documents)))
         for query_id, documents in run.items()
     }
-    return kept, left_out
+
+
+def without_identical_ids(run: Run) -> tuple[Run, int]:
+    """The run without each query's own id, and how many documents that left out."""
+    own = {query_id for query_id, documents in run.items() if query_id in documents}
+    kept = {query_id: dict(documents) if query_id in own else documents for query_id, documents in run.items()}
+    for query_id in own:
+        del kept[query_id][query_id]
+    return kept, len(own)
+
+
+def ranked(documents: Mapping[str, float]) -> list[tuple[str, float]]:
+    """(document id, score) in trec_eval's order: best score first, equal scores by descending document id.
+
+    trec_eval keeps scores as float32, so they are equal where their float32 values are, and those are returned.
+    """
+    scores = np.fromiter(documents.values(), np.float64, len(documents)).astype(np.float32).tolist()
+    return sorted(zip(documents, scores, strict=True), key=lambda item: (item[1], item[0]), reverse=True)
 
 
 def write_run(run: Mapping[str, Mapping[str, float]], path: str | os.PathLike[str], *, tag: str = "st_clp") -> None:
@@ -58,8 +75,7 @@ def write_run(run: Mapping[str, Mapping[str, float]], path: str | os.PathLike[st
     with replacing(Path(path)) as file:
         for query_id, documents in run.items():
             _require_word(query_id, "the query id")
-            ranking = sorted(documents.items(), key=lambda item: (item[1], item[0]), reverse=True)
-            for rank, (doc_id, score) in enumerate(ranking, 1):
+            for rank, (doc_id, score) in enumerate(ranked(documents), 1):
                 _require_word(doc_id, "the document id")
                 file.write(f"{query_id} Q0 {doc_id} {rank} {score:.9g} {tag}\n")
 
@@ -75,12 +91,15 @@ def read_run(path: str | os.PathLike[str]) -> Run:
             the file and the line.
     """
     run: Run = {}
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            columns = line.split()
+    with open(path, "rb") as file:
+        for number, raw in enumerate(file, start=1):
+            where = f"{os.fspath(path)}, line {number}"
+            try:
+                columns = raw.decode("utf-8").split()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{where}: not UTF-8 text ({error.reason})") from None
             if not columns:
                 continue
-            where = f"{os.fspath(path)}, line {number}"
             if len(columns) != 6:
                 raise ValueError(
                     f"{where}: a run's lines have 6 columns (query Q0 document rank score tag), this one {len(columns)}"

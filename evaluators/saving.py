@@ -44,8 +44,19 @@ def save_parts(
         results={key: _result(key, part) for key, part in parts.items()},
         runs={key: part.run for key, part in parts.items()},
         query_scores={key: part.query_scores for key, part in parts.items()},
-        settings={key: part.get_config_dict() for key, part in parts.items()} | settings,
+        settings={key: part.get_config_dict() for key, part in parts.items()} | _of_model(model) | settings,
     )
+
+
+def _of_model(model: SentenceTransformer | None) -> dict[str, Any]:
+    if model is None:
+        return {}
+    return {
+        "max_seq_length": model.max_seq_length,
+        "similarity": str(model.similarity_fn_name),
+        "prompts": dict(model.prompts),
+        "truncate_dim": model.truncate_dim,
+    }
 
 
 def _result(key: str, part: CollectionEvaluator) -> CollectionResult:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from evaluators.comparison import OVERALL, Comparison
-from evaluators.evaluation import Evaluation
+from evaluators.evaluation import Evaluation, pooled_label
 from evaluators.metrics import mean_scores
 
 if TYPE_CHECKING:
@@ -22,9 +22,9 @@ def scores_table(evaluation: Evaluation) -> pandas.DataFrame:
     """A row for each collection and, of several, one for their mean; a column for each metric."""
     import pandas
 
-    rows = {key: result.scores for key, result in evaluation.results.items()}
+    rows = {result.label: result.scores for result in evaluation.results.values()}
     if len(rows) > 1:
-        rows = {OVERALL: mean_scores(rows.values()), **rows}
+        rows = {pooled_label(OVERALL) if evaluation.pooled else OVERALL: mean_scores(rows.values()), **rows}
     frame = pandas.DataFrame(rows).T
     frame.index.name = "collection"
     return frame
@@ -38,7 +38,7 @@ def comparison_table(comparisons: Sequence[Comparison]) -> pandas.DataFrame:
         {
             "before": comparison.before,
             "after": comparison.after,
-            "collection": found.key + (" (pooled)" if comparison.pooled else ""),
+            "collection": pooled_label(found.key) if comparison.pooled else found.key,
             "queries": found.queries,
             f"{comparison.metric} before": found.before,
             f"{comparison.metric} after": found.after,
@@ -59,9 +59,7 @@ def comparison_table(comparisons: Sequence[Comparison]) -> pandas.DataFrame:
 
 def to_latex(frame: pandas.DataFrame, *, index: bool) -> str:
     """As a LaTeX table with booktabs rules."""
-    text = frame.copy()
-    text.columns = [_escape(str(name)) for name in text.columns]
-    return text.to_latex(index=index, float_format="%.4f", escape=False, formatters=_escaped_texts(text))
+    return frame.to_latex(index=index, float_format="%.4f", escape=True)
 
 
 def comparisons_text(comparisons: Sequence[Comparison], kind: Format) -> str:
@@ -71,13 +69,3 @@ def comparisons_text(comparisons: Sequence[Comparison], kind: Format) -> str:
         return json.dumps(content, indent=1, ensure_ascii=False)
     frame = comparison_table(comparisons)
     return to_latex(frame, index=False) if kind == "latex" else frame.to_csv(index=False)
-
-
-def _escaped_texts(frame: pandas.DataFrame) -> dict[str, object]:
-    return {name: lambda value: _escape(str(value)) for name in frame.columns if frame[name].dtype.kind not in "iuf"}
-
-
-def _escape(text: str) -> str:
-    for sign in "&%$#_{}":
-        text = text.replace(sign, "\\" + sign)
-    return text

@@ -20,6 +20,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import set_seed
 
 from evaluators import CollectionEvaluator
+from evaluators.call import EvaluationCall
 from evaluators.saving import save_parts
 from st_clp.data import Collection
 from st_clp.mining import AnceCallback, MiningOptions, mine, plot_refreshes
@@ -141,22 +142,27 @@ class _Run:
     def _evaluate(self, model: SentenceTransformer, when: str) -> dict[str, dict[str, float]]:
         parts: dict[str, CollectionEvaluator] = {}
         scores = {}
-        for collection in self.collections.evaluate:
-            evaluator = CollectionEvaluator(
-                collection,
-                metrics=METRICS,
-                dtype=self.settings.encode_dtype,  # type: ignore[arg-type]
-                batch_size=self.settings.encode_batch_size,
-                show_progress_bar=True,
-                store_dir=self.directory.store(when, collection.corpus_name),
-                write_csv=False,
-            )
-            scores[collection.name] = evaluator.evaluate(model)
-            parts[evaluator.name] = evaluator
-            self.console.print(f"  {collection.name}: nDCG@10 {scores[collection.name]['ndcg@10']:.4f}")
-        name = f"{self.settings.model} {'fine-tuned' if when == 'after' else 'before'}"
+        corpora = [collection.corpus for collection in self.collections.evaluate]
+        with EvaluationCall(model, corpora, show_progress_bar=True) as call:
+            for collection in self.collections.evaluate:
+                evaluator = CollectionEvaluator(
+                    collection,
+                    metrics=METRICS,
+                    dtype=self.settings.encode_dtype,  # type: ignore[arg-type]
+                    batch_size=self.settings.encode_batch_size,
+                    store_dir=self.directory.store(when, collection.corpus_name),
+                    write_csv=False,
+                )
+                scores[collection.name] = evaluator.evaluate_in(call)
+                parts[evaluator.name] = evaluator
+        for name, found in scores.items():
+            self.console.print(f"  {name}: nDCG@10 {found['ndcg@10']:.4f}")
+        # The model after training is the one in the output folder.
+        title = (
+            Path(self.settings.model).name if when == "before" else f"{self.directory.path.resolve().name} (trained)"
+        )
         save_parts(
-            self.directory.evaluation(when), parts, model_name=name, model=model, dtype=self.settings.encode_dtype
+            self.directory.evaluation(when), parts, model_name=title, model=model, dtype=self.settings.encode_dtype
         )
         return scores
 

@@ -35,12 +35,13 @@ def compare(
 ) -> None:
     """Compare evaluations: differences with intervals, a paired randomisation test, and what changed most."""
     from evaluators.comparison import compare as compare_two
+    from evaluators.evaluation import with_distinct_names
     from evaluators.files import replacing
     from evaluators.tables import comparisons_text
     from st_clp.rundir import evaluations_of
     from st_clp.settings import SettingsError
 
-    found = [evaluation for folder in evaluations for evaluation in evaluations_of(folder)]
+    found = with_distinct_names([evaluation for folder in evaluations for evaluation in evaluations_of(folder)])
     if len(found) < 2:
         raise SettingsError("a comparison needs two evaluations: name another folder")
     comparisons = [compare_two(found[0], other, metric, seed=seed) for other in found[1:]]
@@ -69,21 +70,21 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
 
     pooled = ", pooled" if comparison.pooled else ""
     title = f"{comparison.before} → {comparison.after} ({comparison.metric}{pooled})"
-    table = Table(title=escape(title), title_justify="left")
+    # Without rules between columns and zeros before the points it fits into 80 columns.
+    table = Table(title=escape(title), title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("collection", overflow="fold")
-    for name in ("queries", "before", "after", "difference", "95 % interval", "p", "p (Holm)", "+ / = / −"):
+    for name in ("before", "after", "change", "95 % interval", "p", "p (Holm)", "+/=/−"):
         table.add_column(name, justify="right", no_wrap=True)
     for found in comparison.differences:
         table.add_row(
             escape(found.key),
-            f"{found.queries:,}",
-            f"{found.before:.4f}",
-            f"{found.after:.4f}",
-            f"{found.difference:+.4f}",
-            f"{found.low:+.4f} to {found.high:+.4f}",
+            _short(f"{found.before:.4f}"),
+            _short(f"{found.after:.4f}"),
+            _short(f"{found.difference:+.4f}"),
+            f"{_short(f'{found.low:+.3f}')} to {_short(f'{found.high:+.3f}')}",
             p_text(found.p),
             p_text(found.p_adjusted),
-            f"{found.wins} / {found.ties} / {found.losses}",
+            f"{found.wins}/{found.ties}/{found.losses}",
         )
     console.print(table)
     for key, changes in comparison.changes.items():
@@ -93,6 +94,10 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
             )
 
 
+def _short(number: str) -> str:
+    return number.replace("0.", ".", 1)
+
+
 def p_text(p: float) -> str:
     """A p-value as it is written in tables; the smallest that the resampling can tell is 0.0002."""
-    return "<0.001" if p < 0.001 else f"{p:.3f}"
+    return "<.001" if p < 0.001 else _short(f"{p:.3f}")

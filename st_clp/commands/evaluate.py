@@ -101,9 +101,13 @@ def evaluate(
 
         loaded = load_base_model(model, max_seq_length=max_seq_length)
         evaluator(loaded)
-    given = name or model or ", ".join(file.stem for file in from_run or [])
+    given = name or _model_name(model) or ", ".join(file.stem for file in from_run or [])
     found = evaluator.save(output, model_name=given, model=loaded, dtype=dtype)
     print_evaluation(Console(highlight=False), found)
+
+
+def _model_name(model: str) -> str:
+    return Path(model).resolve().name if model and Path(model).is_dir() else model
 
 
 def _load(sources: list[str], split: str | None, text_field: list[str] | None) -> dict[str, Collection]:

@@ -42,6 +42,10 @@ class Corpus(ABC):
         """How many documents to expect, for progress bars; None where nobody knows before they are read."""
         return None
 
+    def __deepcopy__(self, memo: object) -> Corpus:
+        # Nothing changes a corpus, and a model's card remembers its evaluator: a copy of a model would copy all texts.
+        return self
+
 
 class MemoryCorpus(Corpus):
     """Documents held in memory: for small collections."""

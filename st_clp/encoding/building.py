@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 from collections import deque
@@ -57,6 +58,8 @@ class Builder:
         dtype: ComputeDtype,
         batch_size: int | None,
         show_progress_bar: bool,
+        progress: Any = None,
+        fingerprint: str | None = None,
     ) -> None:
         self._model = model
         self._corpus = corpus
@@ -64,6 +67,8 @@ class Builder:
         self.computed_in: ComputeDtype = resolve_dtype(model, dtype)
         self._batch_size = batch_size
         self._show_progress_bar = show_progress_bar
+        self._shared_progress = progress
+        self._fingerprint = fingerprint
         self._stored_as = "float16" if self.computed_in == "bfloat16" else "float32"
         self._window = window_size(model)
 
@@ -252,7 +257,7 @@ class Builder:
 
     def _manifest(self) -> dict[str, Any]:
         return {
-            "model": model_fingerprint(self._model),
+            "model": self._fingerprint or model_fingerprint(self._model),
             "task": self._task,
             "computed_in": self.computed_in,
             "dtype": self._stored_as,
@@ -262,6 +267,8 @@ class Builder:
         }
 
     def _progress(self) -> Any:
+        if self._shared_progress is not None:
+            return contextlib.nullcontext(self._shared_progress)  # whoever made it closes it
         return tqdm(
             total=self._corpus.expected_size(),
             desc=f"Encoding {self._corpus.name}",

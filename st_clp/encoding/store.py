@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
+from tqdm.auto import tqdm
 
 from st_clp.data import Collection, Corpus
 from st_clp.encoding.shards import ShardFiles, read_ids, read_manifest
@@ -83,6 +84,8 @@ class EmbeddingStore:
         dtype: ComputeDtype = "model",
         batch_size: int | None = None,
         show_progress_bar: bool = True,
+        progress: tqdm | None = None,
+        fingerprint: str | None = None,
     ) -> EmbeddingStore:
         """Encode all documents of a collection, or open what is there.
 
@@ -100,6 +103,8 @@ class EmbeddingStore:
                 half as large and still finer.
             batch_size: No more texts than this in one forward pass. None: as many as fill it with tokens.
             show_progress_bar: Show progress, rate and remaining time.
+            progress: A bar to move by each text, in place of one of its own: several stores can share it.
+            fingerprint: The model's, where it is known already; otherwise it is computed from the weights.
 
         Raises:
             CollectionError: There are no texts.
@@ -109,7 +114,7 @@ class EmbeddingStore:
         from st_clp.encoding.building import Builder
 
         corpus = texts.corpus if isinstance(texts, Collection) else texts
-        builder = Builder(model, corpus, task, dtype, batch_size, show_progress_bar)
+        builder = Builder(model, corpus, task, dtype, batch_size, show_progress_bar, progress, fingerprint)
         if path is None:
             return cls(*builder.in_memory())
         builder.in_folder(Path(path))

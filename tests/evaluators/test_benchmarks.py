@@ -71,7 +71,7 @@ def test_the_mean_counts_every_dataset_once_and_a_dataset_of_parts_once(tiny_mod
     assert evaluator.query_scores["easy"]["q0"] == {"ndcg@3": 1.0, "precision@1": 1.0}
     assert evaluator.counts["hard_y"]["queries"] == 3
     assert [path.name for path in evaluator.write_runs(tmp_path)] == ["easy.trec", "hard_x.trec", "hard_y.trec"]
-    assert sorted(path.name for path in (tmp_path / "stores").iterdir()) == ["corpus_0", "corpus_1", "corpus_2"]
+    assert sorted(path.name for path in (tmp_path / "stores").glob("corpus_?")) == ["corpus_0", "corpus_1", "corpus_2"]
     with open(tmp_path / evaluator.csv_file, newline="") as file:
         (row,) = csv.DictReader(file)
     assert {f"both_{key}": float(value) for key, value in list(row.items())[2:]} == found
@@ -110,6 +110,24 @@ def test_an_unknown_language_or_split_of_miracl_names_those_there_are() -> None:
         MIRACLEvaluator(languages="all", split="test")
     with pytest.raises(ValueError, match="a language is named twice: ko, fa, ko"):
         MIRACLEvaluator(languages=("ko", "fa", "ko"))
+
+
+def test_all_languages_of_miracl_that_have_the_split(monkeypatch) -> None:
+    loaded = []
+
+    def load(source: str, *, split: str) -> Collection:
+        loaded.append(f"{source}/{split}")
+        return make_collection(0, source)
+
+    monkeypatch.setattr(Collection, "load", load)
+    evaluator = MIRACLEvaluator(languages="all")
+    assert evaluator.languages == tuple(evaluator.evaluators) == MIRACL_LANGUAGES
+    assert len(loaded) == 18
+    assert loaded[0] == "miracl/ar/dev"
+    assert evaluator.primary_metric == "miracl_mean_ndcg@10"
+    train = MIRACLEvaluator(languages="all", split="train")
+    assert set(MIRACL_LANGUAGES) - set(train.languages) == {"de", "yo"}
+    assert train.primary_metric == "miracl_train_mean_ndcg@10"
 
 
 def test_every_language_and_dataset_is_in_ir_datasets_with_judgments() -> None:
@@ -238,3 +256,23 @@ def test_what_beir_does_not_have_is_refused(tmp_path) -> None:
     write_beir_folder(tmp_path / "other" / "laws", 0)
     with pytest.raises(ValueError, match="two datasets would both be called laws"):
         BEIREvaluator([str(tmp_path / "other" / "laws"), str(tmp_path / "other" / "laws")])
+
+
+def test_languages_are_one_progress_bar_with_a_rate(tiny_model, capfd, tmp_path) -> None:
+    collections = {name: make_collection(shift, name) for name, shift in (("ko", 0), ("fa", 1), ("hi", 2))}
+    evaluator = BenchmarkEvaluator(collections, "m", show_progress_bar=True, store_dir=tmp_path)
+    for _ in range(2):  # the second time nothing is encoded, and the bar is full all the same
+        evaluator(tiny_model)
+        shown = capfd.readouterr().err
+        bars = [state for state in shown.split("\r") if "Evaluating" in state]
+        assert shown.count("\n") == 1  # a bar that ends leaves a line
+        assert "15/15" in bars[-1]
+        assert "documents/s" in bars[-1]
+        assert {part for state in bars for part in ("m_ko", "m_fa", "m_hi") if part in state} == {
+            "m_ko",
+            "m_fa",
+            "m_hi",
+        }
+    evaluator = BenchmarkEvaluator(collections, "m")
+    evaluator(tiny_model)
+    assert "Evaluating" not in capfd.readouterr().err

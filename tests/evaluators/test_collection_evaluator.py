@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import logging
@@ -22,7 +23,7 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from torch.utils.data import DataLoader
 
-from evaluators import CollectionEvaluator
+from evaluators import BenchmarkEvaluator, CollectionEvaluator
 from st_clp import Collection
 from st_clp.data import CollectionError
 
@@ -284,8 +285,16 @@ def train_dataset(collection: Collection) -> Dataset:
     )
 
 
-def test_the_trainer_evaluates_and_keeps_the_best_model(tiny_model, collection, tmp_path) -> None:
-    evaluator = CollectionEvaluator(collection, name="laws")
+@pytest.mark.parametrize("several", [False, True])
+def test_the_trainer_evaluates_and_keeps_the_best_model(tiny_model, collection, tmp_path, several) -> None:
+    """By nDCG@10 on one collection, or by its mean over two, one of them small."""
+    small = collection.with_queries(set(list(collection.queries)[:7]))
+    if several:
+        evaluator = BenchmarkEvaluator({"all": collection, "small": small}, "laws", store_dir=tmp_path / "stores")
+    else:
+        evaluator = CollectionEvaluator(collection, name="laws")
+    metric = evaluator.primary_metric
+    assert metric == ("laws_mean_ndcg@10" if several else "laws_ndcg@10")
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(tmp_path),
         max_steps=2,
@@ -296,7 +305,7 @@ def test_the_trainer_evaluates_and_keeps_the_best_model(tiny_model, collection, 
         save_strategy="steps",
         save_steps=1,
         load_best_model_at_end=True,
-        metric_for_best_model="eval_laws_ndcg@10",
+        metric_for_best_model=f"eval_{metric}",
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
@@ -309,17 +318,17 @@ def test_the_trainer_evaluates_and_keeps_the_best_model(tiny_model, collection, 
         evaluator=evaluator,
     )
     trainer.train()
-    seen = [entry["eval_laws_ndcg@10"] for entry in trainer.state.log_history if "eval_laws_ndcg@10" in entry]
+    seen = [entry[f"eval_{metric}"] for entry in trainer.state.log_history if f"eval_{metric}" in entry]
     assert len(seen) == 2
     assert seen[0] != seen[1]
     assert trainer.state.best_metric == max(seen)
-    assert evaluator(tiny_model)["laws_ndcg@10"] == pytest.approx(max(seen), abs=1e-6)
+    assert evaluator(tiny_model)[metric] == pytest.approx(max(seen), abs=1e-6)
     with open(tmp_path / "eval" / evaluator.csv_file, newline="") as file:
         assert [int(row["steps"]) for row in csv.DictReader(file)] == [1, 2]
     tiny_model.save(str(tmp_path / "model"))
     card = (tmp_path / "model" / "README.md").read_text()
     assert "#### Information Retrieval" in card
-    assert "| **ndcg@10**" in card
+    assert f"| **{metric.removeprefix('laws_')}**" in card
     assert '"collection": "miracl/xx/dev"' in card
 
 
@@ -338,3 +347,13 @@ def test_model_fit_saves_the_best_model(tiny_model, collection, tmp_path) -> Non
     evaluator(SentenceTransformer(str(tmp_path / "fitted"), device="cpu"))
     assert {q: list(docs) for q, docs in evaluator.run.items()} == {q: list(docs) for q, docs in best.items()}
     assert Path(tmp_path / "fitted" / "eval" / evaluator.csv_file).is_file()
+
+
+def test_a_model_that_was_evaluated_can_be_copied(tiny_model, collection) -> None:
+    # Its card remembers the evaluator, which holds a corpus that may be of any size and kind.
+    evaluator = CollectionEvaluator(collection)
+    found = evaluator(tiny_model)
+    copied = copy.deepcopy(tiny_model)
+    (remembered,) = copied.model_card_data.eval_results_dict
+    assert remembered.collection.corpus is collection.corpus
+    assert evaluator(copied) == found

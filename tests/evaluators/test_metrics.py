@@ -13,7 +13,10 @@ from beir.retrieval.evaluation import EvaluateRetrieval
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evaluators import CollectionEvaluator
 from evaluators.metrics import Metric, mean_scores, parse_metrics, score_queries
+from st_clp import Collection
+from st_clp.data import MemoryCorpus
 
 DOC_IDS = [f"d{number}" for number in range(12)]
 QUERY_IDS = [f"q{number}" for number in range(5)]
@@ -21,8 +24,8 @@ CUTS = (1, 2, 3, 5, 10, 100)
 
 grades = st.dictionaries(st.sampled_from(DOC_IDS), st.integers(0, 3), min_size=1)
 judgment_sets = st.dictionaries(st.sampled_from(QUERY_IDS), grades, min_size=1)
-# Few distinct scores, so that ties are common; all of them are float32 numbers, which is what trec_eval compares.
-scores = st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0, -1.0])
+# Few distinct scores, so that ties are common. trec_eval compares float32 numbers, so the last two tie with others.
+scores = st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0, -1.0, 0.5 + 1e-12, 1.0 - 1e-12])
 documents = st.dictionaries(st.sampled_from(DOC_IDS), scores)
 
 
@@ -35,7 +38,7 @@ def judged_runs(draw):
 
 def ranking(documents: dict[str, float]) -> list[str]:
     """As trec_eval ranks: best score first, equal scores by descending document id."""
-    return sorted(documents, key=lambda doc_id: (documents[doc_id], doc_id), reverse=True)
+    return sorted(documents, key=lambda doc_id: (np.float32(documents[doc_id]), doc_id), reverse=True)
 
 
 def by_formula(grades: dict[str, int], ranked: list[str], family: str, k: int) -> float:
@@ -73,7 +76,7 @@ def test_each_query_scores_what_the_formulas_say(judged_run, k) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(judged_runs())
-def test_means_are_those_of_beir_in_full(judged_run) -> None:
+def test_means_are_those_of_beirs_evaluate_retrieval_in_full(judged_run) -> None:
     judgments, run = judged_run
     families = {"NDCG": "ndcg", "MAP": "map", "Recall": "recall", "P": "precision"}
     metrics = [Metric(family, k) for family in families.values() for k in CUTS]
@@ -85,14 +88,14 @@ def test_means_are_those_of_beir_in_full(judged_run) -> None:
             assert means[f"{families[family]}@{k}"] == pytest.approx(value, abs=5.001e-6)
 
 
-def test_values_are_pytrec_evals_to_the_last_digit() -> None:
-    generator = np.random.default_rng(0)
-    judgments = {q: {d: int(generator.integers(0, 4)) for d in DOC_IDS} for q in QUERY_IDS}
-    run = {q: dict(zip(DOC_IDS, generator.standard_normal(12).tolist(), strict=True)) for q in QUERY_IDS}
+@settings(max_examples=100, deadline=None)
+@given(judged_runs())
+def test_values_are_pytrec_evals_to_the_last_digit(judged_run) -> None:
+    judgments, run = judged_run
     found = score_queries(judgments, run, parse_metrics(["ndcg@10", "ndcg@3", "recall@5", "map@10", "p@7", "mrr@12"]))
     measures = {"ndcg_cut.3,10", "recall.5", "map_cut.10", "P.7", "recip_rank"}
     expected = pytrec_eval.RelevanceEvaluator(judgments, measures).evaluate(run)
-    for query_id in QUERY_IDS:
+    for query_id in judgments:
         assert found[query_id] == {
             "ndcg@10": expected[query_id]["ndcg_cut_10"],
             "ndcg@3": expected[query_id]["ndcg_cut_3"],
@@ -101,6 +104,21 @@ def test_values_are_pytrec_evals_to_the_last_digit() -> None:
             "precision@7": expected[query_id]["P_7"],
             "mrr@12": expected[query_id]["recip_rank"],
         }
+
+
+@settings(max_examples=40, deadline=None)
+@given(judged_runs())
+def test_identical_ids_are_left_out_as_by_beirs_evaluate_retrieval(judged_run) -> None:
+    # Queries are numbered as documents are.
+    judgments, run = ({f"d{q[1:]}": dict(documents) for q, documents in part.items()} for part in judged_run)
+    collection = Collection(MemoryCorpus("c", dict.fromkeys(DOC_IDS, "text")), dict.fromkeys(run, "text"), judgments)
+    found = CollectionEvaluator(collection, metrics=["ndcg@3", "recall@5", "map@10", "p@2"]).score(run)
+    answers = EvaluateRetrieval.evaluate(judgments, {q: dict(d) for q, d in run.items()}, [2, 3, 5, 10])
+    beir = {key: value for answer in answers for key, value in answer.items()}
+    expected = {"ndcg@3": "NDCG@3", "recall@5": "Recall@5", "map@10": "MAP@10", "precision@2": "P@2"}
+    assert {name: round(value, 5) for name, value in found.items()} == {
+        name: pytest.approx(beir[key], abs=1.001e-5) for name, key in expected.items()
+    }
 
 
 @pytest.mark.parametrize("rank", range(1, 50))
