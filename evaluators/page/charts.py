@@ -78,7 +78,7 @@ class _Axis:
 def _axis(values: Sequence[float], begin: float, end: float, *, margin: float = 0.05) -> _Axis:
     low, high = min(values), max(values)
     # One value alone needs room around it whatever the margin is.
-    room = (high - low) * margin if high > low else abs(high) * 0.05 or 1e-6
+    room = (high - low) * margin if high > low else abs(high) * 0.05 or 1.0
     return _Axis(low - room, high + room, begin, end)
 
 
