@@ -24,8 +24,9 @@ $(VENV)/installed: setup.cfg pyproject.toml constraints.txt requirements/demo-mo
 demo: $(VENV)/installed  ## mine, fine-tune, evaluate, save and search on a small collection, in minutes
 	$(BIN)/st-clp demo
 
+# Most tests start processes or run tiny models on one thread, so there is one worker a core.
 test: $(VENV)/installed  ## the tests, in under 10 minutes on 2 cores
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses auto --maxprocesses 8 --dist worksteal
 
 lint: $(VENV)/installed  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -48,6 +48,7 @@ def work(rank: int, rendezvous: str, cases: str, out: str) -> None:
     results = [compute(job, case, rank) for case in job["cases"]]
     if rank == 0:
         torch.save(results, out)
+    dist.barrier()  # neither closes its connections while the other still uses them
     dist.destroy_process_group()
 
 

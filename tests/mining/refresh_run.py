@@ -56,8 +56,12 @@ def patience(ance: Any, folder: Path, callback: Any) -> Any:
     """Training so slow that what is mined beside it is always there in time."""
 
     def wait(state: Any, model: Any) -> None:
+        deadline = time.monotonic() + 100
         for refresh in ance.refreshes:
             while refresh["status"] == "mining" and not whole(folder, refresh["step"]):
+                if time.monotonic() > deadline:
+                    logs = [path.read_text() for path in (folder / "ance").rglob("*.log")]
+                    raise TimeoutError(f"the refresh of step {refresh['step']} is not there: {logs}")
                 time.sleep(0.02)
 
     return make_callback(callback, on_step_begin=wait)
@@ -199,6 +203,7 @@ def work(rank: int, job: dict[str, Any], rendezvous: str | None) -> None:
         result = {"batches": done.batches, "refreshes": done.ance.refreshes}
         (output / f"process-{rank}.json").write_text(json.dumps(result))
     if processes > 1:
+        torch.distributed.barrier()  # neither closes its connections while the other still uses them
         torch.distributed.destroy_process_group()
 
 

@@ -180,6 +180,7 @@ for name, tensor in [*model.named_parameters(), *((n, b) for n, b in model.named
     assert torch.equal(both[0], both[1]), name
     if "balance" in name:
         assert tensor.any()
+dist.barrier()  # neither closes its connections while the other still uses them
 dist.destroy_process_group()
 """
 
