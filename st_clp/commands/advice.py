@@ -28,6 +28,7 @@ under_way: list[str] = []
 
 # What else to do after a stop, for commands that are no runs.
 after_a_stop: list[str] = []
+SAME_COMMAND = "What was encoded is kept; the same command goes on from there."
 
 
 def with_advice(command: Callable[P, None]) -> Callable[P, None]:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from st_clp.commands.advice import with_advice
+from st_clp.commands.advice import SAME_COMMAND, after_a_stop, with_advice
 
 if TYPE_CHECKING:
     from evaluators.evaluation import Evaluation
@@ -100,7 +100,9 @@ def evaluate(
         from st_clp.training import load_base_model
 
         loaded = load_base_model(model, max_seq_length=max_seq_length)
+        after_a_stop.append(SAME_COMMAND)
         evaluator(loaded)
+        after_a_stop.clear()
     given = name or _model_name(model) or ", ".join(file.stem for file in from_run or [])
     found = evaluator.save(output, model_name=given, model=loaded, dtype=dtype)
     print_evaluation(Console(highlight=False), found)

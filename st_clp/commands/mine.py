@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from st_clp.commands.advice import after_a_stop
+from st_clp.commands.advice import SAME_COMMAND, after_a_stop
 from st_clp.commands.options import CONFIG, Extra, given_settings, settings_command
 from st_clp.rundir import QUERY_STORE, slug, write_json
 from st_clp.settings import QUERIES, RunSettings
@@ -97,7 +97,7 @@ def _mine(**options: Any) -> None:
     model = load_base_model(settings.model, max_seq_length=settings.max_seq_length)
     output = Path(settings.output)
     if not dry_run:
-        after_a_stop.append("What was encoded is kept; the same command goes on from there.")
+        after_a_stop.append(SAME_COMMAND)
     with open_chain(settings, None if dry_run else output / QUERY_STORE) as chain:
         for collection in collections:
             folder = (store or output / "embeddings") / slug(collection.corpus_name)

@@ -23,7 +23,7 @@ from evaluators.evaluation import read_evaluation
 from st_clp import Collection
 from st_clp.cli import app
 from st_clp.encoding import model_fingerprint
-from st_clp.encoding.shards import read_shards
+from st_clp.encoding.shards import ShardFiles, read_shards
 from st_clp.mining import mine
 
 
@@ -45,6 +45,21 @@ def two_evaluations(tiny_model_path: Path, collection_path: Path, tmp_path: Path
     code, text = invoke("evaluate", "--from-run", turned, "--collection", collection_path, "--output", run_folder)
     assert code == 0, text
     return model_folder, run_folder
+
+
+def test_ctrl_c_says_that_the_same_command_goes_on(
+    tiny_model_path: Path, collection_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    command = ("evaluate", tiny_model_path, "--collection", collection_path, "--output", tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardFiles, "add", interrupted)
+        code, text = invoke(*command)
+    assert code == 130
+    assert "Stopped. What was encoded is kept; the same command goes on from there." in text
+    assert invoke(*command)[0] == 0
 
 
 def test_evaluate_compare_and_report(
