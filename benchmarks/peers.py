@@ -3,8 +3,8 @@
     python benchmarks/peers.py openvino texts.json MODEL
     python benchmarks/peers.py flagembedding texts.json MODEL
 
-The first needs ``pip install 'sentence-transformers[openvino]' datasets faiss-cpu``, the second ``pip install
-FlagEmbedding 'transformers<5' faiss-cpu``.
+The first needs ``pip install 'sentence-transformers[openvino]' 'transformers<5' datasets faiss-cpu``, the
+second ``pip install FlagEmbedding 'transformers<5' faiss-cpu``.
 
 FlagEmbedding's ``hn_mine`` is a script outside its package. What it does is done here with the package's class and
 FAISS: encode queries and documents, search, and draw negatives from the ranks.

@@ -38,7 +38,10 @@ def make_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     if function is bidirectional_mask_function and padding is not None and padding.ndim == 2:
         padding = padding.bool()
         # Which keys are padding is the same for every query, so a row will do where others make a square.
-        return None if bool(padding.all()) else padding[:, None, None, :]
+        # A compiled model takes the same path for every batch, whatever is in it.
+        if not torch.compiler.is_compiling() and bool(padding.all()):
+            return None
+        return padding[:, None, None, :]
     return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
 
 

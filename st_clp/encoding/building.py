@@ -17,6 +17,7 @@ from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
 from st_clp.data import CollectionError, Corpus, Document
+from st_clp.encoding.compiling import pays
 from st_clp.encoding.encode import Encoder, embedding_dimension, window_size
 from st_clp.encoding.fingerprint import model_fingerprint
 from st_clp.encoding.inspection import verify
@@ -60,6 +61,7 @@ class Builder:
         show_progress_bar: bool,
         progress: Any = None,
         fingerprint: str | None = None,
+        compile: bool | None = None,
     ) -> None:
         self._model = model
         self._corpus = corpus
@@ -69,6 +71,7 @@ class Builder:
         self._show_progress_bar = show_progress_bar
         self._shared_progress = progress
         self._fingerprint = fingerprint
+        self._compile = compile
         self._stored_as = "float16" if self.computed_in == "bfloat16" else "float32"
         self._window = window_size(model)
 
@@ -214,7 +217,12 @@ class Builder:
                 waiting.append((window, rows))
                 yield [document.text for document, row in zip(window, rows, strict=True) if row < 0]
 
-        encoder = Encoder(self._model, self._task, dtype=self.computed_in, batch_size=self._batch_size)
+        compile = self._compile
+        if compile is None:
+            # By the whole corpus, not by what is left of it: what is gone on with must encode as what was stopped. A
+            # store that is brought up to date has most of its texts already.
+            compile = known is None and pays(self._corpus.expected_size(), self._model.device)
+        encoder = Encoder(self._model, self._task, dtype=self.computed_in, batch_size=self._batch_size, compile=compile)
         for encoded in encoder.encode_windows(unknown_texts()):
             window, rows = waiting.popleft()
             embeddings = np.empty((len(window), encoded.shape[1]), dtype=np.float32)

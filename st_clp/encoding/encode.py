@@ -64,6 +64,7 @@ def encode_documents(
     batch_size: int | None = None,
     window: int | None = None,
     dtype: ComputeDtype = "model",
+    compile: bool = False,
 ) -> Iterator[np.ndarray]:
     """Encode a stream of documents as ``model.encode_document`` does, in bounded memory.
 
@@ -75,6 +76,8 @@ def encode_documents(
         dtype: ``"model"`` computes in the model's own precision, to a cosine of 0.9999 with ``model.encode``;
             ``"bfloat16"`` runs the transformer in bfloat16, to 0.999; ``"auto"`` does so where the hardware
             multiplies bfloat16 and the model is float32.
+        compile: Compile the transformer with ``torch.compile`` first, which takes about a minute and needs a C++
+            compiler; a model that cannot be compiled encodes without, and says so.
 
     Yields:
         float32 embeddings, (at most ``window``, dim), in the order of the texts.
@@ -83,7 +86,7 @@ def encode_documents(
         TypeError: Something among the texts is no text; the windows before it come first.
         ValueError: An option is not known or out of range.
     """
-    return encode(model, texts, "document", batch_size=batch_size, window=window, dtype=dtype)
+    return encode(model, texts, "document", batch_size=batch_size, window=window, dtype=dtype, compile=compile)
 
 
 def encode(
@@ -94,12 +97,13 @@ def encode(
     batch_size: int | None = None,
     window: int | None = None,
     dtype: ComputeDtype = "model",
+    compile: bool = False,
 ) -> Iterator[np.ndarray]:
     """As :func:`encode_documents`, for the texts of either task."""
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
     _require_several(texts)
-    encoder = Encoder(model, task, dtype=dtype, batch_size=batch_size)
+    encoder = Encoder(model, task, dtype=dtype, batch_size=batch_size, compile=compile)
     return encoder.encode_windows(_windows(iter(texts), window or window_size(model)))
 
 
@@ -131,11 +135,17 @@ class Encoder:
     """
 
     def __init__(
-        self, model: SentenceTransformer, task: Task, *, dtype: ComputeDtype = "model", batch_size: int | None = None
+        self,
+        model: SentenceTransformer,
+        task: Task,
+        *,
+        dtype: ComputeDtype = "model",
+        batch_size: int | None = None,
+        compile: bool = False,
     ) -> None:
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self._working = WorkingModel(model, task, dtype)
+        self._working = WorkingModel(model, task, dtype, compile=compile)
         self._batch_size = batch_size
         self._dim = embedding_dimension(model)
         self._whole_batch = batch_size or 32

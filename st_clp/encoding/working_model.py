@@ -16,6 +16,7 @@ from sentence_transformers.util import batch_to_device, truncate_embeddings
 
 from st_clp.encoding.attention import use_batched_products
 from st_clp.encoding.batches import Features
+from st_clp.encoding.compiling import compile_transformers
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ class WorkingModel:
         model: The model. It is put into evaluation mode, as its own ``encode`` does, and not changed otherwise.
         task: Whether its texts are queries or documents.
         dtype: As in :func:`st_clp.encoding.encode_documents`.
+        compile: Likewise.
 
     Attributes:
         by_tokens: Whether the model can be run by tokens; otherwise use :meth:`encode_whole`.
@@ -41,7 +43,9 @@ class WorkingModel:
         ValueError: ``dtype`` is not known.
     """
 
-    def __init__(self, model: SentenceTransformer, task: Task, dtype: ComputeDtype = "model") -> None:
+    def __init__(
+        self, model: SentenceTransformer, task: Task, dtype: ComputeDtype = "model", *, compile: bool = False
+    ) -> None:
         if dtype not in get_args(ComputeDtype):
             raise ValueError(f"dtype must be one of {', '.join(get_args(ComputeDtype))}, got {dtype!r}")
         model.eval()
@@ -53,6 +57,7 @@ class WorkingModel:
         if not self.by_tokens:
             logger.warning("this model is not a plain text encoder: it encodes by its own encode method, more slowly")
         self._runs = _in_bfloat16(model) if self.by_tokens and resolve_dtype(model, dtype) == "bfloat16" else model
+        self._to_compile = compile and self.by_tokens
 
     def preprocess(self, texts: list[str]) -> Features:
         """Tokenise texts."""
@@ -60,6 +65,30 @@ class WorkingModel:
 
     def forward(self, features: Features) -> Embedded:
         """The embeddings of one batch, float32, (texts, dim), which a GPU may still be computing."""
+        if self._to_compile:
+            # Not before there is something to encode.
+            self._to_compile = False
+            self._compile()
+        output = self._run(self._runs, self._on_device(features))
+        embeddings = output["sentence_embedding"]
+        if self._model.truncate_dim is not None:
+            embeddings = truncate_embeddings(embeddings, self._model.truncate_dim)
+        return Embedded(embeddings.float())
+
+    def _run(self, model: SentenceTransformer, features: Features) -> Features:
+        return model(features, task=self._task)
+
+    def _compile(self) -> None:
+        working = copy_modules(self._model, share_weights=True) if self._runs is self._model else self._runs
+
+        @torch.inference_mode()
+        def run(model: SentenceTransformer, texts: list[str]) -> None:
+            self._run(model, self._on_device(self.preprocess(texts)))
+
+        if compile_transformers(working, run):
+            self._runs = working
+
+    def _on_device(self, features: Features) -> Features:
         features = dict(features)
         if self.device.type == "cuda":
             # Copies to and from pinned memory do not wait for what the GPU was given before.
@@ -69,11 +98,7 @@ class WorkingModel:
                 else value
                 for name, value in features.items()
             }
-        output = self._runs(batch_to_device(features, self.device), task=self._task)
-        embeddings = output["sentence_embedding"]
-        if self._model.truncate_dim is not None:
-            embeddings = truncate_embeddings(embeddings, self._model.truncate_dim)
-        return Embedded(embeddings.float())
+        return batch_to_device(features, self.device)
 
     def free_memory(self) -> None:
         """Give back what the device's allocator keeps, after a batch that was too large."""
@@ -152,10 +177,7 @@ def _is_text_encoder(model: SentenceTransformer) -> bool:
 
 def _in_bfloat16(model: SentenceTransformer) -> SentenceTransformer:
     """A copy whose transformers compute in bfloat16 and hand on float32."""
-    # Tokenizers are only read, and the model card holds the trainer and its data: neither is to be copied.
-    shared: list[Any] = [model.model_card_data]
-    shared += [module.processor for module in model.modules() if isinstance(module, Transformer)]
-    working = copy.deepcopy(model, memo={id(item): item for item in shared})
+    working = copy_modules(model)
     for module in working.modules():
         if isinstance(module, Transformer):
             module.bfloat16()
@@ -163,6 +185,16 @@ def _in_bfloat16(model: SentenceTransformer) -> SentenceTransformer:
             if model.device.type == "cpu" and not _capabilities().get("amx_bf16"):
                 use_batched_products(module.model)
     return working.eval()
+
+
+def copy_modules(model: SentenceTransformer, *, share_weights: bool = False) -> SentenceTransformer:
+    """A copy that may be changed, with weights of its own or the model's."""
+    # Tokenizers are only read, and the model card holds the trainer and its data: neither is to be copied.
+    shared: list[Any] = [model.model_card_data]
+    shared += [module.processor for module in model.modules() if isinstance(module, Transformer)]
+    if share_weights:
+        shared += [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, memo={id(item): item for item in shared})
 
 
 def _hand_on_float32(module: torch.nn.Module, arguments: Any, features: Features) -> Features:
