@@ -95,7 +95,7 @@ def forward_and_backward(layer: nn.Module, hidden: Tensor) -> Callable[[], None]
     return run
 
 
-def in_turn(cases: dict[str, Callable[[], None]], rounds: int = 5) -> dict[str, float]:
+def in_turn(cases: dict[str, Callable[[], None]], rounds: int = 11) -> dict[str, float]:
     """Run the cases in turn and return each one's median time in milliseconds."""
     times: dict[str, list[float]] = {name: [] for name in cases}
     for round_ in range(rounds + 2):

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from st_clp.moe.grouped import GatherRows, GroupedLinear, ScatterRows
+from st_clp.moe.grouped import GatherRows, GroupedLinear, ScatterRows, gathered_products
 from st_clp.moe.router_signal import RouterSignal
 from st_clp.moe.routing import Plan, Router
 from st_clp.moe.settings import MoESettings
@@ -99,28 +99,31 @@ class ExpertLinear(nn.Module):
         return cast(nn.Linear, self.experts[0]).bias
 
     def forward(self, hidden: Tensor) -> Tensor:
-        if self.gate is not None:
-            plan, rows = self._sort(hidden)
+        if self.gate is not None and self.last_sorted:
+            plan, tokens = self._route(hidden)
+            result = self._products(tokens, plan, plan.source)
         else:
-            plan, rows = self._sorted_by_another(hidden)
-        result = self._products(rows, plan)
+            plan, rows = self._sort(hidden) if self.gate is not None else self._sorted_by_another(hidden)
+            result = self._products(rows, plan)
         if not self.restores and self.dispatch.carries_on():
             return result
         if self.last_sorted and self.restores:
             self.dispatch.plan = None
         return restore(result, plan)
 
-    def _sort(self, hidden: Tensor) -> tuple[Plan, Tensor]:
+    def _route(self, hidden: Tensor) -> tuple[Plan, Tensor]:
+        """Decide; the tokens come back as rows."""
         assert self.gate is not None
         tokens = hidden.reshape(-1, hidden.shape[-1])
         plan = self.gate(tokens, tuple(hidden.shape[:-1]))
         self.dispatch.plan = plan
-        rows = tokens
-        if plan.source is not None:
-            rows = GatherRows.apply(tokens, plan.source, plan.back, plan.slots_per_token)
-        if not self.last_sorted:
-            plan.given, plan.rows = hidden, rows
-        return plan, rows
+        return plan, tokens
+
+    def _sort(self, hidden: Tensor) -> tuple[Plan, Tensor]:
+        """Decide and sort, for this projection and another after it that takes the same input."""
+        plan, tokens = self._route(hidden)
+        plan.given, plan.rows = hidden, gather(tokens, plan)
+        return plan, plan.rows
 
     def _sorted_by_another(self, hidden: Tensor) -> tuple[Plan, Tensor]:
         plan = self.dispatch.plan
@@ -136,18 +139,25 @@ class ExpertLinear(nn.Module):
             plan.given = plan.rows = None
         return plan, rows
 
-    def _products(self, rows: Tensor, plan: Plan) -> Tensor:
+    def _products(self, rows: Tensor, plan: Plan, source: Tensor | None = None) -> Tensor:
+        """The experts' products with sorted rows, or with tokens of which ``source`` is to be sorted first."""
         experts = list(self.experts)
         if any(type(expert) is not nn.Linear for expert in experts):  # adapters around the experts
+            if source is not None:
+                rows = gather(rows, plan)
             parts = torch.split(rows, plan.counts)
             return torch.cat([expert(part) for expert, part in zip(experts, parts, strict=True)])
-        weights = [expert.weight for expert in experts]
-        biases = [expert.bias for expert in experts]
+        weights: list[Tensor] = [cast(nn.Linear, expert).weight for expert in experts]
+        biases: list[Tensor | None] = [cast(nn.Linear, expert).bias for expert in experts]
         if torch.is_autocast_enabled(rows.device.type):
             dtype = torch.get_autocast_dtype(rows.device.type)
             rows = rows.to(dtype)
             weights = [weight.to(dtype) for weight in weights]
             biases = [None if bias is None else bias.to(dtype) for bias in biases]
+        if source is not None:
+            if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                return gathered_products(rows, source, plan.counts, weights, biases)
+            rows = gather(rows, plan)
         signal = self.signal if self.settings.routing == "learned" else None
         return GroupedLinear.apply(rows, plan.shares, plan.counts, signal, *weights, *biases)
 
@@ -179,6 +189,13 @@ class SortedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def gather(tokens: Tensor, plan: Plan) -> Tensor:
+    """Sort tokens (tokens, dim) by expert: a row for each token and each of its experts."""
+    if plan.source is None:
+        return tokens
+    return GatherRows.apply(tokens, plan.source, plan.back, plan.slots_per_token)
 
 
 def restore(rows: Tensor, plan: Plan) -> Tensor:

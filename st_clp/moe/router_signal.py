@@ -46,7 +46,8 @@ class RouterSignal:
         into: Tensor,
         gradient: Tensor,
         rows: Tensor,
-        rows_gradient: Tensor,
+        rows_gradient: Tensor | None,
+        result: Tensor | None,
         parts: Sequence[slice],
         weights: Sequence[Tensor],
         biases: Sequence[Tensor | None],
@@ -57,15 +58,21 @@ class RouterSignal:
             into: The gradient to fill, zero so far.
             gradient: (rows, out) of the layer's output.
             rows: (rows, in), its input.
-            rows_gradient: (rows, in), ``gradient`` times the chosen expert's weight.
+            rows_gradient: (rows, in), ``gradient`` times the chosen expert's weight; not needed with ``result``.
+            result: (rows, out), the layer's output, or None. Given, inner products are taken there, otherwise on
+                the side of the input: they are the same.
             parts: Each expert's slice of the rows.
             weights: Each expert's weight (out, in).
             biases: Each expert's bias (out,) or None.
         """
-        own = inner_products(rows_gradient, rows)
-        for part, bias in zip(parts, biases, strict=True):
-            if bias is not None:
-                own[part] += (gradient[part] @ bias).float()
+        if result is not None:
+            own = inner_products(gradient, result)
+        else:
+            assert rows_gradient is not None
+            own = inner_products(rows_gradient, rows)
+            for part, bias in zip(parts, biases, strict=True):
+                if bias is not None:
+                    own[part] += (gradient[part] @ bias).float()
         for expert, part in enumerate(parts):
             into[part, expert] = own[part] * (TIE_BREAK if self.stride else 1.0)
         if not self.stride:
@@ -81,9 +88,13 @@ class RouterSignal:
             mine, others = tried[first:last], torch.cat([tried[:first], tried[last:]])
             into[mine, expert] += own[mine] * self.stride
             theirs = torch.cat([gradient[:first], gradient[last:]])
-            value = inner_products(theirs @ weight, torch.cat([rows[:first], rows[last:]]))
-            if bias is not None:
-                value += (theirs @ bias).float()
+            given = torch.cat([rows[:first], rows[last:]])
+            if result is not None:
+                value = inner_products(theirs, torch.nn.functional.linear(given, weight, bias))
+            else:
+                value = inner_products(theirs @ weight, given)
+                if bias is not None:
+                    value += (theirs @ bias).float()
             into[others, expert] += value * self.stride
 
     def _count_before(self, row: int) -> int:

@@ -20,7 +20,7 @@ from torch import nn
 
 import st_clp
 from st_clp.moe import expert_usage, reset_usage
-from st_clp.moe.grouped import GroupedLinear, slices
+from st_clp.moe.grouped import GroupedLinear, gathered_products, slices
 from st_clp.moe.precise import PreciseLinear, inner_products
 
 TEXTS = ["a cat on the river", "the king", "what is the capital of a country", "red green blue " * 8]
@@ -78,8 +78,12 @@ def test_the_router_computes_in_float32_whatever_the_tokens_are(tokens: int, dty
         products = inner_products(rows.detach(), rows.detach())
     exact = rows.float() @ weight.float().T
     torch.testing.assert_close(result, exact)
-    for one, other in zip(found, torch.autograd.grad(exact, [rows, weight], direction), strict=True):
-        torch.testing.assert_close(one, other)
+    of_rows, of_weight = torch.autograd.grad(exact, [rows, weight], direction)
+    torch.testing.assert_close(found[1], of_weight)
+    # The rows' gradient is handed on in their own precision, and computed in it.
+    assert found[0].dtype == dtype
+    terms = direction.abs() @ weight.detach().float().abs()
+    assert bool(((found[0].float() - of_rows.float()).abs() <= 4 * torch.finfo(dtype).eps * terms).all())
     torch.testing.assert_close(products, rows.detach().float().square().sum(1))
 
 
@@ -111,15 +115,57 @@ def test_every_expert_takes_part_in_the_backward_pass(tiny_model: SentenceTransf
     assert all(value.grad is not None for value in model.parameters() if value.requires_grad)
 
 
-def test_the_routers_gradient_is_that_of_the_mixture_of_all_experts() -> None:
+@settings(max_examples=25, deadline=None)
+@given(
+    per_token=st.integers(1, 2),
+    routed=st.integers(1, 20),
+    room=st.integers(1, 7),
+    bias=st.booleans(),
+    seed=st.integers(0, 100),
+)
+def test_gathering_as_it_goes_gives_the_same_products(
+    per_token: int, routed: int, room: int, bias: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    experts = [nn.Linear(4, 3, bias=bias) for _ in range(3)]
+    tokens, chosen = torch.randn(20, 4), torch.randint(3, (routed * per_token,))
+    source = chosen.argsort() // per_token
+    sizes = torch.bincount(chosen, minlength=3).tolist()
+    weights, biases = [e.weight for e in experts], [e.bias for e in experts]
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("st_clp.moe.grouped.GATHERED_ROWS", room)
+        found = gathered_products(tokens, source, sizes, weights, biases)
+        expected = GroupedLinear.apply(tokens[source], None, sizes, None, *weights, *biases)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("per_token", [1, 2])
+@pytest.mark.parametrize("projection", ["intermediate", "output", "feed_forward"])
+def test_without_gradients_a_mixture_gives_what_it_gives_with_them(
+    tiny_model: SentenceTransformer, projection: str, per_token: int
+) -> None:
+    model = st_clp.upcycle(tiny_model, 3, per_token, projection)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "experts." in name:
+                value += torch.randn_like(value) * 0.1
+    model.eval()
+    texts = model.preprocess(TEXTS)
+    with_gradients = model(dict(texts))["sentence_embedding"].detach()
+    with torch.no_grad():
+        torch.testing.assert_close(model(dict(texts))["sentence_embedding"], with_gradients)
+
+
+@pytest.mark.parametrize(("given", "out"), [(5, 6), (6, 5)])
+def test_the_routers_gradient_is_that_of_the_mixture_of_all_experts(given: int, out: int) -> None:
     """With every token tried, dL/dp_j is the product of the output's gradient and expert j's output."""
     from st_clp.moe import MoESettings
     from st_clp.moe.router_signal import TIE_BREAK, RouterSignal
 
     torch.manual_seed(0)
     sizes = [3, 0, 4]
-    experts = [nn.Linear(5, 6).double() for _ in sizes]
-    rows, direction = torch.randn(7, 5, dtype=torch.float64), torch.randn(7, 6, dtype=torch.float64)
+    experts = [nn.Linear(given, out).double() for _ in sizes]
+    rows, direction = torch.randn(7, given, dtype=torch.float64), torch.randn(7, out, dtype=torch.float64)
     shares = torch.rand(7, 3, dtype=torch.float64, requires_grad=True)
     signal = RouterSignal(MoESettings(num_experts=3, router_sample=1.0))
     parameters = [*[e.weight for e in experts], *[e.bias for e in experts]]
@@ -144,7 +190,7 @@ def test_trying_some_tokens_has_the_mean_of_trying_all(monkeypatch: pytest.Monke
         signal, found = RouterSignal(MoESettings(num_experts=3, router_sample=sample)), {}
         for _ in range(draws):
             into = torch.zeros(29, 3)
-            signal(into, gradient, rows, rows_gradient, parts, weights, [None] * 3)
+            signal(into, gradient, rows, rows_gradient, None, parts, weights, [None] * 3)
             found[tuple(into[:, 0].tolist())] = into
         return list(found.values())
 

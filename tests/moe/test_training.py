@@ -156,7 +156,7 @@ def test_a_compiled_model_gives_the_same(tiny_model: SentenceTransformer) -> Non
 
 
 DISTRIBUTED = """
-import sys, torch
+import gc, sys, torch
 import torch.distributed as dist
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
@@ -164,22 +164,29 @@ import st_clp
 rank, path, store = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
-model = st_clp.upcycle(SentenceTransformer(path, device="cpu"), 8)
-st_clp.train_only(model, "moe")
-loss = MultipleNegativesRankingLoss(model).train()
-ddp = torch.nn.parallel.DistributedDataParallel(loss, find_unused_parameters=False)
-optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-texts = [["the river", "a king"], ["red", "a cat on the mountain lake"]][rank]
-for _ in range(4):
-    optimizer.zero_grad()
-    ddp([model.preprocess(texts), model.preprocess(texts[::-1])], None).backward()
-    optimizer.step()
-for name, tensor in [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if "balance" in n)]:
-    both = [torch.empty_like(tensor) for _ in range(2)]
-    dist.all_gather(both, tensor.detach())
-    assert torch.equal(both[0], both[1]), name
-    if "balance" in name:
-        assert tensor.any()
+
+
+def work():
+    model = st_clp.upcycle(SentenceTransformer(path, device="cpu"), 8)
+    st_clp.train_only(model, "moe")
+    loss = MultipleNegativesRankingLoss(model).train()
+    ddp = torch.nn.parallel.DistributedDataParallel(loss, find_unused_parameters=False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    texts = [["the river", "a king"], ["red", "a cat on the mountain lake"]][rank]
+    for _ in range(4):
+        optimizer.zero_grad()
+        ddp([model.preprocess(texts), model.preprocess(texts[::-1])], None).backward()
+        optimizer.step()
+    for name, tensor in [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if "balance" in n)]:
+        both = [torch.empty_like(tensor) for _ in range(2)]
+        dist.all_gather(both, tensor.detach())
+        assert torch.equal(both[0], both[1]), name
+        if "balance" in name:
+            assert tensor.any()
+
+
+work()
+gc.collect()  # what holds connections goes before they are closed, not while Python ends
 dist.barrier()  # neither closes its connections while the other still uses them
 dist.destroy_process_group()
 """
