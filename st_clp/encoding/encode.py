@@ -1,7 +1,7 @@
 """Texts to embeddings in a stream: the embeddings of ``model.encode_query`` and ``encode_document``, sooner.
 
 A transformer's time is spent on tokens, padding included, so texts are sorted by length within a window and batches
-are filled by tokens. The next window is tokenised while this one is in the model. Where the hardware multiplies
+are filled by tokens. The next window is tokenised while an accelerator has this one. Where the hardware multiplies
 bfloat16 the transformer runs in it, and what comes after it (pooling, dense layers) in float32: a mean over hundreds of
 tokens in bfloat16 costs more accuracy than the transformer does.
 """
@@ -112,6 +112,15 @@ def window_size(model: SentenceTransformer) -> int:
     return CPU_WINDOW if model.device.type == "cpu" else ACCELERATOR_WINDOW
 
 
+def reads_ahead(device: torch.device) -> bool:
+    """Whether to tokenise a window while the one before it is in the model.
+
+    Not on a processor: the model has all of its cores, and where a tokenizer takes one of them, the others wait for it
+    at the end of every operation.
+    """
+    return device.type != "cpu"
+
+
 def _require_several(texts: Iterable[str]) -> None:
     if isinstance(texts, (str, bytes)):
         raise TypeError("texts must be several texts, such as a list; a single one goes into a list too")
@@ -154,11 +163,15 @@ class Encoder:
     def encode_windows(self, windows: Iterator[list[str]]) -> Iterator[np.ndarray]:
         """Yield the float32 embeddings of each window's texts, (texts, dim); a window may be empty."""
         if not self._working.by_tokens:
-            for texts in windows:
-                yield self._run_whole(texts) if texts else self._nothing()
-            return
+            yield from (self._run_whole(texts) if texts else self._nothing() for texts in windows)
+        elif reads_ahead(self._working.device):
+            yield from map(self._run, self._tokenised_ahead(windows))
+        else:
+            yield from map(self._run, map(self._tokenise, windows))
+
+    def _tokenised_ahead(self, windows: Iterator[list[str]]) -> Iterator[Window | None]:
+        """Tokenise each window on a thread while the one before it is in the model."""
         waiting: deque[Future[Window | None]] = deque()
-        # One thread ahead: a tokenizer need not compete with the model for longer than it takes to stay ahead of it.
         with ThreadPoolExecutor(1) as tokenizer:
 
             def read_ahead() -> None:
@@ -177,8 +190,7 @@ class Encoder:
             while waiting:
                 ready = waiting.popleft()
                 read_ahead()
-                window = ready.result()
-                yield self._run(window) if window is not None else self._nothing()
+                yield ready.result()
 
     def _tokenise(self, texts: list[str]) -> Window | None:
         return tokenise(self._working.preprocess, texts) if texts else None
@@ -187,8 +199,10 @@ class Encoder:
         return np.zeros((0, self._dim), dtype=np.float32)
 
     @torch.inference_mode()
-    def _run(self, window: Window) -> np.ndarray:
+    def _run(self, window: Window | None) -> np.ndarray:
         """The embeddings of a window's texts, in their order; batches shrink when memory runs out."""
+        if window is None:
+            return self._nothing()
         embeddings = np.empty((len(window), self._dim), dtype=np.float32)
         position = 0
         waiting: tuple[np.ndarray, Embedded] | None = None

@@ -31,12 +31,19 @@ TEXTS = ["a big river", "the old lake of the north", "fire", "who was king?", "o
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(order=st.permutations(range(12)), window=st.integers(1, 13), batch_size=st.none() | st.integers(1, 5))
+@given(
+    order=st.permutations(range(12)),
+    window=st.integers(1, 13),
+    batch_size=st.none() | st.integers(1, 5),
+    ahead=st.booleans(),
+)
 def test_a_stream_gives_the_models_own_embeddings_in_order(
-    tiny_model: SentenceTransformer, order: list[int], window: int, batch_size: int | None
+    tiny_model: SentenceTransformer, order: list[int], window: int, batch_size: int | None, ahead: bool
 ) -> None:
     texts = [" ".join(TEXTS[: 1 + i % 6]) + f" {i}" for i in order]
-    chunks = list(encode_documents(tiny_model, iter(texts), batch_size=batch_size, window=window))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode, "reads_ahead", lambda device: ahead)
+        chunks = list(encode_documents(tiny_model, iter(texts), batch_size=batch_size, window=window))
     assert [len(chunk) for chunk in chunks[:-1]] == [window] * (len(chunks) - 1)
     np.testing.assert_allclose(np.concatenate(chunks), tiny_model.encode_document(texts), atol=1e-5)
 
@@ -237,9 +244,18 @@ def test_misuse_is_refused(tiny_model: SentenceTransformer) -> None:
     for one in ("a single text", b"bytes"):
         with pytest.raises(TypeError, match="texts must be several texts"):
             encode_queries(tiny_model, one)
-    for wrong in (None, 3, ["fire"], float("nan")):
-        with pytest.raises(TypeError, match=f"text 5 is no text but of type {type(wrong).__name__}"):
-            list(encode_documents(tiny_model, [*["fire"] * 5, wrong], window=2))
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("wrong", [None, 3, ["fire"], float("nan")])
+def test_what_is_no_text_is_refused_after_the_windows_before_it(
+    tiny_model: SentenceTransformer, wrong: object, ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "reads_ahead", lambda device: ahead)
+    windows = encode_documents(tiny_model, [*["fire"] * 5, wrong], window=2)
+    assert [len(next(windows)) for _ in range(2)] == [2, 2]
+    with pytest.raises(TypeError, match=f"text 5 is no text but of type {type(wrong).__name__}"):
+        next(windows)
 
 
 @settings(max_examples=25, deadline=None)
