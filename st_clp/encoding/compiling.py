@@ -1,8 +1,8 @@
 """Compiling a transformer before it encodes, where there is enough to encode.
 
 A run that was killed and gone on with must end in the very bytes of an undisturbed one, so nothing here may depend on
-what was encoded before: whether to compile goes by the whole corpus, what is compiled by a batch that is always the
-same, and one kernel serves all shapes. Shapes for which PyTorch would compile another (one text, or one token) are
+what was encoded before in the same process: when to compile goes by a text's place in the corpus, what is compiled by
+a batch that is always the same, and one kernel serves all shapes. Shapes for which PyTorch would compile another (one text, or one token) are
 left to the model as it is.
 """
 
@@ -20,17 +20,12 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-PAYS_FROM = 50_000
-"""Texts from which to compile on a processor: more than twice as many as bring its cost in, so that it does not weigh
-on a run that is gone on with either (``benchmarks/compiling.py``)."""
+COMPILE_AFTER = 32_768
+"""Texts to encode on a processor before compiling: more than bring its cost in (``benchmarks/compiling.py``), so that
+however soon the texts end it was a small part of the whole. A whole number of windows."""
 
 EXAMPLE = "one text that is as long as any other " * 100
 EXAMPLES = 8
-
-
-def pays(texts: int | None, device: torch.device) -> bool:
-    """Whether to compile for so many texts (None: not known). On an accelerator that was not measured: never."""
-    return device.type == "cpu" and texts is not None and texts >= PAYS_FROM
 
 
 def compile_transformers(model: SentenceTransformer, run: Callable[[SentenceTransformer, list[str]], object]) -> bool:

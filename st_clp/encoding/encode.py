@@ -103,7 +103,7 @@ def encode(
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
     _require_several(texts)
-    encoder = Encoder(model, task, dtype=dtype, batch_size=batch_size, compile=compile)
+    encoder = Encoder(model, task, dtype=dtype, batch_size=batch_size, compile_after=0 if compile else None)
     return encoder.encode_windows(_windows(iter(texts), window or window_size(model)))
 
 
@@ -137,7 +137,11 @@ def _windows(texts: Iterator[str], size: int) -> Iterator[list[str]]:
 
 
 class Encoder:
-    """Encodes windows of texts, one after the other; the arguments are those of :func:`encode_documents`.
+    """Encodes windows of texts, one after the other.
+
+    Args:
+        model, task, dtype, batch_size: As in :func:`encode_documents`.
+        compile_after: How many texts to encode before the transformer is compiled; None never compiles it.
 
     Raises:
         ValueError: An option is not known or out of range.
@@ -150,11 +154,12 @@ class Encoder:
         *,
         dtype: ComputeDtype = "model",
         batch_size: int | None = None,
-        compile: bool = False,
+        compile_after: int | None = None,
     ) -> None:
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self._working = WorkingModel(model, task, dtype, compile=compile)
+        self._working = WorkingModel(model, task, dtype)
+        self._compile_after = compile_after
         self._batch_size = batch_size
         self._dim = embedding_dimension(model)
         self._whole_batch = batch_size or 32
@@ -203,6 +208,7 @@ class Encoder:
         """The embeddings of a window's texts, in their order; batches shrink when memory runs out."""
         if window is None:
             return self._nothing()
+        self._compile_in_time(len(window))
         embeddings = np.empty((len(window), self._dim), dtype=np.float32)
         position = 0
         waiting: tuple[np.ndarray, Embedded] | None = None
@@ -228,6 +234,15 @@ class Encoder:
         if waiting is not None:
             embeddings[waiting[0]] = waiting[1].wait()
         return embeddings
+
+    def _compile_in_time(self, texts: int) -> None:
+        if self._compile_after is None:
+            return
+        if self._compile_after <= 0:
+            self._compile_after = None
+            self._working.compile()
+        else:
+            self._compile_after -= texts
 
     def _run_whole(self, texts: list[str]) -> np.ndarray:
         """The same by the model's own encode."""

@@ -34,7 +34,6 @@ class WorkingModel:
         model: The model. It is put into evaluation mode, as its own ``encode`` does, and not changed otherwise.
         task: Whether its texts are queries or documents.
         dtype: As in :func:`st_clp.encoding.encode_documents`.
-        compile: Likewise.
 
     Attributes:
         by_tokens: Whether the model can be run by tokens; otherwise use :meth:`encode_whole`.
@@ -43,9 +42,7 @@ class WorkingModel:
         ValueError: ``dtype`` is not known.
     """
 
-    def __init__(
-        self, model: SentenceTransformer, task: Task, dtype: ComputeDtype = "model", *, compile: bool = False
-    ) -> None:
+    def __init__(self, model: SentenceTransformer, task: Task, dtype: ComputeDtype = "model") -> None:
         if dtype not in get_args(ComputeDtype):
             raise ValueError(f"dtype must be one of {', '.join(get_args(ComputeDtype))}, got {dtype!r}")
         model.eval()
@@ -57,7 +54,6 @@ class WorkingModel:
         if not self.by_tokens:
             logger.warning("this model is not a plain text encoder: it encodes by its own encode method, more slowly")
         self._runs = _in_bfloat16(model) if self.by_tokens and resolve_dtype(model, dtype) == "bfloat16" else model
-        self._to_compile = compile and self.by_tokens
 
     def preprocess(self, texts: list[str]) -> Features:
         """Tokenise texts."""
@@ -65,10 +61,6 @@ class WorkingModel:
 
     def forward(self, features: Features) -> Embedded:
         """The embeddings of one batch, float32, (texts, dim), which a GPU may still be computing."""
-        if self._to_compile:
-            # Not before there is something to encode.
-            self._to_compile = False
-            self._compile()
         output = self._run(self._runs, self._on_device(features))
         embeddings = output["sentence_embedding"]
         if self._model.truncate_dim is not None:
@@ -78,7 +70,8 @@ class WorkingModel:
     def _run(self, model: SentenceTransformer, features: Features) -> Features:
         return model(features, task=self._task)
 
-    def _compile(self) -> None:
+    def compile(self) -> None:
+        """Compile what :meth:`forward` runs, if that can be done."""
         working = copy_modules(self._model, share_weights=True) if self._runs is self._model else self._runs
 
         @torch.inference_mode()

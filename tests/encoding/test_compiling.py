@@ -19,7 +19,7 @@ from sentence_transformers import SentenceTransformer
 from torch._dynamo.utils import counters
 
 from st_clp import Collection, upcycle
-from st_clp.encoding import EmbeddingStore, attention, compiling, encode_documents, working_model
+from st_clp.encoding import EmbeddingStore, attention, building, compiling, encode_documents, working_model
 
 TEXTS = ["a big river", "the old lake of the north", "fire", "who was king?", "one two three four five six", "bird"]
 LONG = [" ".join(TEXTS[: 1 + i % 6]) + f" {i}" for i in range(41)]
@@ -117,29 +117,46 @@ def test_a_missing_compiler_costs_no_embedding(
     np.testing.assert_array_equal(found, encoded(tiny_model, LONG))
 
 
-def test_a_store_compiles_where_it_pays(
+def test_a_store_compiles_after_so_many_texts_of_the_corpus(
     tiny_model: SentenceTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[int] = []
+    seen: list[str] = []
 
-    def counting(model: SentenceTransformer, run: Callable[..., object]) -> bool:
-        asked.append(1)
+    def compiling_at(model: SentenceTransformer, run: Callable[..., object]) -> bool:
+        seen.append("compiled")
         return False
 
-    def build(texts: list[str], name: str, **options: object) -> int:
-        asked.clear()
-        documents = {f"d{i}": text for i, text in enumerate(texts)}
+    original = tiny_model.preprocess
+
+    def preprocess(texts: list[str], **options: object) -> object:
+        seen.append(f"{len(texts)} texts")
+        if len(seen) == stop_at:
+            raise KeyboardInterrupt
+        return original(texts, **options)
+
+    def build(number: int, name: str, **options: object) -> list[str]:
+        seen.clear()
+        documents = {f"d{i}": f"a river and {i}" for i in range(number)}
         collection = Collection.from_dict(documents, {"q": "fire"}, {"q": {"d0": 1}}, name="c")
         EmbeddingStore.build(tiny_model, collection, tmp_path / name, show_progress_bar=False, **options)
-        return len(asked)
+        return list(seen)
 
-    monkeypatch.setattr(working_model, "compile_transformers", counting)
-    monkeypatch.setattr(compiling, "PAYS_FROM", 40)
-    assert build(LONG[:39], "few") == 0
-    assert build(LONG[:39], "few, asked for", compile=True) == 1
-    assert build(LONG, "many, not asked for", compile=False) == 0
-    assert build(LONG, "many") == 1
-    assert build(LONG, "many") == 0  # there is nothing to encode
-    assert build([*LONG, "another"], "many") == 0  # nor enough
-    assert not compiling.pays(None, torch.device("cpu"))
-    assert not compiling.pays(10**9, torch.device("cuda"))
+    stop_at = 0
+    monkeypatch.setattr(tiny_model, "preprocess", preprocess)
+    monkeypatch.setattr(working_model, "compile_transformers", compiling_at)
+    monkeypatch.setattr(building, "COMPILE_AFTER", 20)
+    monkeypatch.setattr(building, "window_size", lambda model: 10)
+    window = ["10 texts"]
+    assert build(20, "few") == window * 2
+    assert build(25, "many") == [*window * 2, "5 texts", "compiled"]
+    assert build(25, "many") == []
+    assert build(45, "many") == ["5 texts", *window, "5 texts"]  # brought up to date
+    assert build(45, "never", compile=False) == [*window * 4, "5 texts"]
+    assert build(15, "at once", compile=True) == ["10 texts", "compiled", "5 texts"]
+    # What was stopped goes on as it would have: compiled from the same text on, and at once where that is behind.
+    for stop_at, rest in ((2, [*window * 2, "compiled", *window]), (5, [*window, "compiled"])):
+        with pytest.raises(KeyboardInterrupt):
+            build(40, f"stopped {stop_at}")
+        assert seen.count("compiled") == (stop_at == 5)
+        done, stop_at = stop_at, 0
+        assert build(40, f"stopped {done}") == rest
