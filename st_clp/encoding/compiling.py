@@ -1,9 +1,9 @@
-"""Compiling a transformer before it encodes, where there is enough to encode.
+"""Compiling a transformer while it encodes, once enough has been encoded.
 
 A run that was killed and gone on with must end in the very bytes of an undisturbed one, so nothing here may depend on
 what was encoded before in the same process: when to compile goes by a text's place in the corpus, what is compiled by
-a batch that is always the same, and one kernel serves all shapes. Shapes for which PyTorch would compile another (one text, or one token) are
-left to the model as it is.
+a batch that is always the same, and one kernel serves all shapes. Shapes for which PyTorch would compile another (one
+text, or one token) are left to the model as it is.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def compile_transformers(model: SentenceTransformer, run: Callable[[SentenceTran
         model: Its transformers are given another ``forward``; as they are again when compiling fails.
         run: Encodes a batch of texts with a model.
     """
+    logger.info("compiling the model for the texts that are left; this takes up to a minute")
     transformers = [module.model for module in model.modules() if isinstance(module, Transformer)]
     for transformer in transformers:
         transformer.forward = by_shape(transformer.forward)
