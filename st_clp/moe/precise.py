@@ -21,8 +21,9 @@ CPU_BLOCK, BLOCK = 2**20, 2**24
 class PreciseLinear(Function):
     """``rows.float() @ weight.float().T``: (rows, dim) and (out, dim) to float32 (rows, out), with gradients.
 
-    The gradient of the rows is computed in their own precision, in which it is handed on anyway: a product over so few
-    columns is all writing, and of float32 there is twice as much to write.
+    The gradient of the rows comes of a product in their own precision, in which it is handed on anyway: over so few
+    columns a product is all writing, and of float32 there is twice as much to write. What the logits' gradient loses by
+    rounding is a second factor of the same product.
     """
 
     @staticmethod
@@ -41,9 +42,18 @@ class PreciseLinear(Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         rows, weight = ctx.saved_tensors
         needs_rows, needs_weight = ctx.needs_input_grad
-        rows_gradient = gradient.to(rows.dtype) @ weight.to(rows.dtype) if needs_rows else None
+        rows_gradient = _narrow_product(gradient, weight.to(rows.dtype)) if needs_rows else None
         weight_gradient = weighted_sums(gradient, rows).to(weight.dtype) if needs_weight else None
         return rows_gradient, weight_gradient
+
+
+def _narrow_product(gradient: Tensor, weight: Tensor) -> Tensor:
+    """``gradient`` (rows, out) float32 times ``weight`` (out, dim), in the latter's precision, rounded once."""
+    if weight.dtype == torch.float32:
+        return gradient @ weight
+    rounded = gradient.to(weight.dtype)
+    lost = (gradient - rounded.float()).to(weight.dtype)
+    return torch.cat([rounded, lost], dim=1) @ torch.cat([weight, weight])
 
 
 def weighted_sums(weights: Tensor, rows: Tensor) -> Tensor:
