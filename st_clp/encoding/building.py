@@ -17,7 +17,6 @@ from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
 from st_clp.data import CollectionError, Corpus, Document
-from st_clp.encoding.compiling import COMPILE_AFTER
 from st_clp.encoding.encode import Encoder, embedding_dimension, window_size
 from st_clp.encoding.fingerprint import model_fingerprint
 from st_clp.encoding.inspection import verify
@@ -61,7 +60,7 @@ class Builder:
         show_progress_bar: bool,
         progress: Any = None,
         fingerprint: str | None = None,
-        compile: bool | None = None,
+        compile: bool = False,
     ) -> None:
         self._model = model
         self._corpus = corpus
@@ -179,8 +178,7 @@ class Builder:
         with self._progress() as progress:
             first = self._skip_finished(files, stream, progress)
             documents = itertools.chain(first, stream)
-            done = sum(shard.rows for shard in read_shards(folder))
-            for shard, embeddings in self._encode(documents, known, done):
+            for shard, embeddings in self._encode(documents, known):
                 files.add([d.doc_id for d in shard], [text_key(d.text) for d in shard], embeddings)
                 progress.update(len(shard))
         total = sum(shard.rows for shard in read_shards(folder))
@@ -206,14 +204,13 @@ class Builder:
         return read_further
 
     def _encode(
-        self, documents: Iterator[Document], known: KnownEmbeddings | None = None, done: int = 0
+        self, documents: Iterator[Document], known: KnownEmbeddings | None = None
     ) -> Iterator[tuple[list[Document], np.ndarray]]:
         """Yield (a window's documents, their embeddings), encoding only texts that are not known.
 
         Args:
             documents: What is left of the corpus.
             known: Embeddings to use again.
-            done: How many documents of the corpus come before these.
         """
         waiting: deque[tuple[list[Document], np.ndarray]] = deque()
 
@@ -224,10 +221,8 @@ class Builder:
                 waiting.append((window, rows))
                 yield [document.text for document, row in zip(window, rows, strict=True) if row < 0]
 
-        # A store that is brought up to date has most of its texts already.
-        after = None if known is not None and self._compile is None else self._compile_after(done)
         encoder = Encoder(
-            self._model, self._task, dtype=self.computed_in, batch_size=self._batch_size, compile_after=after
+            self._model, self._task, dtype=self.computed_in, batch_size=self._batch_size, compile=self._compile
         )
         for encoded in encoder.encode_windows(unknown_texts()):
             window, rows = waiting.popleft()
@@ -237,13 +232,6 @@ class Builder:
                 embeddings[rows >= 0] = known.at(rows[rows >= 0])
             self._require_storable(window, embeddings)
             yield window, embeddings
-
-    def _compile_after(self, done: int) -> int | None:
-        """How many texts to encode before compiling, where so many of the corpus are done."""
-        if self._compile is not None:
-            return 0 if self._compile else None
-        # By the place in the corpus: what is gone on with must encode as what was stopped.
-        return max(0, COMPILE_AFTER - done) if self._model.device.type == "cpu" else None
 
     def _require_text(self, documents: list[Document]) -> None:
         for document in documents:

@@ -1,9 +1,9 @@
-"""Compiling a transformer while it encodes, once enough has been encoded.
+"""Compiling a transformer for encoding, where that is asked for.
 
 A run that was killed and gone on with must end in the very bytes of an undisturbed one, so nothing here may depend on
-what was encoded before in the same process: when to compile goes by a text's place in the corpus, what is compiled by
-a batch that is always the same, and one kernel serves all shapes. Shapes for which PyTorch would compile another (one
-text, or one token) are left to the model as it is.
+what was encoded before in the same process: what is compiled goes by a batch that is always the same, and one kernel
+serves all shapes. Shapes for which PyTorch would compile another (one text, or one token) are left to the model as it
+is.
 """
 
 from __future__ import annotations
@@ -20,10 +20,6 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-COMPILE_AFTER = 32_768
-"""Texts to encode on a processor before compiling: more than bring its cost in (``benchmarks/compiling.py``), so that
-however soon the texts end it was a small part of the whole. A whole number of windows."""
-
 EXAMPLE = "one text that is as long as any other " * 100
 EXAMPLES = 8
 
@@ -35,7 +31,7 @@ def compile_transformers(model: SentenceTransformer, run: Callable[[SentenceTran
         model: Its transformers are given another ``forward``; as they are again when compiling fails.
         run: Encodes a batch of texts with a model.
     """
-    logger.info("compiling the model for the texts that are left; this takes up to a minute")
+    logger.info("compiling the model; this takes up to a minute")
     transformers = [module.model for module in model.modules() if isinstance(module, Transformer)]
     for transformer in transformers:
         transformer.forward = by_shape(transformer.forward)

@@ -19,6 +19,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from st_clp.encoding.batches import Window, batch_at, tokenise
+from st_clp.encoding.memory import keep_freed_memory
 from st_clp.encoding.working_model import ComputeDtype, Embedded, Task, WorkingModel
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 # killed run loses is at most one. An accelerator's batches are larger.
 CPU_WINDOW, ACCELERATOR_WINDOW = 512, 8192
 CPU_TOKENS, ACCELERATOR_TOKENS = 2048, 65_536
+CPU_BLOCK = 12 << 20  # bytes of a batch's widest states: several of them have to fit into what stays when it is freed
 
 
 def encode_queries(
@@ -77,7 +79,8 @@ def encode_documents(
             ``"bfloat16"`` runs the transformer in bfloat16, to 0.999; ``"auto"`` does so where the hardware
             multiplies bfloat16 and the model is float32.
         compile: Compile the transformer with ``torch.compile`` first, which takes about a minute and needs a C++
-            compiler; a model that cannot be compiled encodes without, and says so.
+            compiler; a model that cannot be compiled encodes without, and says so. Where it was measured it did not
+            make encoding faster (``benchmarks/compiling.py``).
 
     Yields:
         float32 embeddings, (at most ``window``, dim), in the order of the texts.
@@ -103,7 +106,7 @@ def encode(
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
     _require_several(texts)
-    encoder = Encoder(model, task, dtype=dtype, batch_size=batch_size, compile_after=0 if compile else None)
+    encoder = Encoder(model, task, dtype=dtype, batch_size=batch_size, compile=compile)
     return encoder.encode_windows(_windows(iter(texts), window or window_size(model)))
 
 
@@ -140,8 +143,7 @@ class Encoder:
     """Encodes windows of texts, one after the other.
 
     Args:
-        model, task, dtype, batch_size: As in :func:`encode_documents`.
-        compile_after: How many texts to encode before the transformer is compiled; None never compiles it.
+        model, task, dtype, batch_size, compile: As in :func:`encode_documents`.
 
     Raises:
         ValueError: An option is not known or out of range.
@@ -154,16 +156,19 @@ class Encoder:
         *,
         dtype: ComputeDtype = "model",
         batch_size: int | None = None,
-        compile_after: int | None = None,
+        compile: bool = False,
     ) -> None:
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self._working = WorkingModel(model, task, dtype)
-        self._compile_after = compile_after
+        self._compile = compile
         self._batch_size = batch_size
         self._dim = embedding_dimension(model)
         self._whole_batch = batch_size or 32
-        self._tokens = CPU_TOKENS if model.device.type == "cpu" else ACCELERATOR_TOKENS
+        self._tokens = ACCELERATOR_TOKENS
+        if model.device.type == "cpu":
+            keep_freed_memory()
+            self._tokens = max(1, min(CPU_TOKENS, CPU_BLOCK // self._working.bytes_per_token))
 
     def encode_windows(self, windows: Iterator[list[str]]) -> Iterator[np.ndarray]:
         """Yield the float32 embeddings of each window's texts, (texts, dim); a window may be empty."""
@@ -208,7 +213,9 @@ class Encoder:
         """The embeddings of a window's texts, in their order; batches shrink when memory runs out."""
         if window is None:
             return self._nothing()
-        self._compile_in_time(len(window))
+        if self._compile:
+            self._compile = False
+            self._working.compile()
         embeddings = np.empty((len(window), self._dim), dtype=np.float32)
         position = 0
         waiting: tuple[np.ndarray, Embedded] | None = None
@@ -234,15 +241,6 @@ class Encoder:
         if waiting is not None:
             embeddings[waiting[0]] = waiting[1].wait()
         return embeddings
-
-    def _compile_in_time(self, texts: int) -> None:
-        if self._compile_after is None:
-            return
-        if self._compile_after <= 0:
-            self._compile_after = None
-            self._working.compile()
-        else:
-            self._compile_after -= texts
 
     def _run_whole(self, texts: list[str]) -> np.ndarray:
         """The same by the model's own encode."""

@@ -86,7 +86,7 @@ class EmbeddingStore:
         show_progress_bar: bool = True,
         progress: tqdm | None = None,
         fingerprint: str | None = None,
-        compile: bool | None = None,
+        compile: bool = False,
     ) -> EmbeddingStore:
         """Encode all documents of a collection, or open what is there.
 
@@ -106,8 +106,7 @@ class EmbeddingStore:
             show_progress_bar: Show progress, rate and remaining time.
             progress: A bar to move by each text, in place of one of its own: several stores can share it.
             fingerprint: The model's, where it is known already; otherwise it is computed from the weights.
-            compile: As in :func:`st_clp.encoding.encode_documents`. None: on a processor, after 32,768 texts of a store
-                that is made for the first time, by when it pays.
+            compile: As in :func:`st_clp.encoding.encode_documents`.
 
         Raises:
             CollectionError: There are no texts.

@@ -55,6 +55,13 @@ class WorkingModel:
             logger.warning("this model is not a plain text encoder: it encodes by its own encode method, more slowly")
         self._runs = _in_bfloat16(model) if self.by_tokens and resolve_dtype(model, dtype) == "bfloat16" else model
 
+    @property
+    def bytes_per_token(self) -> int:
+        """What the widest states take that a linear layer reads or makes."""
+        layers = [module for module in self._runs.modules() if isinstance(module, torch.nn.Linear)]
+        widest = (max(m.in_features, m.out_features) * m.weight.element_size() for m in layers)
+        return max(widest, default=1)
+
     def preprocess(self, texts: list[str]) -> Features:
         """Tokenise texts."""
         return self._model.preprocess(texts, prompt=self._prompt, task=self._task)

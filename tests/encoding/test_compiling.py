@@ -8,7 +8,6 @@ import logging
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from sentence_transformers import SentenceTransformer
 from torch._dynamo.utils import counters
 
 from st_clp import Collection, upcycle
-from st_clp.encoding import EmbeddingStore, attention, building, compiling, encode_documents, working_model
+from st_clp.encoding import EmbeddingStore, attention, building, compiling, encode_documents
 
 TEXTS = ["a big river", "the old lake of the north", "fire", "who was king?", "one two three four five six", "bird"]
 LONG = [" ".join(TEXTS[: 1 + i % 6]) + f" {i}" for i in range(41)]
@@ -105,58 +104,44 @@ def test_what_cannot_be_compiled_encodes_without_and_says_so(
 
 
 def test_a_missing_compiler_costs_no_embedding(
-    tiny_model: SentenceTransformer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tiny_model: SentenceTransformer, caplog: pytest.LogCaptureFixture
 ) -> None:
     import torch._inductor.config as inductor
 
-    monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
     torch.compiler.reset()
-    with caplog.at_level(logging.WARNING, logger="st_clp"):
+    with inductor.patch({"cpp.cxx": ("no-such-compiler",)}), caplog.at_level(logging.WARNING, logger="st_clp"):
         found = encoded(tiny_model, LONG, compile=True)
     assert "this model cannot be compiled here" in caplog.text
     np.testing.assert_array_equal(found, encoded(tiny_model, LONG))
 
 
-def test_a_store_compiles_after_so_many_texts_of_the_corpus(
+@needs_a_compiler
+def test_a_compiled_store_that_was_stopped_ends_as_one_that_was_not(
     tiny_model: SentenceTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[str] = []
-
-    def compiling_at(model: SentenceTransformer, run: Callable[..., object]) -> bool:
-        seen.append("compiled")
-        return False
-
-    original = tiny_model.preprocess
-
-    def preprocess(texts: list[str], **options: object) -> object:
-        seen.append(f"{len(texts)} texts")
-        if len(seen) == stop_at:
-            raise KeyboardInterrupt
-        return original(texts, **options)
-
-    def build(number: int, name: str, **options: object) -> list[str]:
-        seen.clear()
-        documents = {f"d{i}": f"a river and {i}" for i in range(number)}
-        collection = Collection.from_dict(documents, {"q": "fire"}, {"q": {"d0": 1}}, name="c")
-        EmbeddingStore.build(tiny_model, collection, tmp_path / name, show_progress_bar=False, **options)
-        return list(seen)
-
-    stop_at = 0
-    monkeypatch.setattr(tiny_model, "preprocess", preprocess)
-    monkeypatch.setattr(working_model, "compile_transformers", compiling_at)
-    monkeypatch.setattr(building, "COMPILE_AFTER", 20)
+    documents = {f"d{i}": text for i, text in enumerate(LONG)}
+    collection = Collection.from_dict(documents, {"q": "fire"}, {"q": {"d0": 1}}, name="c")
     monkeypatch.setattr(building, "window_size", lambda model: 10)
-    window = ["10 texts"]
-    assert build(20, "few") == window * 2
-    assert build(25, "many") == [*window * 2, "5 texts", "compiled"]
-    assert build(25, "many") == []
-    assert build(45, "many") == ["5 texts", *window, "5 texts"]  # brought up to date
-    assert build(45, "never", compile=False) == [*window * 4, "5 texts"]
-    assert build(15, "at once", compile=True) == ["10 texts", "compiled", "5 texts"]
-    # What was stopped goes on as it would have: compiled from the same text on, and at once where that is behind.
-    for stop_at, rest in ((2, [*window * 2, "compiled", *window]), (5, [*window, "compiled"])):
+
+    def build(name: str, compile: bool) -> np.ndarray:
+        store = EmbeddingStore.build(
+            tiny_model, collection, tmp_path / name, dtype="bfloat16", compile=compile, show_progress_bar=False
+        )
+        return np.concatenate(list(store.blocks()))
+
+    undisturbed = build("undisturbed", compile=True)
+    preprocess, windows = tiny_model.preprocess, 0
+
+    def stopping(texts: list[str], **options: object) -> object:
+        nonlocal windows
+        windows += texts[0] in documents.values()
+        if windows == 3:
+            raise KeyboardInterrupt
+        return preprocess(texts, **options)
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(tiny_model, "preprocess", stopping)
         with pytest.raises(KeyboardInterrupt):
-            build(40, f"stopped {stop_at}")
-        assert seen.count("compiled") == (stop_at == 5)
-        done, stop_at = stop_at, 0
-        assert build(40, f"stopped {done}") == rest
+            build("stopped", compile=True)
+    np.testing.assert_array_equal(build("stopped", compile=True), undisturbed)
+    assert (build("plain", compile=False) != undisturbed).any()

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
+import platform
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Router, Transformer
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen3Config, Qwen3Model
 
 from st_clp import upcycle
@@ -265,10 +271,11 @@ def test_what_is_no_text_is_refused_after_the_windows_before_it(
     keys=st.integers(1, 9),
     kind=st.sampled_from(["none", "keys", "square"]),
     width=st.sampled_from([4, 8]),
+    together=st.sampled_from([1, 40, attention.SCORES]),
     seed=st.integers(0, 100),
 )
 def test_attention_by_products_is_attention(
-    batch: int, queries: int, keys: int, kind: str, width: int, seed: int
+    batch: int, queries: int, keys: int, kind: str, width: int, together: int, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     query, key, value = (torch.randn(batch, 2, n, width, generator=generator) for n in (queries, keys, keys))
@@ -276,9 +283,64 @@ def test_attention_by_products_is_attention(
     if kind != "none":
         mask = torch.rand(batch, 1, 1 if kind == "keys" else queries, keys, generator=generator) < 0.6
         mask[..., 0] = True
-    found, _ = attention.attend(torch.nn.Identity(), query, key, value, mask, scaling=0.3)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(attention, "SCORES", together)
+        found, _ = attention.attend(torch.nn.Identity(), query, key, value, mask, scaling=0.3)
     expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3)
     torch.testing.assert_close(found, expected.transpose(1, 2), atol=1e-5, rtol=1e-5)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers how many numbers the largest tensor had that an operation made."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor):
+            self.numbers = max(self.numbers, made.untyped_storage().nbytes() // made.element_size())
+        return made
+
+
+def test_attention_to_a_long_text_holds_the_scores_of_a_few_heads() -> None:
+    heads, length = 12, 1500
+    states = torch.randn(1, heads, length, 4).bfloat16()
+    kept = torch.ones(1, 1, 1, length, dtype=torch.bool)
+    with Largest() as largest:
+        attention.attend(torch.nn.Identity(), states, states, states, kept)
+    assert length**2 <= largest.numbers <= attention.SCORES < heads * length**2
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep what is freed")
+def test_what_a_batch_frees_stays_for_the_next(tiny_model_path: Path) -> None:
+    """New pages cost a fault each; where all of these blocks went back, there would be 10,000 new ones every time."""
+    script = f"""
+import ctypes, resource
+from sentence_transformers import SentenceTransformer
+from st_clp.encoding import encode_queries
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.memset.argtypes, libc.free.argtypes = (
+    ctypes.c_void_p, (ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t), (ctypes.c_void_p,)
+)
+
+def use(megabytes, times=4):
+    for _ in range(times):
+        blocks = [libc.malloc(megabytes << 20) for _ in range(times)]
+        for block in blocks:
+            libc.memset(block, 1, megabytes << 20)
+        for block in blocks:
+            libc.free(block)
+
+encode_queries(SentenceTransformer({str(tiny_model_path)!r}, device="cpu"), ["a river"])
+use(10)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+use(10)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    run = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, env=environment)
+    assert int(run.stdout) < 5000
 
 
 SIZES = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
