@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 import yaml
 
+from st_clp.yaml_files import read_mapping
+
 
 class SettingsError(ValueError):
     """A setting is unknown, of the wrong kind or out of range; the message names it and the remedy."""
@@ -366,14 +368,8 @@ class RunSettings:
         Raises:
             SettingsError: The file is not there or is no YAML mapping.
         """
-        try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise SettingsError(f"the configuration file {path} is not there") from error
-        except yaml.YAMLError as error:
-            raise SettingsError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(values, dict):
-            raise SettingsError(f"{path} must hold settings, a line each, such as: model: BAAI/bge-m3")
+        content = "settings, a line each, such as: model: BAAI/bge-m3"
+        values = read_mapping(path, "configuration file", content, SettingsError)
         return {str(name).replace("-", "_"): value for name, value in values.items()}
 
     def write_yaml(self, path: Path) -> None:

@@ -132,10 +132,12 @@ def _estimate(
     model: Any, collection: Collection, settings: RunSettings, output: Path, store: Path, chain: QueryChain
 ) -> None:
     from st_clp.mining.estimate import estimate
+    from st_clp.training import load_cross_encoder
 
     console = Console(highlight=False, soft_wrap=True)
     options, others = _arguments(settings, store)
-    console.print(str(estimate(model, collection, options, **others)))
+    cross_encoder = load_cross_encoder(settings.cross_encoder)
+    console.print(str(estimate(model, collection, options, cross_encoder=cross_encoder, **others)))
     if chain.generates:
         console.print("  without the queries of negatives: st-clp queries --dry-run says what those would cost")
 

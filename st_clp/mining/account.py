@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import numpy as np
 
 from st_clp.mining.negative_queries.chain import QueriesAccount
 from st_clp.mining.rows import TrainingRow
+from st_clp.pictures import new_figure
 
 SOURCES = {
     "judged": "judged not relevant",
@@ -212,13 +212,9 @@ class MiningAccount:
             ModuleNotFoundError: matplotlib is not installed; the message says how to.
             ValueError: There are no rows.
         """
-        try:
-            figures = importlib.import_module("matplotlib.figure")
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError("a plot needs matplotlib: pip install 'st-clp[plots]'") from error
         if not self.scores:
             raise ValueError(f"{self.collection}: there are no rows to plot")
-        figure = figures.Figure(figsize=(8, 4.5), layout="constrained")
+        figure = new_figure(8, 4.5)
         axes = figure.add_subplot()
         for name, found in self.scores.items():
             label = name if name == "positives" else f"negatives: {SOURCES[name]}"

@@ -6,9 +6,10 @@ import itertools
 import os
 import random
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from sentence_transformers import SentenceTransformer
@@ -23,7 +24,11 @@ from st_clp.encoding.shards import KEY_BYTES
 from st_clp.encoding.working_model import Task, WorkingModel
 from st_clp.mining.options import MiningOptions
 from st_clp.mining.ranking import query_store_dir
+from st_clp.mining.rescoring import PAIRS_A_BATCH, require_one_score
 from st_clp.search import search_rows
+
+if TYPE_CHECKING:
+    from sentence_transformers import CrossEncoder
 
 SAMPLE = 512  # documents, and queries, whose length is looked at
 WARM_UP = 16
@@ -60,6 +65,9 @@ class MiningEstimate:
         queries: Of encoding the training queries.
         search_seconds: Of an exact search.
         computed_in: What the model would compute in.
+        rescored: Pairs of a query and a document that a cross-encoder would score, at most.
+        rescoring_seconds: Of that.
+        left_out: What would be done besides and was not tried.
     """
 
     collection: str
@@ -67,11 +75,14 @@ class MiningEstimate:
     queries: TextCost
     search_seconds: float
     computed_in: str
+    rescored: int = 0
+    rescoring_seconds: float = 0.0
+    left_out: tuple[str, ...] = ()
 
     @property
     def seconds(self) -> float:
         """Of everything together."""
-        return self.documents.seconds + self.queries.seconds + self.search_seconds
+        return self.documents.seconds + self.queries.seconds + self.search_seconds + self.rescoring_seconds
 
     def __str__(self) -> str:
         lines = [f"{self.collection}: about {_duration(self.seconds)} in all"]
@@ -82,6 +93,9 @@ class MiningEstimate:
                 f"{_duration(cost.seconds)} in {self.computed_in}, {_size(cost.bytes_on_disk)} on disk"
             )
         lines.append(f"  search: {_duration(self.search_seconds)}")
+        if self.rescored:
+            lines.append(f"  {self.rescored:,} pairs for the cross-encoder: {_duration(self.rescoring_seconds)}")
+        lines += [f"  not in this estimate: {work}" for work in self.left_out]
         return "\n".join(lines)
 
 
@@ -90,6 +104,7 @@ def estimate(
     collection: Collection,
     options: MiningOptions | None = None,
     *,
+    cross_encoder: CrossEncoder | None = None,
     dtype: ComputeDtype = "auto",
     batch_size: int | None = None,
     store_dir: str | os.PathLike[str] | None = None,
@@ -97,11 +112,12 @@ def estimate(
 ) -> MiningEstimate:
     """Estimate what :func:`st_clp.mining.mine` with the same arguments would cost. Nothing is written.
 
-    The corpus is read once; a sample of it is tokenised, and encoded for some seconds. An approximate index, BM25 and
-    a cross-encoder are not part of the estimate.
+    The corpus is read once; a sample of it is tokenised, and encoded for some seconds. A cross-encoder scores pairs of
+    the sample for some seconds. What an approximate index or BM25 takes is not tried, and the estimate says so.
 
     Raises:
         CollectionError: No query has a relevant document, or there are no documents.
+        ValueError: The cross-encoder gives more than one number for a pair.
     """
     options = options or MiningOptions()
     collection.require_positives()
@@ -124,6 +140,11 @@ def estimate(
         already = min(already, number)
         return TextCost(number, tokens, already, number * row, (number - already) * tokens / tokens_a_second)
 
+    rescored, rescoring = 0, 0.0
+    if cross_encoder is not None:
+        depth = options.range_max + max(map(len, collection.positives().values()))
+        rescored = len(queries) * min(number, depth)
+        rescoring = rescored * _seconds_a_pair(cross_encoder, queries[:SAMPLE], documents, batch_size)
     encoded = {"document": 0, "query": 0}
     if store_dir is not None:
         encoded["document"] = builder.already_encoded(Path(store_dir))
@@ -135,7 +156,17 @@ def estimate(
         cost("query", queries[:SAMPLE], len(queries), encoded["query"]),
         _search_seconds(model, builder.dim, number, len(queries), options.range_max),
         builder.computed_in,
+        rescored,
+        rescoring,
+        tuple(_left_out(options)),
     )
+
+
+def _left_out(options: MiningOptions) -> Iterator[str]:
+    if options.candidates != "model":
+        yield "ranking by BM25"
+    if options.index is not None and options.candidates != "bm25":
+        yield f"building the index {options.index}, which takes the place of the exact search"
 
 
 def _sample(texts: Iterable[str], seed: int) -> tuple[list[str], int]:
@@ -175,6 +206,23 @@ def _tokens_a_second(
     number = max(len(few), min(len(texts), int(TRIAL_SECONDS / max(seconds(few), 1e-9) * len(few))))
     chosen = texts[:number]
     return _mean_tokens(model, chosen, "document") * len(chosen) / seconds(chosen)
+
+
+def _seconds_a_pair(
+    cross_encoder: CrossEncoder, queries: Sequence[str], documents: Sequence[str], batch_size: int | None
+) -> float:
+    require_one_score(cross_encoder)
+    pairs = [(queries[place % len(queries)], document) for place, document in enumerate(documents)]
+
+    def seconds(number: int) -> float:
+        started = time.perf_counter()
+        cross_encoder.predict(pairs[:number], batch_size=batch_size or PAIRS_A_BATCH, show_progress_bar=False)
+        return time.perf_counter() - started
+
+    few = min(len(pairs), WARM_UP)
+    seconds(few)
+    number = max(few, min(len(pairs), int(TRIAL_SECONDS / max(seconds(few), 1e-9) * few)))
+    return seconds(number) / number
 
 
 def _search_seconds(model: SentenceTransformer, dim: int, documents: int, queries: int, depth: int) -> float:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 # Whose candidates are scored in one call: enough for batches of like length, few enough to hold their texts.
 QUERIES_TOGETHER = 1024
+PAIRS_A_BATCH = 32
 
 
 def rescore(
@@ -43,7 +44,7 @@ def rescore(
     ) as progress:
         for begin in range(0, len(ranking.query_ids), QUERIES_TOGETHER):
             block = ranking.query_ids[begin : begin + QUERIES_TOGETHER]
-            _rescore_block(ranking, collection, cross_encoder, block, batch_size or 32)
+            _rescore_block(ranking, collection, cross_encoder, block, batch_size or PAIRS_A_BATCH)
             progress.update(len(block))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from transformers import TrainerCallback
 from st_clp.moe.convert import expert_layers
 from st_clp.moe.layers import ExpertLinear
 from st_clp.moe.routing import Router
+from st_clp.pictures import new_figure
 
 logger = logging.getLogger(__name__)
 
@@ -82,14 +82,10 @@ class ExpertUsage:
         """Draw a picture of the shares, a row per layer and a panel per group, and write it to ``path``.
 
         Raises:
-            ImportError: If matplotlib is not installed.
+            ModuleNotFoundError: matplotlib is not installed; the message says how to.
         """
-        try:
-            figures = importlib.import_module("matplotlib.figure")
-        except ImportError as error:
-            raise ImportError("A plot of the experts' use needs matplotlib: pip install matplotlib.") from error
         groups = list(self.layers[0].groups) or ["all texts"]
-        figure = figures.Figure(figsize=(2.2 + 2.2 * len(groups), 1.2 + 0.3 * len(self.layers)), layout="constrained")
+        figure = new_figure(2.2 + 2.2 * len(groups), 1.2 + 0.3 * len(self.layers))
         for place, group in enumerate(groups, start=1):
             axes = figure.add_subplot(1, len(groups), place)
             table = [_normalized(layer.groups.get(group, layer.tokens)) for layer in self.layers]

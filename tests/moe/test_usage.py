@@ -79,7 +79,7 @@ def test_a_plot(tiny_model: SentenceTransformer, tmp_path: Path) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        with pytest.raises(ImportError, match="pip install matplotlib"):
+        with pytest.raises(ImportError, match="pip install 'st-clp"):
             usage.plot(tmp_path / "usage.png")
         return
     usage.plot(tmp_path / "usage.png")

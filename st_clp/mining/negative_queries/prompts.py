@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
-import yaml
+from st_clp.yaml_files import read_mapping
 
 DOCUMENT, NUMBER, LANGUAGE = "{document}", "{number}", "{language}"
 DEFAULT = "default"
@@ -64,14 +63,8 @@ class Prompts:
         """
         if path is None:
             return cls()
-        try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise ValueError(f"the file of prompts {path} is not there") from error
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} must hold a template for each language, such as: default: '… {DOCUMENT} …'")
+        content = f"a template for each language, such as: default: '… {DOCUMENT} …'"
+        values = read_mapping(path, "file of prompts", content, ValueError)
         # YAML reads a bare no as false; here it is Norwegian.
         return cls({"no" if language is False else str(language): template for language, template in values.items()})
 

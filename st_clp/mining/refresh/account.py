@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
+
+from st_clp.pictures import new_figure
 
 MEASURES = ("changed", "mean_positive_score", "mean_negative_score", "above_positive")
 """What the account says of each collection, and of all of them together, each row counting the same:
@@ -76,10 +77,6 @@ def plot_refreshes(refreshes: Sequence[Mapping[str, Any]], path: str | os.PathLi
         ModuleNotFoundError: matplotlib is not installed; the message says how to.
         ValueError: No refresh was finished.
     """
-    try:
-        figures = importlib.import_module("matplotlib.figure")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("a plot needs matplotlib: pip install 'st-clp[plots]'") from error
     mined = [r for r in refreshes if r.get("mean_positive_score") is not None]
     if not mined:
         raise ValueError("no refresh was finished: there is nothing to plot")
@@ -87,7 +84,7 @@ def plot_refreshes(refreshes: Sequence[Mapping[str, Any]], path: str | os.PathLi
         ("similarity to the query", {"mean_positive_score": "positives", "mean_negative_score": "negatives"}),
         ("share of the negatives", {"changed": "changed", "above_positive": "score above their positive"}),
     )
-    figure = figures.Figure(figsize=(8, 6), layout="constrained")
+    figure = new_figure(8, 6)
     for place, (label, lines) in enumerate(panels, start=1):
         axes = figure.add_subplot(len(panels), 1, place)
         for measure, name in lines.items():
