@@ -23,6 +23,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 from transformers import XLMRobertaConfig, XLMRobertaModel
 
+from st_clp.encoding.memory import keep_freed_memory
 from st_clp.moe import MoESettings, train_only, upcycle
 from st_clp.moe.convert import build_experts
 
@@ -223,4 +224,5 @@ if __name__ == "__main__":
         report_memory()
         sys.exit()
     torch.set_num_threads(int(sys.argv[1]) if len(sys.argv) > 1 else torch.get_num_threads())
+    keep_freed_memory()  # as in every process that has encoded something
     report()
