@@ -38,7 +38,7 @@ class CollectionEvaluator(RetrievalEvaluator):
             ``"ndcg@10"``. The first one is the primary metric, by which the Trainer may choose the best model.
         run_depth: How many documents a query's run holds. None: the largest cut-off of ``metrics``.
         dtype: What the model computes in: ``"model"`` its own precision, ``"bfloat16"``, or ``"auto"``: bfloat16 where
-            the hardware multiplies it, several times as fast, for a figure that may differ in the third digit.
+            the hardware multiplies it, faster, for a figure that may differ in the third digit.
         batch_size: No more texts than this in one forward pass. None: as many as fill it with tokens.
         show_progress_bar: Show progress, rate and remaining time while encoding.
         ignore_identical_ids: Leave out a document whose id is the query's own, as BEIR does. Switch it off where

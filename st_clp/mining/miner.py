@@ -135,7 +135,7 @@ def mine_hard_negatives(
         max_queries: Use no more than this many of the collection's queries (so of its language), drawn at random.
         max_positives_per_query: Make no more than this many rows of a query, with its best-judged positives.
         dtype: What the model computes in: ``"model"`` its own precision, ``"bfloat16"``, or ``"auto"``: bfloat16 where
-            the hardware multiplies it, several times as fast.
+            the hardware multiplies it, which is faster.
         batch_size: No more texts than this in one forward pass. None: as many as fill it with tokens.
         seed: Of everything random.
         negative_queries: Where the queries of negatives come from, in order: ``"judgments"``, ``"local:MODEL"``,
