@@ -90,28 +90,26 @@ def attend_in_parts(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
     keys = key.shape[2]
     found = query.new_empty(batch * heads, queries, width)
     query, key, value = (states.reshape(batch * heads, -1, width) for states in (query, key, value))
-    bias = _bias(mask, query, heads, keys)
+    bias = None if mask is None else _bias(mask, query.dtype).expand(batch, heads, -1, keys)
+    nothing = query.new_empty(1, 1, 1)  # not read
     together = max(1, SCORES // (queries * keys))
     for begin in range(0, batch * heads, together):
-        part = slice(begin, begin + together)
+        part = torch.arange(begin, min(begin + together, batch * heads))
+        rows = slice(begin, begin + len(part))
         scores = torch.baddbmm(
-            bias[part] if mask is not None else bias,
-            query[part],
-            key[part].transpose(1, 2),
-            beta=0 if mask is None else 1,
+            nothing if bias is None else bias[part // heads, part % heads],
+            query[rows],
+            key[rows].transpose(1, 2),
+            beta=0 if bias is None else 1,
             alpha=scaling,
         )
-        torch.bmm(torch.softmax(scores, dim=-1), value[part], out=found[part])
+        torch.bmm(torch.softmax(scores, dim=-1), value[rows], out=found[rows])
     return found.view(batch, heads, queries, width).transpose(1, 2).contiguous()
 
 
-def _bias(mask: Tensor | None, query: Tensor, heads: int, keys: int) -> Tensor:
-    """What is added to the scores, (batch · heads, queries or 1, keys): nothing, or the least number where masked."""
-    if mask is None:
-        return query.new_empty(1, 1, 1)  # not read
-    bias = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
-    queries = mask.shape[2]
-    return bias.expand(len(query) // heads, heads, queries, keys).reshape(len(query), queries, keys)
+def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores, of the mask's shape: nothing, or the least number where masked."""
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
 _opaque = torch.library.custom_op(

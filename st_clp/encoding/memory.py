@@ -11,7 +11,7 @@ def keep_freed_memory() -> None:
     """Let glibc keep the blocks that a forward pass on a processor frees, in this process from now on.
 
     A transformer's layers take and free the same few blocks of some MiB again and again. glibc hands blocks of that
-    size back to the system and asks for new ones, whose pages the kernel clears at their first touch: up to a fifth
+    size back to the system and asks for new ones, whose pages the kernel clears at their first touch: up to a sixth
     of the time of encoding (``benchmarks/README.md``). It learns to keep what is as large as the largest block that
     was freed so far (``M_MMAP_THRESHOLD`` in mallopt(3)), so one is allocated, never touched, and freed. Up to
     twice its size of freed memory stays with the process for each of its threads; where more is freed, all of it

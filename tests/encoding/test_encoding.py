@@ -302,10 +302,11 @@ class Largest(TorchDispatchMode):
         return made
 
 
-def test_attention_to_a_long_text_holds_the_scores_of_a_few_heads() -> None:
+@pytest.mark.parametrize("square", [False, True])
+def test_attention_to_a_long_text_holds_the_scores_of_a_few_heads(square: bool) -> None:
     heads, length = 12, 1500
     states = torch.randn(1, heads, length, 4).bfloat16()
-    kept = torch.ones(1, 1, 1, length, dtype=torch.bool)
+    kept = torch.ones(1, 1, length if square else 1, length, dtype=torch.bool)
     with Largest() as largest:
         attention.attend(torch.nn.Identity(), states, states, states, kept)
     assert length**2 <= largest.numbers <= attention.SCORES < heads * length**2
