@@ -312,6 +312,28 @@ def test_attention_to_a_long_text_holds_the_scores_of_a_few_heads(square: bool) 
     assert length**2 <= largest.numbers <= attention.SCORES < heads * length**2
 
 
+def test_batches_are_smaller_where_the_states_are_wider(
+    tiny_model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a processor a batch's widest states stay within a block, in the precision that is computed in."""
+    widest = tiny_model[0].model.config.intermediate_size
+    sizes: list[int] = []
+    forward = working_model.WorkingModel.forward
+
+    def counting(working: working_model.WorkingModel, features: dict[str, torch.Tensor]) -> object:
+        sizes.append(features["input_ids"].numel())
+        return forward(working, features)
+
+    monkeypatch.setattr(working_model.WorkingModel, "forward", counting)
+    monkeypatch.setattr(encode, "CPU_BLOCK", 40 * widest * 4)
+    largest = {}
+    for dtype in ("model", "bfloat16"):
+        sizes.clear()
+        list(encode_documents(tiny_model, ["the old lake of the north"] * 64, dtype=dtype))
+        largest[dtype] = max(sizes)
+    assert 20 < largest["model"] <= 40 < largest["bfloat16"] <= 80
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep what is freed")
 def test_what_a_batch_frees_stays_for_the_next(tiny_model_path: Path) -> None:
     """New pages cost a fault each; where all of these blocks went back, there would be 10,000 new ones every time."""
