@@ -4,6 +4,7 @@
 by round in turn, so that whatever else the machine does falls on all alike, and prints the table of ``moe.md``. With
 one thread it takes the processor's time, which other programs do not add to, and with more the time on the clock.
 ``python benchmarks/test_moe.py memory`` prints what a forward pass needs at its peak, each case in its own process.
+``python benchmarks/test_moe.py rows`` prints what a row costs in products of so many rows.
 """
 
 from __future__ import annotations
@@ -210,6 +211,24 @@ def peak_of_forward(dtype_name: str, kind: str) -> float:
     return (resident("VmHWM") - rest) / 1024
 
 
+ROWS = (512, 520, 923, 928, 979, 984, 1003, 1008, 1024, 1034, 1040, 1058, 1064, 1069, 1072, 2048)
+
+
+def report_rows() -> None:
+    """Print how long a product of so many bfloat16 rows takes, by the row, against one of 2,048."""
+    print("| rows | " + " | ".join(f"{count:,}" for count in ROWS) + " |\n| --- |" + " --- |" * len(ROWS))
+    for width, wide in (shape for up in SHAPES.values() for shape in (up, up[::-1])):
+        weight, bias = torch.randn(wide, width).bfloat16(), torch.randn(wide).bfloat16()
+        rows, result = torch.randn(max(ROWS), width).bfloat16(), torch.empty(max(ROWS), wide).bfloat16()
+
+        def product(count: int) -> Callable[[], None]:
+            return lambda: torch.addmm(bias, rows[:count], weight.t(), out=result[:count])  # noqa: B023
+
+        times = in_turn({str(count): product(count) for count in ROWS}, rounds=25)
+        by_row = [times[str(count)] / count / (times["2048"] / 2048) for count in ROWS]
+        print(f"| {width}→{wide} | " + " | ".join(f"{value:.2f}" for value in by_row) + " |", flush=True)
+
+
 def resident(what: str) -> int:
     """A line of the kernel's account of this process, in KiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -220,8 +239,9 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["peak"]:
         print(peak_of_forward(sys.argv[2], sys.argv[3]))
         sys.exit()
-    if sys.argv[1:2] == ["memory"]:
-        report_memory()
+    reports = {"memory": report_memory, "rows": report_rows}
+    if sys.argv[1:2] and sys.argv[1] in reports:
+        reports[sys.argv[1]]()
         sys.exit()
     torch.set_num_threads(int(sys.argv[1]) if len(sys.argv) > 1 else torch.get_num_threads())
     keep_freed_memory()  # as in every process that has encoded something

@@ -7,15 +7,14 @@ expert are neighbours, so each product reads and writes a slice in place.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-GATHERED_ROWS = 1024
-"""Rows gathered for one product: enough for the product to be as fast as a whole one."""
+from st_clp.moe.products import products, slices
 
 
 class GatherRows(Function):
@@ -72,11 +71,7 @@ class GroupedLinear(Function):
         experts = len(counts)
         weights, biases = parameters[:experts], parameters[experts:]
         ctx.counts, ctx.signal = counts, signal
-        assert weights[0] is not None
-        result = rows.new_empty(rows.shape[0], weights[0].shape[0])
-        for part, weight, bias in zip(slices(counts), weights, biases, strict=True):
-            if weight is not None and part.start < part.stop:
-                _product(rows[part], weight, bias, result[part])
+        result = products(rows, counts, [cast(Tensor, weight).t() for weight in weights], biases)
         # The router's signal is an inner product of either what came in or what went out; the narrower is less to read.
         ctx.keeps_result = signal is not None and shares is not None and result.shape[1] < rows.shape[1]
         ctx.save_for_backward(rows, result if ctx.keeps_result else None, *parameters)
@@ -91,12 +86,12 @@ class GroupedLinear(Function):
         needs_rows, needs_shares, *_ = ctx.needs_input_grad
         gradient = gradient.contiguous()
         signal = ctx.signal if needs_shares else None
-        rows_gradient = torch.empty_like(rows) if needs_rows or (signal is not None and result is None) else None
+        rows_gradient = None
+        if needs_rows or (signal is not None and result is None):
+            rows_gradient = products(gradient, ctx.counts, weights)
         weight_gradients: list[Tensor | None] = []
         bias_gradients: list[Tensor | None] = []
         for expert, part in enumerate(slices(ctx.counts)):
-            if rows_gradient is not None:
-                torch.mm(gradient[part], weights[expert], out=rows_gradient[part])
             needs_weight, needs_bias = ctx.needs_input_grad[4 + expert], ctx.needs_input_grad[4 + experts + expert]
             # an expert without tokens gets a gradient of zeros, not none: distributed training waits for every one
             weight_gradients.append(gradient[part].t() @ rows[part] if needs_weight else None)
@@ -114,41 +109,3 @@ class GroupedLinear(Function):
             *weight_gradients,
             *bias_gradients,
         )
-
-
-def gathered_products(
-    tokens: Tensor,
-    source: Tensor,
-    counts: Sequence[int],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-) -> Tensor:
-    """As :class:`GatherRows` and :class:`GroupedLinear`, where no gradient is wanted: no sorted copy is made.
-
-    The rows of one product after the other go through the same memory, which wide rows need not wait for again.
-    """
-    result = tokens.new_empty(source.shape[0], weights[0].shape[0])
-    room = tokens.new_empty(min(GATHERED_ROWS, max(counts)), tokens.shape[1])
-    for part, weight, bias in zip(slices(counts), weights, biases, strict=True):
-        for start in range(part.start, part.stop, GATHERED_ROWS):
-            piece = slice(start, min(start + GATHERED_ROWS, part.stop))
-            rows = room[: piece.stop - piece.start]
-            torch.index_select(tokens, 0, source[piece], out=rows)
-            _product(rows, weight, bias, result[piece])
-    return result
-
-
-def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, into: Tensor) -> None:
-    if bias is None:
-        torch.mm(rows, weight.t(), out=into)
-    else:
-        torch.addmm(bias, rows, weight.t(), out=into)
-
-
-def slices(counts: Sequence[int]) -> list[slice]:
-    """Return each expert's slice of the sorted rows."""
-    result, start = [], 0
-    for count in counts:
-        result.append(slice(start, start + count))
-        start += count
-    return result

@@ -12,7 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from st_clp.moe.grouped import GatherRows, GroupedLinear, ScatterRows, gathered_products
+from st_clp.moe.grouped import GatherRows, GroupedLinear, ScatterRows
+from st_clp.moe.products import gathered_products
 from st_clp.moe.router_signal import RouterSignal
 from st_clp.moe.routing import Plan, Router
 from st_clp.moe.settings import MoESettings
@@ -156,7 +157,7 @@ class ExpertLinear(nn.Module):
             biases = [None if bias is None else bias.to(dtype) for bias in biases]
         if source is not None:
             if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                return gathered_products(rows, source, plan.counts, weights, biases)
+                return gathered_products(rows, source, plan.counts, [weight.t() for weight in weights], biases)
             rows = gather(rows, plan)
         signal = self.signal if self.settings.routing == "learned" else None
         return GroupedLinear.apply(rows, plan.shares, plan.counts, signal, *weights, *biases)

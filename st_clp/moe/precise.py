@@ -33,8 +33,8 @@ class PreciseLinear(Function):
         if rows.dtype == torch.float32:
             return rows @ factors
         result = rows.new_empty(rows.shape[0], weight.shape[0], dtype=torch.float32)
-        for block in blocks(rows):
-            torch.mm(rows[block].float(), factors, out=result[block])
+        for block, copied in float_blocks(rows):
+            torch.mm(copied, factors, out=result[block])
         return result
 
     @staticmethod
@@ -59,22 +59,28 @@ def _narrow_product(gradient: Tensor, weight: Tensor) -> Tensor:
 def weighted_sums(weights: Tensor, rows: Tensor) -> Tensor:
     """Sum ``rows`` (rows, dim) by each column of the float32 ``weights`` (rows, sums): (sums, dim) float32."""
     total = torch.zeros(weights.shape[1], rows.shape[1], dtype=torch.float32, device=rows.device)
-    for block in blocks(rows):
-        total.addmm_(weights[block].t(), rows[block].float())
+    for block, copied in float_blocks(rows):
+        total.addmm_(weights[block].t(), copied)
     return total
 
 
 def inner_products(a: Tensor, b: Tensor) -> Tensor:
     """The inner product of each row of ``a`` (rows, dim) with that of ``b``, in float32: (rows,)."""
     result = a.new_empty(a.shape[0], dtype=torch.float32)
-    for block in blocks(a):
-        torch.linalg.vecdot(a[block].float(), b[block].float(), out=result[block])
+    for (block, one), (_, other) in zip(float_blocks(a), float_blocks(b), strict=True):
+        torch.linalg.vecdot(one, other, out=result[block])
     return result
 
 
-def blocks(rows: Tensor) -> Iterator[slice]:
-    """Slices of ``rows`` (rows, dim) whose float32 copies are small."""
+def float_blocks(rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of ``rows`` (rows, dim) with their float32 copies: small ones, each written where the last one was."""
     numbers = CPU_BLOCK if rows.device.type == "cpu" else BLOCK
     size = max(16, numbers // max(1, rows.shape[1]))
+    if rows.dtype == torch.float32:
+        room = None
+    else:
+        room = rows.new_empty(min(size, rows.shape[0]), rows.shape[1], dtype=torch.float32)
     for start in range(0, rows.shape[0], size):
-        yield slice(start, start + size)
+        block = slice(start, min(start + size, rows.shape[0]))
+        # new memory for every block would cost as much as the arithmetic
+        yield block, rows[block] if room is None else room[: block.stop - start].copy_(rows[block])
