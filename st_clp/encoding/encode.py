@@ -160,7 +160,7 @@ class Encoder:
     ) -> None:
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self._working = WorkingModel(model, task, dtype)
+        self._working = WorkingModel(model, task, dtype, pack=not compile)
         self._compile = compile
         self._batch_size = batch_size
         self._dim = embedding_dimension(model)

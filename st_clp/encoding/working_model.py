@@ -17,6 +17,7 @@ from sentence_transformers.util import batch_to_device, truncate_embeddings
 from st_clp.encoding.attention import use_batched_products
 from st_clp.encoding.batches import Features
 from st_clp.encoding.compiling import compile_transformers
+from st_clp.encoding.packing import pack_linear_layers
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ class WorkingModel:
         model: The model. It is put into evaluation mode, as its own ``encode`` does, and not changed otherwise.
         task: Whether its texts are queries or documents.
         dtype: As in :func:`st_clp.encoding.encode_documents`.
+        pack: Whether a processor's linear layers may be packed; not where they are to be compiled.
 
     Attributes:
         by_tokens: Whether the model can be run by tokens; otherwise use :meth:`encode_whole`.
@@ -42,7 +44,9 @@ class WorkingModel:
         ValueError: ``dtype`` is not known.
     """
 
-    def __init__(self, model: SentenceTransformer, task: Task, dtype: ComputeDtype = "model") -> None:
+    def __init__(
+        self, model: SentenceTransformer, task: Task, dtype: ComputeDtype = "model", *, pack: bool = True
+    ) -> None:
         if dtype not in get_args(ComputeDtype):
             raise ValueError(f"dtype must be one of {', '.join(get_args(ComputeDtype))}, got {dtype!r}")
         model.eval()
@@ -53,7 +57,8 @@ class WorkingModel:
         self.by_tokens = _is_text_encoder(model)
         if not self.by_tokens:
             logger.warning("this model is not a plain text encoder: it encodes by its own encode method, more slowly")
-        self._runs = _in_bfloat16(model) if self.by_tokens and resolve_dtype(model, dtype) == "bfloat16" else model
+        narrow = self.by_tokens and resolve_dtype(model, dtype) == "bfloat16"
+        self._runs = _in_bfloat16(model, pack) if narrow else model
 
     @property
     def bytes_per_token(self) -> int:
@@ -175,7 +180,7 @@ def _is_text_encoder(model: SentenceTransformer) -> bool:
     return not any(module.can_flatten_inputs for module in inputs)
 
 
-def _in_bfloat16(model: SentenceTransformer) -> SentenceTransformer:
+def _in_bfloat16(model: SentenceTransformer, pack: bool) -> SentenceTransformer:
     """A copy whose transformers compute in bfloat16 and hand on float32."""
     working = copy_modules(model)
     for module in working.modules():
@@ -184,6 +189,8 @@ def _in_bfloat16(model: SentenceTransformer) -> SentenceTransformer:
             module.register_forward_hook(_hand_on_float32)
             if model.device.type == "cpu" and not _capabilities().get("amx_bf16"):
                 use_batched_products(module.model)
+            if pack and model.device.type == "cpu" and hardware_has_bf16(model.device):
+                pack_linear_layers(module.model)
     return working.eval()
 
 

@@ -64,6 +64,8 @@ class ExpertLinear(nn.Module):
     """
 
     gate: Router | None
+    multiplies_by_weights = True
+    """Its experts are not called, so packing them for inference would gain nothing."""
 
     def __init__(
         self,
