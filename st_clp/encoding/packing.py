@@ -38,7 +38,7 @@ def pack_linear_layers(encoder: nn.Module) -> int:
     call them. Where PyTorch has no such product, the encoder stays as it is.
     """
     layers = list(dict.fromkeys(_linear_layers(encoder)))  # an encoder may use one layer in several places
-    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:  # type: ignore[attr-defined]
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return 0
     try:
         packed = [torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), ROWS) for layer in layers]
@@ -47,7 +47,7 @@ def pack_linear_layers(encoder: nn.Module) -> int:
         return 0
     for layer, weight in zip(layers, packed, strict=True):
         layer.__class__ = PackedLinear
-        layer.packed = weight  # type: ignore[assignment]
+        layer.packed = weight
     return len(layers)
 
 

@@ -72,6 +72,8 @@ def test_every_encoder_gives_the_same_states(name: str) -> None:
         **ARCHITECTURES[name], pad_token_id=1, bos_token_id=2, eos_token_id=3
     )
     model = getattr(transformers, "T5EncoderModel" if name == "T5" else f"{name}Model")(config).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.1)  # biases too, which begin as zeros
     packed = copy.deepcopy(model)
     assert pack_linear_layers(packed) == len(list(linear_layers(model))) > 0
     ids = torch.randint(4, 99, (3, 17))
