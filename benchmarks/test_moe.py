@@ -53,8 +53,8 @@ class ReferenceMixture(nn.Module):
         return wide.view(*hidden.shape[:-1], -1)
 
 
-def feed_forwards(width: int, wide: int, dtype: torch.dtype) -> dict[str, nn.Module]:
-    """Return a layer whose feed-forward is dense, one that is a mixture of 2 experts and one of the reference's way."""
+def feed_forwards(width: int, wide: int, dtype: torch.dtype, experts: int = 2) -> dict[str, nn.Module]:
+    """Return a layer whose feed-forward is dense, three that are mixtures and one of the reference's way."""
     torch.manual_seed(0)
     config = XLMRobertaConfig(
         vocab_size=16, hidden_size=width, intermediate_size=wide, num_hidden_layers=1, num_attention_heads=8
@@ -63,10 +63,11 @@ def feed_forwards(width: int, wide: int, dtype: torch.dtype) -> dict[str, nn.Mod
     kinds: dict[str, nn.Module] = {"dense": encoder}
     for projection in ("intermediate", "output", "feed_forward"):
         kinds[projection] = copy.deepcopy(encoder)
-        build_experts(kinds[projection], MoESettings(projection=projection, layers=(0,)), seed=0)
+        settings = MoESettings(num_experts=experts, projection=projection, layers=(0,))
+        build_experts(kinds[projection], settings, seed=0)
     kinds["reference"] = copy.deepcopy(encoder)
     up = kinds["reference"].encoder.layer[0].intermediate
-    up.dense = ReferenceMixture(up.dense)
+    up.dense = ReferenceMixture(up.dense, experts)
     return {kind: encoder.encoder.layer[0] for kind, encoder in kinds.items()}
 
 

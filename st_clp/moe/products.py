@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from st_clp.moe.one_kernel import choose
+
 PIECE = 1024
 """Rows of a piece, at most (in float32, where shorter products are slower, about)."""
 MULTIPLE = 8
@@ -34,6 +36,14 @@ def products(
     rows: Tensor, counts: Sequence[int], matrices: Sequence[Tensor], biases: Sequence[Tensor | None] | None = None
 ) -> Tensor:
     """Multiply each expert's slice of the sorted ``rows`` (rows, in) by its matrix (in, out): (rows, out)."""
+    way = choose(one_each, rows, counts, matrices, biases)
+    return way(rows, counts, matrices, biases)
+
+
+def one_each(
+    rows: Tensor, counts: Sequence[int], matrices: Sequence[Tensor], biases: Sequence[Tensor | None] | None
+) -> Tensor:
+    """As :func:`products`, by one product an expert."""
     total, (_, out) = rows.shape[0], matrices[0].shape
     result = rows.new_empty(total, out)
     for expert, part in enumerate(slices(counts)):
@@ -57,8 +67,11 @@ def gathered_products(
 ) -> Tensor:
     """As :func:`products` of the rows that ``source`` (rows,) names, without a sorted copy of the tokens.
 
-    The rows of one piece after the other go through the same memory, which wide rows need not wait for again.
+    The rows of one piece after the other go through the same memory, which wide rows need not wait for again. On an
+    accelerator, where new memory costs nothing and few large products are best, a copy is made after all.
     """
+    if tokens.device.type != "cpu":
+        return products(tokens.index_select(0, source), counts, matrices, biases)
     total = source.shape[0]
     spare = total + MULTIPLE  # room for what the last product takes along
     result = tokens.new_empty(spare, matrices[0].shape[1])

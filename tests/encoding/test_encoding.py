@@ -290,6 +290,54 @@ def test_attention_by_products_is_attention(
     torch.testing.assert_close(found, expected.transpose(1, 2), atol=1e-5, rtol=1e-5)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    keys=st.integers(1, 9),
+    size=st.sampled_from([0.1, 1.0, 30.0, 300.0, 3000.0]),
+    shift=st.sampled_from([0.0, -400.0, 400.0]),
+    masked=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_scores_of_any_size_are_attended_to_rightly(
+    keys: int, size: float, shift: float, masked: bool, seed: int
+) -> None:
+    """Powers that are too great or too small for their numbers are left to softmax."""
+    torch.manual_seed(seed)
+    query, key, value = (torch.randn(2, 3, keys, 8) for _ in range(3))
+    query, value = query * size, value * 50
+    query[..., 0], key[..., 0] = shift, 1.0  # moves all scores of a row alike
+    mask = torch.ones(2, 1, 1, keys, dtype=torch.bool)
+    mask[0, ..., 1:] = not masked
+    query, key, value = (states.bfloat16().float() for states in (query, key, value))
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.5)
+    found, _ = attention.attend(torch.nn.Identity(), query, key, value, mask, scaling=0.5)
+    torch.testing.assert_close(found, expected.transpose(1, 2), atol=2e-3, rtol=1e-3)
+    narrow, _ = attention.attend(
+        torch.nn.Identity(), query.bfloat16(), key.bfloat16(), value.bfloat16(), mask, scaling=0.5
+    )
+    assert narrow.isfinite().all()
+    if size * 4 + abs(shift) < 8:  # where bfloat16 tells scores apart
+        torch.testing.assert_close(narrow.float(), expected.transpose(1, 2), atol=3.0, rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("score", "value", "by_softmax"),
+    [(0.0, 1, False), (150.0, 1, False), (300.0, 1, True), (150.0, 1e30, True), (-180.0, 1, True), (-400.0, 1, True)],
+)
+def test_softmax_is_only_taken_where_it_must_be(
+    monkeypatch: pytest.MonkeyPatch, score: float, value: float, by_softmax: bool
+) -> None:
+    """It takes as long as both products."""
+    taken: list[int] = []
+    softmax = torch.softmax
+    monkeypatch.setattr(torch, "softmax", lambda *states, **options: taken.append(1) or softmax(*states, **options))
+    query, key = torch.full((1, 1, 4, 1), score).bfloat16(), torch.ones(1, 1, 6, 1).bfloat16()
+    values = torch.arange(6.0).view(1, 1, 6, 1).bfloat16() * value
+    found, _ = attention.attend(torch.nn.Identity(), query, key, values, None, scaling=0.5)
+    torch.testing.assert_close(found.float(), torch.full((1, 4, 1, 1), 2.5 * value), rtol=0.01, atol=0)
+    assert bool(taken) == by_softmax
+
+
 class Largest(TorchDispatchMode):
     """Remembers how many numbers the largest tensor had that an operation made."""
 
