@@ -181,7 +181,8 @@ def require_writable(path: str | os.PathLike[str]) -> None:
 
 
 def _beside(target: Path) -> Path:
-    return target.with_name(target.name + ".partial")
+    """Where this process writes before the file is whole: two may mine into the same file at the same time."""
+    return target.with_name(f"{target.name}.{os.getpid()}.partial")
 
 
 def write_rows(path: str | os.PathLike[str], rows: Iterable[TrainingRow]) -> None:

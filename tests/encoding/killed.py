@@ -12,6 +12,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -59,7 +60,10 @@ def begin(model: SentenceTransformer, collection: Collection, folder: Path) -> i
             mine(model, collection, folder)
             (folder / f"encoded {os.getpid()}").write_text(str(len(encoded)))
             status = 0
+        except Exception:
+            traceback.print_exc()
         finally:
+            sys.stderr.flush()
             os._exit(status)
     return child
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +274,38 @@ def test_rows_survive_the_file_and_are_training_rows_again(tiny_model: SentenceT
     before = {row.query: {negative.text for negative in row.negatives} for row in mined.rows}
     assert all({negative.text for negative in row.negatives} <= before[row.query] for row in remined.rows)
     assert set(remined.account.negatives) == {"judged"}
+
+
+WRITING = """
+import sys
+from pathlib import Path
+from st_clp.mining.rows import read_rows, require_writable, write_rows
+rows = read_rows(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+for _ in range(400):
+    require_writable(sys.argv[2])
+    write_rows(sys.argv[2], rows)
+    assert read_rows(sys.argv[2]) == rows
+"""
+
+
+def test_two_processes_may_write_the_same_rows(tiny_model: SentenceTransformer, tmp_path: Path) -> None:
+    """As where two mine into one folder, of which the store lets one encode and the other wait."""
+    mined = mine(tiny_model, make_collection(), num_negatives=2, show_progress_bar=False)
+    write_rows(tmp_path / "rows.jsonl", mined.rows)
+    command = [sys.executable, "-c", WRITING, str(tmp_path / "rows.jsonl"), str(tmp_path / "shared.jsonl")]
+    writers = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    assert [writer.stdout.readline() for writer in writers if writer.stdout] == ["ready\n"] * 2
+    for writer in writers:  # both have begun before the first is waited for
+        assert writer.stdin is not None
+        writer.stdin.write("go\n")
+        writer.stdin.flush()
+    assert [(writer.communicate()[1], writer.returncode) for writer in writers] == [("", 0)] * 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "shared.jsonl"]
 
 
 @pytest.mark.parametrize("sampling", ["top", "random"])
