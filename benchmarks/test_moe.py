@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -215,6 +216,10 @@ def peak_of_forward(dtype_name: str, kind: str) -> float:
 ROWS = (512, 520, 923, 928, 979, 984, 1003, 1008, 1024, 1034, 1040, 1058, 1064, 1069, 1072, 2048)
 
 
+def product(rows: Tensor, weight: Tensor, bias: Tensor, into: Tensor, count: int) -> None:
+    torch.addmm(bias, rows[:count], weight.t(), out=into[:count])
+
+
 def report_rows() -> None:
     """Print how long a product of so many bfloat16 rows takes, by the row, against one of 2,048."""
     print("| rows | " + " | ".join(f"{count:,}" for count in ROWS) + " |\n| --- |" + " --- |" * len(ROWS))
@@ -222,10 +227,8 @@ def report_rows() -> None:
         weight, bias = torch.randn(wide, width).bfloat16(), torch.randn(wide).bfloat16()
         rows, result = torch.randn(max(ROWS), width).bfloat16(), torch.empty(max(ROWS), wide).bfloat16()
 
-        def product(count: int) -> Callable[[], None]:
-            return lambda: torch.addmm(bias, rows[:count], weight.t(), out=result[:count])  # noqa: B023
-
-        times = in_turn({str(count): product(count) for count in ROWS}, rounds=25)
+        case = partial(product, rows, weight, bias, result)
+        times = in_turn({str(count): partial(case, count) for count in ROWS}, rounds=25)
         by_row = [times[str(count)] / count / (times["2048"] / 2048) for count in ROWS]
         print(f"| {width}→{wide} | " + " | ".join(f"{value:.2f}" for value in by_row) + " |", flush=True)
 

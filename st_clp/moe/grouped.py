@@ -1,7 +1,6 @@
-"""The products of a mixture: rows sorted by expert, one product an expert, and the moves into that order and back.
+"""What a mixture's layers do with gradients: rows sorted by expert, multiplied by their expert's weight, and put back.
 
-Three autograd functions, and the first two in one where nothing learns: no routing and no modules here. Rows of one
-expert are neighbours, so each product reads and writes a slice in place.
+Three autograd functions; no routing and no modules here. The products themselves are in ``products.py``.
 """
 
 from __future__ import annotations
