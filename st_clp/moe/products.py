@@ -1,10 +1,10 @@
 """One product an expert, each in the shapes that a processor multiplies fast.
 
 In bfloat16 and float16 a processor's product takes blocks of rows whose number divides the whole: 1,058 rows, which
-are 2 times 23 times 23, cost up to a third more than 1,064, and any multiple of 8 up to 1,024 costs the same by the
-row (``benchmarks/moe.md``). How many rows an expert gets is chance. So its product takes a few of the next expert's
-rows along, whose results the next product writes anew, and a long part goes in even pieces. Float32 hardly
-minds, and an accelerator does best with one product an expert.
+are 2 times 23 times 23, cost up to a quarter more by the row than 1,064, and multiples of 8 up to 1,024 cost nearly the
+same (``benchmarks/moe.md``). How many rows an expert gets is chance. So its product takes a few of the next expert's
+rows along, whose results the next product writes anew, and a long part goes in even pieces. Float32 hardly minds, and
+an accelerator, which has its own choice to make (``one_kernel.py``), is given whole parts.
 """
 
 from __future__ import annotations
