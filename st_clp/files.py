@@ -1,0 +1,205 @@
+"""Files that appear whole or not at all, and JSON that was not necessarily written here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+try:
+    import fcntl
+except ImportError:  # Windows: there a file that is open cannot be removed, which is all the lock is for
+    fcntl = None  # type: ignore[assignment]
+
+UNFINISHED = ".partial"
+"""How the name of a file ends that is being written."""
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
+    """Write a file under a name of its own and rename it to ``path`` once it is whole.
+
+    Several processes may write the same file: each has its own unfinished one, and the last to finish wins. What
+    killed writers left beside ``path`` is removed first.
+
+    Args:
+        path: Where the file shall be; its folder is made if it is not there.
+        mode: ``"w"`` for UTF-8 text, ``"wb"`` for bytes.
+
+    Raises:
+        OSError: The file cannot be written; ``path`` is then as it was.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(target)
+    file, unfinished = _open_unfinished(target, mode)
+    try:
+        with file:
+            yield file
+            file.flush()
+            # before it is closed, and so unlocked: a file without its lock may be taken for a leftover
+            if fcntl is not None:
+                unfinished.replace(target)
+        if fcntl is None:
+            unfinished.replace(target)
+    except BaseException:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise
+
+
+def _open_unfinished(target: Path, mode: str) -> tuple[IO[Any], Path]:
+    while True:
+        unfinished = target.with_name(f"{target.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}{UNFINISHED}")
+        file = open(unfinished, mode, encoding=None if "b" in mode else "utf-8")  # noqa: SIM115
+        if fcntl is None:
+            return file, unfinished
+        with suppress(OSError):  # a file system without locks: nothing is removed there either
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if unfinished.exists():  # else another process took it for a leftover before it was locked
+            return file, unfinished
+        file.close()
+
+
+def remove_leftovers(path: str | os.PathLike[str]) -> None:
+    """Remove the unfinished files beside ``path`` that no process is writing any more."""
+    target = Path(path)
+    start = f"{target.name}."
+    try:
+        found = [entry for entry in target.parent.iterdir() if entry.name.startswith(start)]
+    except OSError:
+        return
+    for entry in found:
+        if entry.name.endswith(UNFINISHED) and entry.is_file():
+            _remove_if_left(entry)
+
+
+def _remove_if_left(unfinished: Path) -> None:
+    with suppress(OSError):  # gone meanwhile, locked by its writer, or not ours to remove
+        if fcntl is None:
+            unfinished.unlink()
+            return
+        with open(unfinished, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            unfinished.unlink()
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a UTF-8 text file, whole or not at all; see :func:`whole_file`."""
+    with whole_file(path) as file:
+        file.write(text)
+
+
+def write_json(path: str | os.PathLike[str], content: Any, *, indent: int | None = 1) -> None:
+    """Write a JSON file, whole or not at all; see :func:`whole_file`."""
+    write_text(path, json.dumps(content, indent=indent, ensure_ascii=False))
+
+
+def read_json(path: str | os.PathLike[str], *, error: type[Exception] = ValueError, remedy: str = "") -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        path: The file.
+        error: What to raise where it cannot be read.
+        remedy: What to do then; it ends the message.
+
+    Raises:
+        error: The file is no UTF-8, no JSON, nested too deep, or no object.
+        FileNotFoundError: There is no such file.
+    """
+    return parse_object(Path(path).read_bytes(), str(path), error=error, remedy=remedy)
+
+
+def parse_object(
+    text: str | bytes, where: str, *, error: type[Exception] = ValueError, remedy: str = ""
+) -> dict[str, Any]:
+    """Read a JSON object from text that may be anything.
+
+    Args:
+        text: The text, or its bytes in UTF-8.
+        where: What the message names: a file, with the line where there are several.
+        error: What to raise where it cannot be read.
+        remedy: What to do then; it ends the message.
+
+    Raises:
+        error: It is no UTF-8, no JSON, nested too deep, or no object.
+    """
+    ending = f"; {remedy}" if remedy else ""
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise error(f"{where}: JSON nested too deep to be read{ending}") from None
+    except UnicodeDecodeError as problem:
+        raise error(f"{where}: not UTF-8 text ({problem.reason}){ending}") from None
+    except json.JSONDecodeError as problem:
+        place = f"line {problem.lineno}, column {problem.colno}"
+        raise error(f"{where}: not valid JSON ({problem.msg} at {place}){ending}") from None
+    except ValueError as problem:  # an integer of more digits than Python converts
+        raise error(f"{where}: JSON that cannot be read ({problem}){ending}") from None
+    if not isinstance(found, dict):
+        raise error(f"{where}: a JSON object is expected, not {type(found).__name__}{ending}")
+    return found
+
+
+def require_field(
+    row: dict[str, Any],
+    name: str,
+    kind: type | tuple[type, ...],
+    where: str,
+    *,
+    error: type[Exception] = ValueError,
+    remedy: str = "",
+    least: float | None = None,
+    most: float | None = None,
+) -> Any:
+    """The value under ``name``, checked for its kind and range. ``True`` is no number, and an int serves as a float.
+
+    Args:
+        row: What was read.
+        name: The field.
+        kind: What it must be, or several of which it may be one.
+        where: What the message names: a file, with the line where there are several.
+        error: What to raise.
+        remedy: What to do then; it ends the message.
+        least: The smallest number that it may be.
+        most: The largest.
+
+    Raises:
+        error: The field is missing, of another kind, or out of range.
+    """
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    ending = f"; {remedy}" if remedy else ""
+    if name not in row:
+        raise error(f"{where}: {name!r} is missing{ending}")
+    value = row[name]
+    accepted = (*kinds, int) if float in kinds else kinds
+    if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in kinds):
+        expected = " or ".join("null" if one is type(None) else one.__name__ for one in kinds)
+        raise error(f"{where}: {name!r} must be {expected}, not {_shown(value)}{ending}")
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        low, high = (float("-inf") if least is None else least), (float("inf") if most is None else most)
+        if not low <= value <= high:
+            raise error(f"{where}: {name!r} must be between {low:g} and {high:g}, not {_shown(value)}{ending}")
+    return value
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of too many digits, or nested too deep
+        text = type(value).__name__
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def content_digest(path: str | os.PathLike[str]) -> str:
+    """A digest of a file's bytes, 32 hexadecimal digits (BLAKE2b)."""
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

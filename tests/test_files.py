@@ -1,0 +1,108 @@
+"""Files appear whole or not at all, and foreign JSON is refused by name."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from st_clp.files import (
+    UNFINISHED,
+    content_digest,
+    parse_object,
+    read_json,
+    remove_leftovers,
+    require_field,
+    whole_file,
+    write_json,
+)
+
+
+def _write_for_ever(path: str) -> None:
+    with whole_file(path) as file:
+        file.write("begun")
+        file.flush()
+        time.sleep(60)
+
+
+@pytest.fixture
+def writer(tmp_path):
+    """A process that is in the middle of writing ``tmp_path / "rows.jsonl"``."""
+    process = multiprocessing.get_context("fork").Process(target=_write_for_ever, args=(str(tmp_path / "rows.jsonl"),))
+    process.start()
+    until = time.monotonic() + 20
+    while not any(entry.stat().st_size for entry in tmp_path.glob(f"*{UNFINISHED}")) and time.monotonic() < until:
+        time.sleep(0.02)
+    yield process
+    process.kill()
+    process.join()
+
+
+def test_another_writer_leaves_a_living_ones_file_alone_and_removes_a_dead_ones(tmp_path, writer):
+    target = tmp_path / "rows.jsonl"
+    write_json(target, {"mine": 1})
+    assert len(list(tmp_path.glob(f"*{UNFINISHED}"))) == 1
+    os.kill(writer.pid, signal.SIGKILL)
+    writer.join()
+    write_json(target, {"mine": 2})
+    assert [entry.name for entry in tmp_path.iterdir()] == ["rows.jsonl"]
+    assert read_json(target) == {"mine": 2}
+
+
+def test_what_fails_leaves_the_file_as_it_was(tmp_path):
+    target = tmp_path / "deep" / "a.json"
+    write_json(target, {"a": 1})
+    with pytest.raises(RuntimeError, match="half-way"), whole_file(target) as file:
+        file.write("{")
+        raise RuntimeError("half-way")
+    assert read_json(target) == {"a": 1}
+    assert [entry.name for entry in target.parent.iterdir()] == ["a.json"]
+
+
+def test_only_unfinished_files_of_that_name_are_removed(tmp_path):
+    for name in ("rows.jsonl.7.partial", "rows.jsonl.bak", "rows.7.partial", "other.7.partial"):
+        (tmp_path / name).write_text("x")
+    remove_leftovers(tmp_path / "rows.jsonl")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["other.7.partial", "rows.7.partial", "rows.jsonl.bak"]
+    remove_leftovers(Path("/no/such/folder/rows.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1]", "a JSON object is expected, not list"),
+        ('{"a":' + "[" * 100_000, "nested too deep"),
+        (b'{"a": "\xff"}', "not UTF-8"),
+        ('{"a": 1', "not valid JSON .* line 1, column 8"),
+        ('{"a": ' + "1" * 5000 + "}", "cannot be read"),
+    ],
+)
+def test_what_is_no_object_is_refused_with_its_place_and_remedy(text, message):
+    with pytest.raises(LookupError, match=f"^here: .*{message}.*; do this$"):
+        parse_object(text, "here", error=LookupError, remedy="do this")
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner)))
+def test_a_field_is_of_its_kind_or_refused(value):
+    row = json.loads(json.dumps({"rows": value}))
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        assert require_field(row, "rows", int, "m.json", least=0) == value
+    else:
+        with pytest.raises(ValueError, match=r"m\.json: 'rows' must be"):
+            require_field(row, "rows", int, "m.json", least=0)
+
+
+def test_a_digest_is_of_the_bytes(tmp_path):
+    one, two = tmp_path / "1", tmp_path / "2"
+    one.write_bytes(b"a" * 3_000_000)
+    two.write_bytes(b"a" * 2_999_999 + b"b")
+    assert content_digest(one) != content_digest(two)
+    two.write_bytes(one.read_bytes())
+    assert content_digest(one) == content_digest(two)
