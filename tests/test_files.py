@@ -59,9 +59,14 @@ def test_another_writer_leaves_a_living_ones_file_alone_and_removes_a_dead_ones(
 def test_what_fails_leaves_the_file_as_it_was(tmp_path):
     target = tmp_path / "deep" / "a.json"
     write_json(target, {"a": 1})
-    with pytest.raises(RuntimeError, match="half-way"), whole_file(target) as file:
-        file.write("{")
-        raise RuntimeError("half-way")
+
+    def fail_half_way():
+        with whole_file(target) as file:
+            file.write("{")
+            raise RuntimeError("half-way")
+
+    with pytest.raises(RuntimeError, match="half-way"):
+        fail_half_way()
     assert read_json(target) == {"a": 1}
     assert [entry.name for entry in target.parent.iterdir()] == ["a.json"]
 
