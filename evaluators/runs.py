@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from evaluators.files import replacing
+from st_clp.search import is_own_document
 
 Run = dict[str, dict[str, float]]  # query id -> {document id: score}
 
@@ -41,11 +42,11 @@ def cut_run(run: Run, depth: int) -> Run:
 
 def without_identical_ids(run: Run) -> tuple[Run, int]:
     """The run without each query's own id, and how many documents that left out."""
-    own = {query_id for query_id, documents in run.items() if query_id in documents}
-    kept = {query_id: dict(documents) if query_id in own else documents for query_id, documents in run.items()}
-    for query_id in own:
-        del kept[query_id][query_id]
-    return kept, len(own)
+    kept = {
+        query_id: {doc_id: score for doc_id, score in documents.items() if not is_own_document(query_id, doc_id)}
+        for query_id, documents in run.items()
+    }
+    return kept, sum(len(documents) - len(kept[query_id]) for query_id, documents in run.items())
 
 
 def ranked(documents: Mapping[str, float]) -> list[tuple[str, float]]:
