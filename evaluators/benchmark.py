@@ -56,7 +56,7 @@ class BenchmarkEvaluator(RetrievalEvaluator):
         metrics: Iterable[str] = DEFAULT_METRICS,
         *,
         run_depth: int | None = None,
-        dtype: ComputeDtype = "model",
+        dtype: ComputeDtype = "auto",
         batch_size: int | None = None,
         show_progress_bar: bool = False,
         ignore_identical_ids: bool = True,

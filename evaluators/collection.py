@@ -16,7 +16,7 @@ from evaluators.metrics import DEFAULT_METRICS, QueryScores, mean_scores, score_
 from evaluators.pooling import ReferenceRun, pooled_collection
 from evaluators.runs import Run, cut_run, make_run, without_identical_ids, write_run
 from st_clp.data import Collection, CollectionError, Corpus, MemoryCorpus
-from st_clp.encoding import ComputeDtype, EmbeddingStore
+from st_clp.encoding import ComputeDtype, EmbeddingStore, computed_precision
 from st_clp.encoding.working_model import Task
 from st_clp.search import search
 
@@ -37,8 +37,9 @@ class CollectionEvaluator(RetrievalEvaluator):
         metrics: ``ndcg``, ``recall``, ``map``, ``precision`` (or ``p``) or ``mrr``, each cut at any rank, as in
             ``"ndcg@10"``. The first one is the primary metric, by which the Trainer may choose the best model.
         run_depth: How many documents a query's run holds. None: the largest cut-off of ``metrics``.
-        dtype: What the model computes in: ``"model"`` its own precision, ``"bfloat16"``, or ``"auto"``: bfloat16 where
-            the hardware multiplies it, faster, for a figure that may differ in the third digit.
+        dtype: What the model computes in: ``"auto"`` bfloat16 where the hardware multiplies it, faster, for a figure
+            that may differ in the third digit; ``"model"`` the model's own precision; ``"bfloat16"``. The default is
+            the miner's, so that both use one store.
         batch_size: No more texts than this in one forward pass. None: as many as fill it with tokens.
         show_progress_bar: Show progress, rate and remaining time while encoding.
         ignore_identical_ids: Leave out a document whose id is the query's own, as BEIR does. Switch it off where
@@ -58,6 +59,8 @@ class CollectionEvaluator(RetrievalEvaluator):
     Attributes:
         run: What the last call retrieved, {query id: {document id: score}}, best first.
         query_scores: The metrics of each query in the last call, {query id: {metric: value}}.
+        computed_in: The precision that the last call's embeddings were computed in, such as ``"float32"``; None of a
+            run that was only scored.
         counts: For the collection, the queries, those without a relevant document, and what was left out.
 
     Raises:
@@ -85,7 +88,7 @@ class CollectionEvaluator(RetrievalEvaluator):
         metrics: Iterable[str] = DEFAULT_METRICS,
         *,
         run_depth: int | None = None,
-        dtype: ComputeDtype = "model",
+        dtype: ComputeDtype = "auto",
         batch_size: int | None = None,
         show_progress_bar: bool = False,
         ignore_identical_ids: bool = True,
@@ -115,6 +118,7 @@ class CollectionEvaluator(RetrievalEvaluator):
             raise ValueError(f"run_depth {self.run_depth} is too small for a metric cut at {deepest}")
         self.collection = collection
         self.num_documents: int | None = None  # known once they are encoded
+        self.computed_in: str | None = None
         self.dtype: ComputeDtype = dtype
         self.batch_size = batch_size
         self.show_progress_bar = show_progress_bar
@@ -152,7 +156,9 @@ class CollectionEvaluator(RetrievalEvaluator):
         if ignored:
             run = cut_run(run, self.run_depth)
         call.finish(len(store))
-        return self.score(run)
+        scores = self.score(run)
+        self.computed_in = computed_precision(call.model, self.dtype)
+        return scores
 
     def _store(
         self, call: EvaluationCall, corpus: Corpus, folder: str | os.PathLike[str] | None, task: Task
@@ -181,6 +187,7 @@ class CollectionEvaluator(RetrievalEvaluator):
                 f"the run answers none of the queries of {self.collection.name}: it has queries such as "
                 f"{', '.join(list(run)[:3])}, the collection such as {', '.join(list(self.judgments)[:3])}"
             )
+        self.computed_in = None
         self._counts = self._count_queries()
         if self.ignore_identical_ids:
             answered, own = without_identical_ids(answered)

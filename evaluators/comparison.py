@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluators.evaluation import CollectionResult, Evaluation, EvaluationError
+from evaluators.evaluation import UNKNOWN_PRECISION, CollectionResult, Evaluation, EvaluationError
 from evaluators.metrics import Metric
 
 RESAMPLES = 10_000
@@ -82,6 +82,7 @@ class Comparison:
         before, after: What the models are called.
         metric: The metric that is compared.
         pooled: Whether the figures are over pools, not whole corpora.
+        precisions: What either model computed in; see :attr:`Evaluation.precision`.
         differences: For each collection, and last, of several, their mean.
         changes: Collection key to every query's change, most gained first.
     """
@@ -92,6 +93,18 @@ class Comparison:
     pooled: bool
     differences: list[Difference]
     changes: dict[str, list[QueryChange]]
+    precisions: tuple[str | None, str | None] = (None, None)
+
+    @property
+    def precision_note(self) -> str | None:
+        """What to say of a comparison across precisions; None where both are known to be the same."""
+        before, after = self.precisions
+        if before is None or after is None or (before == after and UNKNOWN_PRECISION not in before):
+            return None
+        return (
+            f"precision of the models' computation: {before} before, {after} after. A difference in the third digit "
+            "can come from that alone; evaluate both with the same --dtype"
+        )
 
     def to_dict(self, *, queries: int | None = None) -> dict[str, Any]:
         """For JSON; with at most so many of the queries that gained and that lost most of each collection."""
@@ -100,6 +113,7 @@ class Comparison:
             "after": self.after,
             "metric": self.metric,
             "pooled": self.pooled,
+            "precisions": {"before": self.precisions[0], "after": self.precisions[1], "note": self.precision_note},
             "differences": [{**asdict(found), "difference": found.difference} for found in self.differences],
             "changes": {
                 key: [{**asdict(c), "difference": c.difference} for c in most_changed(changes, queries)]
@@ -146,7 +160,8 @@ def compare(before: Evaluation, after: Evaluation, metric: str | None = None, *,
     if len(samples) > 1:
         p = p_value(list(samples.values()), seed)
         differences.append(_difference(OVERALL, list(changes.values()), list(samples.values()), p, p, seed))
-    return Comparison(before.model, after.model, metric, before.pooled, differences, changes)
+    precisions = before.precision, after.precision
+    return Comparison(before.model, after.model, metric, before.pooled, differences, changes, precisions)
 
 
 def p_value(samples: Sequence[np.ndarray], seed: int) -> float:

@@ -21,6 +21,7 @@ from evaluators.runs import Run, read_run, write_run
 
 MANIFEST = "evaluation.json"
 FORMAT = 1
+UNKNOWN_PRECISION = "unknown"
 PACKAGES = ("st-clp", "sentence-transformers", "transformers", "torch", "faiss-cpu", "pytrec-eval-terrier")
 
 
@@ -42,6 +43,8 @@ class CollectionResult:
         documents: How many documents were searched; None where only a run was given.
         scores: The mean of each metric.
         counts: Queries, those without a relevant document, and what was left out.
+        computed_in: The precision of the model's computation, such as ``"bfloat16"``; None where only a run was given,
+            and in evaluations of version 0.1.0, which did not note it.
     """
 
     key: str
@@ -53,6 +56,7 @@ class CollectionResult:
     documents: int | None
     scores: dict[str, float]
     counts: dict[str, int]
+    computed_in: str | None = None
 
     @property
     def label(self) -> str:
@@ -109,6 +113,22 @@ class Evaluation:
     def pooled(self) -> bool:
         """Whether the figures are over pools, not over whole corpora."""
         return any(result.pooled for result in self.results.values())
+
+    @property
+    def precision(self) -> str | None:
+        """What the model computed in, such as ``"bfloat16"``.
+
+        ``"unknown"`` where that was not noted; None where only runs were scored, which may be anybody's.
+        """
+        if self.fingerprint is None:
+            return None
+        asked = self.settings.get("dtype")
+        # What "auto" and "model" came to is not known of an evaluation that does not say it.
+        noted = [
+            result.computed_in or ("bfloat16" if asked == "bfloat16" else UNKNOWN_PRECISION)
+            for result in self.results.values()
+        ]
+        return " and ".join(dict.fromkeys(noted))
 
     def run(self, key: str) -> Run:
         """What was retrieved on a collection.

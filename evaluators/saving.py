@@ -72,4 +72,5 @@ def _result(key: str, part: CollectionEvaluator) -> CollectionResult:
         documents=part.num_documents,
         scores=mean_scores(part.query_scores.values()),
         counts=counts,
+        computed_in=part.computed_in,
     )

@@ -50,6 +50,8 @@ def comparison_table(comparisons: Sequence[Comparison]) -> pandas.DataFrame:
             "wins": found.wins,
             "ties": found.ties,
             "losses": found.losses,
+            "precision before": comparison.precisions[0],
+            "precision after": comparison.precisions[1],
         }
         for comparison in comparisons
         for found in comparison.differences
@@ -68,4 +70,7 @@ def comparisons_text(comparisons: Sequence[Comparison], kind: Format) -> str:
         content = [comparison.to_dict(queries=QUERIES_SHOWN) for comparison in comparisons]
         return json.dumps(content, indent=1, ensure_ascii=False)
     frame = comparison_table(comparisons)
-    return to_latex(frame, index=False) if kind == "latex" else frame.to_csv(index=False)
+    if kind == "csv":
+        return frame.to_csv(index=False)
+    notes = "".join(f"% {found.after}: {found.precision_note}\n" for found in comparisons if found.precision_note)
+    return notes + to_latex(frame.drop(columns=["precision before", "precision after"]), index=False)

@@ -87,6 +87,8 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
             f"{found.wins}/{found.ties}/{found.losses}",
         )
     console.print(table)
+    if comparison.precision_note:
+        console.print(f"  [yellow]{escape(comparison.precision_note)}[/yellow]", soft_wrap=True)
     for key, changes in comparison.changes.items():
         for change in most_changed(changes, SHOWN):
             console.print(

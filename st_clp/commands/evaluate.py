@@ -49,7 +49,7 @@ def evaluate(
         list[Path] | None, typer.Option(help="Score this TREC run file in place of a model's; one for each collection.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="What to call the model. By default as it is given.")] = None,
-    dtype: Annotated[Literal["model", "auto", "bfloat16"], typer.Option(help="What the model computes in.")] = "model",
+    dtype: Annotated[Literal["model", "auto", "bfloat16"], typer.Option(help="What the model computes in.")] = "auto",
     pool: Annotated[
         list[Path] | None,
         typer.Option(help="Search only judged documents and the best of this run; one for each collection."),

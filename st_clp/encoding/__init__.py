@@ -3,11 +3,12 @@
 from st_clp.encoding.encode import encode_documents, encode_queries
 from st_clp.encoding.fingerprint import model_fingerprint
 from st_clp.encoding.store import EmbeddingStore
-from st_clp.encoding.working_model import ComputeDtype, hardware_has_bf16
+from st_clp.encoding.working_model import ComputeDtype, computed_precision, hardware_has_bf16
 
 __all__ = [
     "ComputeDtype",
     "EmbeddingStore",
+    "computed_precision",
     "encode_documents",
     "encode_queries",
     "hardware_has_bf16",

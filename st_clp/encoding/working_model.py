@@ -148,6 +148,14 @@ def resolve_dtype(model: SentenceTransformer, dtype: ComputeDtype) -> Literal["m
     return dtype
 
 
+def computed_precision(model: SentenceTransformer, dtype: ComputeDtype) -> str:
+    """What the model's transformer computes in with this ``dtype``, as PyTorch calls it, such as ``"float32"``."""
+    if _is_text_encoder(model) and resolve_dtype(model, dtype) == "bfloat16":
+        return "bfloat16"
+    floats = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return str(floats).removeprefix("torch.")
+
+
 def hardware_has_bf16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 matrices in hardware."""
     if device.type == "cuda":

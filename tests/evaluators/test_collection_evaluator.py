@@ -42,7 +42,9 @@ def test_metrics_are_those_of_trec_eval_on_an_exhaustive_run(tiny_model, collect
         collection.judgments, {"ndcg_cut.5,10", "recall.3", "map_cut.10", "P.2"}
     ).evaluate(run)
 
-    evaluator = CollectionEvaluator(collection, metrics=["ndcg@10", "ndcg@5", "recall@3", "map@10", "p@2"])
+    evaluator = CollectionEvaluator(
+        collection, metrics=["ndcg@10", "ndcg@5", "recall@3", "map@10", "p@2"], dtype="model"
+    )
     found = evaluator(tiny_model)
     measures = {"ndcg_cut_10": "ndcg@10", "ndcg_cut_5": "ndcg@5", "recall_3": "recall@3", "map_cut_10": "map@10"}
     for measure, name in {**measures, "P_2": "precision@2"}.items():
@@ -57,7 +59,7 @@ def test_metrics_are_those_of_sentence_transformers(tiny_model, collection) -> N
     binary = {q: {d: 1 for d, grade in grades.items() if grade > 0} for q, grades in collection.judgments.items()}
     texts = {document.doc_id: document.text for document in collection.documents()}
     plain = Collection.from_dict(texts, collection.queries, binary, name="plain")
-    found = CollectionEvaluator(plain, metrics=["ndcg@10", "mrr@10", "recall@10", "p@5"])(tiny_model)
+    found = CollectionEvaluator(plain, metrics=["ndcg@10", "mrr@10", "recall@10", "p@5"], dtype="model")(tiny_model)
     peer = InformationRetrievalEvaluator(plain.queries, texts, {q: set(docs) for q, docs in binary.items()})(tiny_model)
     for name in ("ndcg@10", "mrr@10", "recall@10", "precision@5"):
         assert found[f"plain_{name}"] == pytest.approx(peer[f"cosine_{name}"], abs=1e-12), name
@@ -78,7 +80,7 @@ def test_the_models_own_similarity_is_used(make_tiny_model, collection) -> None:
     runs = {}
     for name in ("cosine", "dot", "euclidean"):
         model.similarity_fn_name = name
-        evaluator = CollectionEvaluator(collection)
+        evaluator = CollectionEvaluator(collection, dtype="model")
         evaluator(model)
         runs[name] = evaluator.run
         documents = {document.doc_id: document.text for document in collection.documents()}

@@ -6,6 +6,7 @@ import csv
 import io
 import itertools
 import json
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -14,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import false_discovery_control
 
+from evaluators import CollectionEvaluator
 from evaluators.comparison import compare, holm, interval, most_changed, p_value
-from evaluators.evaluation import EvaluationError
+from evaluators.evaluation import Evaluation, EvaluationError, read_evaluation
+from evaluators.page import write_page
 from evaluators.tables import comparisons_text
 from st_clp import Collection
 
@@ -171,8 +174,6 @@ def test_what_cannot_be_compared_is_refused_with_the_difference(two, collection,
 
 
 def test_another_number_of_documents_is_refused(tiny_model, collection, tmp_path) -> None:
-    from evaluators import CollectionEvaluator
-
     texts = {document.doc_id: document.text for document in collection.documents()}
     larger = Collection.from_dict({**texts, "more": "a tree"}, collection.queries, collection.judgments, name="larger")
     saved = []
@@ -234,3 +235,53 @@ def test_tables_hold_the_numbers_in_every_format(two, make_evaluation) -> None:
         "after": best.after,
         "difference": best.difference,
     }
+
+
+@pytest.fixture
+def in_precision(tiny_model, collection, tmp_path) -> Callable[..., Evaluation]:
+    """Evaluate the tiny model in this precision; ``noted=False`` as version 0.1.0 wrote it."""
+
+    def make(name: str, dtype: str, *, noted: bool = True) -> Evaluation:
+        evaluator = CollectionEvaluator(collection, name="c", dtype=dtype)
+        evaluator(tiny_model)
+        evaluator.save(tmp_path / name, model_name=name, model=tiny_model, dtype=dtype)
+        if not noted:
+            manifest = json.loads((tmp_path / name / "evaluation.json").read_text())
+            del manifest["collections"]["c"]["computed_in"]
+            (tmp_path / name / "evaluation.json").write_text(json.dumps(manifest))
+        return read_evaluation(tmp_path / name)
+
+    return make
+
+
+def test_a_comparison_across_precisions_is_marked_everywhere(in_precision, tmp_path) -> None:
+    wide, narrow = in_precision("wide", "model"), in_precision("narrow", "bfloat16")
+    assert (wide.precision, narrow.precision) == ("float32", "bfloat16")
+    assert compare(wide, in_precision("again", "model")).precision_note is None
+    found = compare(wide, narrow)
+    note = "precision of the models' computation: float32 before, bfloat16 after"
+    assert note in found.precision_note
+    assert note in comparisons_text([found], "latex")
+    (content,) = json.loads(comparisons_text([found], "json"))
+    assert content["precisions"]["note"] == found.precision_note
+    (row,) = csv.DictReader(io.StringIO(comparisons_text([found], "csv")))
+    assert (row["precision before"], row["precision after"]) == ("float32", "bfloat16")
+    page = write_page(tmp_path / "page.html", [wide, narrow], texts=False).read_text()
+    assert "Precision of the models&#39; computation: float32 before, bfloat16 after." in page
+    assert "computed in bfloat16" in page
+
+
+def test_the_precision_of_an_older_evaluation_is_unknown_unless_it_was_asked_for(in_precision, make_evaluation) -> None:
+    wide = in_precision("wide", "model")
+    old, older = in_precision("old", "auto", noted=False), in_precision("older", "auto", noted=False)
+    assert "unknown before, float32 after" in compare(old, wide).precision_note
+    assert "unknown before, unknown after" in compare(old, older).precision_note
+    asked = in_precision("asked", "bfloat16", noted=False)
+    assert compare(asked, in_precision("narrow", "bfloat16")).precision_note is None
+
+
+def test_a_run_file_has_no_precision_to_compare(in_precision, make_evaluation, collection) -> None:
+    run = make_evaluation("run", {"c": collection}, metrics=["ndcg@10"])
+    assert run.precision is None
+    wide = in_precision("wide", "model")
+    assert compare(wide, run).precision_note is None

@@ -37,6 +37,7 @@ def test_an_evaluation_is_read_as_it_was_found(tiny_model, collection, tmp_path)
         metric: fmean(row[metric] for row in found.query_scores["yy"].values()) for metric in found.metrics
     }
     assert found.settings["dtype"] == "model"
+    assert (result.computed_in, found.precision) == ("float32", "float32")
     assert (found.settings["max_seq_length"], found.settings["similarity"]) == (64, "cosine")
     assert found.settings["xx"]["ignore_identical_ids"] is True
     assert {"sentence-transformers", "torch", "pytrec-eval-terrier"} <= found.versions.keys()

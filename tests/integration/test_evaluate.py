@@ -118,7 +118,7 @@ def test_a_second_evaluation_encodes_nothing_and_the_miner_shares_the_store(
     model = SentenceTransformer(str(tiny_model_path), device="cpu")
     train = Collection.load(str(collection_path), split="train")
     (store,) = [path.parent for path in tmp_path.rglob("embeddings.bin") if not path.parent.name.endswith(".queries")]
-    mined = mine(model, train, store_dir=store, dtype="model", show_progress_bar=False)
+    mined = mine(model, train, store_dir=store, show_progress_bar=False)  # each at its default precision
     assert mined.account.rows == 120
     # The miner's queries did not replace the evaluator's: not a text is encoded again.
     monkeypatch.setattr(SentenceTransformer, "preprocess", forbidden)
