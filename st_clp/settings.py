@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 import yaml
 
+from st_clp.files import write_text
+from st_clp.setting_values import read_setting, shown
 from st_clp.yaml_files import read_mapping
 
 
@@ -66,6 +68,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "warmup": (0, NO_LIMIT),
     "refresh_lag": (0, NO_LIMIT),
     "refresh_threads": (1, NO_LIMIT),
+    "seed": (0, 2**32 - 1),  # what NumPy takes
 }
 
 
@@ -270,15 +273,12 @@ class RunSettings:
         if isinstance(self.refresh_every, int):  # a YAML file gives a number
             self.refresh_every = str(self.refresh_every)
         for item in fields(self):
-            self._check_kind(item)
-            choices, value = item.metadata["choices"], getattr(self, item.name)
-            if choices and value is not None and value not in choices:
-                raise SettingsError(f"{item.name} must be one of {', '.join(choices)}, got {value!r}")
+            self._check(item)
         for name, (low, high) in LIMITS.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
-                upper = "" if high == NO_LIMIT else f" and at most {high:g}"
-                raise SettingsError(f"{name} must be at least {low:g}{upper}, got {value:g}")
+                upper = "" if high == NO_LIMIT else f" and at most {high:.12g}"
+                raise SettingsError(f"{name} must be at least {low:g}{upper}, got {value:.12g}")
         if self.experts == 1 or 0 < self.experts < self.experts_per_token:
             raise SettingsError(
                 f"experts={self.experts} with experts_per_token={self.experts_per_token}: a mixture needs at least "
@@ -291,22 +291,15 @@ class RunSettings:
         if self.experts == 0 and self.train in ("moe", "router"):
             raise SettingsError(f"train={self.train} needs experts; with experts=0 train intermediate, output or all")
 
-    def _check_kind(self, item: Field[Any]) -> None:
-        value, kind = getattr(self, item.name), str(item.type)
-        if value is None:
-            if "None" in kind:
-                return
-            raise SettingsError(f"{item.name} has no value")
-        if kind.startswith("float") and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-            setattr(self, item.name, value)
-        if kind.startswith("list") and isinstance(value, str):
-            value = [value]
-            setattr(self, item.name, value)
-        expected = {"str": str, "int": int, "float": float, "bool": bool, "list[str]": list, "dict[str, Any]": dict}
-        wanted = expected[kind.removesuffix(" | None")]
-        if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
-            raise SettingsError(f"{item.name} must be of the kind {kind.removesuffix(' | None')}, got {value!r}")
+    def _check(self, item: Field[Any]) -> None:
+        choices = item.metadata["choices"]
+        try:
+            value = read_setting(item.name, str(item.type), getattr(self, item.name), choices)
+        except ValueError as error:
+            raise SettingsError(str(error)) from None
+        if choices and value is not None and value not in choices:
+            raise SettingsError(f"{item.name} must be one of {', '.join(choices)}, got {shown(value)}")
+        setattr(self, item.name, value)
 
     @property
     def what_trains(self) -> str:
@@ -358,7 +351,7 @@ class RunSettings:
             if name not in known:
                 nearest = difflib.get_close_matches(str(name), known, n=1)
                 advice = f"; did you mean {nearest[0]}?" if nearest else f"; the settings are {', '.join(known)}"
-                raise SettingsError(f"{where}: there is no setting {name!r}{advice}")
+                raise SettingsError(f"{where}: there is no setting {shown(name)}{advice}")
         return cls(**values)
 
     @classmethod
@@ -374,4 +367,4 @@ class RunSettings:
 
     def write_yaml(self, path: Path) -> None:
         """Write all settings, so that the file can be given as ``--config``."""
-        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))

@@ -6,16 +6,18 @@ import dataclasses
 import difflib
 import logging
 import os
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
-from sentence_transformers.base.modules import Router
+from sentence_transformers.base.modules import Dense, Router
+from sentence_transformers.sentence_transformer.modules import BoW
 from torch import nn
 from transformers import ProgressCallback
 
@@ -23,6 +25,7 @@ from st_clp.encoding import hardware_has_bf16
 from st_clp.losses import CachedCLPLoss, CLPLoss
 from st_clp.mining import AnceCallback, MiningOptions, TrainingRow
 from st_clp.mining.rows import to_dataset
+from st_clp.setting_values import read_number, shown
 from st_clp.settings import RunSettings, SettingsError
 
 if TYPE_CHECKING:
@@ -33,6 +36,20 @@ if TYPE_CHECKING:
     from st_clp.mining.negative_queries import QueryOptions
 
 logger = logging.getLogger(__name__)
+
+# What the Trainer takes without a word and then trains nothing with, or ends in a division by zero.
+LEAST_ARGUMENTS = {
+    "gradient_accumulation_steps": 1,
+    "per_device_train_batch_size": 1,
+    "dataloader_num_workers": 0,
+    "save_steps": 1e-9,
+    "save_total_limit": 1,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "warmup_steps": 0,
+    "num_train_epochs": 1e-9,
+}
 
 
 def load_base_model(name: str, *, max_seq_length: int | None = None) -> SentenceTransformer:
@@ -212,23 +229,78 @@ def make_arguments(
     if any(isinstance(module, Router) for module in model.modules()):
         arguments["router_mapping"] = column_kinds(columns, "query", "document")
     try:
-        return SentenceTransformerTrainingArguments(**{**arguments, **settings.training_arg})
-    except (TypeError, ValueError) as error:
-        raise SettingsError(f"the training arguments cannot be used: {error}") from error
+        return SentenceTransformerTrainingArguments(**{**arguments, **read_training_arguments(settings)})
+    except SettingsError:
+        raise
+    except Exception as error:  # of whatever reads the argument: transformers, accelerate, torch
+        raise _unusable_arguments(error) from error
+
+
+def read_training_arguments(settings: RunSettings) -> dict[str, Any]:
+    """``settings.training_arg`` with its numbers read by the kinds that the arguments declare.
+
+    Raises:
+        SettingsError: An argument is not known (the message gives the nearest one) or is no number where one is due.
+    """
+    kinds = get_type_hints(SentenceTransformerTrainingArguments)
+    found = {}
+    for name, value in settings.training_arg.items():
+        if name not in kinds:
+            nearest = difflib.get_close_matches(name, kinds, n=1)
+            advice = f"; did you mean {nearest[0]}?" if nearest else ""
+            raise SettingsError(f"training_arg: SentenceTransformerTrainingArguments has no {name!r}{advice}")
+        found[name] = _read_argument(name, kinds[name], value)
+    return found
+
+
+def _read_argument(name: str, kind: Any, value: Any) -> Any:
+    kinds = get_args(kind) or (kind,)
+    wanted = next((one for one in (float, int, bool) if one in kinds), None)
+    if wanted is None or str in kinds or (value is None and type(None) in kinds):
+        return value
+    try:
+        read = value if wanted is bool else read_number(f"training_arg: {name}", wanted, value)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    if not isinstance(read, wanted) or (wanted is not bool and isinstance(read, bool)):
+        raise SettingsError(f"training_arg: {name} must be of the kind {wanted.__name__}, got {shown(value)}")
+    if read < LEAST_ARGUMENTS.get(name, read):
+        raise SettingsError(f"training_arg: {name} must be at least {LEAST_ARGUMENTS[name]}, got {read}")
+    return read
 
 
 def check_training_arguments(settings: RunSettings) -> None:
-    """Refuse an argument that the Trainer does not know, before any work is done.
+    """Build a Trainer with the run's arguments around a model of one weight, so that what it refuses is known at once.
 
     Raises:
-        SettingsError: An argument is not known; the message gives the nearest one.
+        SettingsError: An argument is not known, or it cannot be used.
     """
-    known = {item.name for item in dataclasses.fields(SentenceTransformerTrainingArguments)}
-    for name in settings.training_arg:
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1)
-            advice = f"; did you mean {nearest[0]}?" if nearest else ""
-            raise SettingsError(f"training_arg: SentenceTransformerTrainingArguments has no {name!r}{advice}")
+    from datasets import Dataset
+
+    if "output_dir" in read_training_arguments(settings):
+        raise SettingsError("training_arg: output_dir is the run's own; name the run's folder with --output")
+    # A trial makes no repository.
+    trial = dataclasses.replace(settings, training_arg={**settings.training_arg, "push_to_hub": False})
+    columns = ["anchor", "positive", "negative_1", "negative_query_1"]
+    model = SentenceTransformer(modules=[BoW(vocab=["a"]), Dense(1, 1)])
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = make_arguments(model, trial, Path(folder), columns, steps=100)
+        try:
+            trainer = SentenceTransformerTrainer(
+                model=model,
+                args=arguments,
+                train_dataset=Dataset.from_dict({name: ["a"] * settings.batch_size for name in columns}),
+                loss=make_loss(model, trial),
+            )
+            trainer.get_train_dataloader()
+            trainer.create_optimizer_and_scheduler(100)
+        except Exception as error:  # of whatever reads the argument: transformers, accelerate, torch
+            raise _unusable_arguments(error) from error
+
+
+def _unusable_arguments(error: Exception) -> SettingsError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return SettingsError(f"the training arguments cannot be used: {reason}")
 
 
 def column_kinds(columns: list[str], query: str | None, document: str | None) -> dict[str, str]:

@@ -19,14 +19,33 @@ def read_mapping(path: str | os.PathLike[str], kind: str, content: str, error_cl
         error_class: What to raise.
 
     Raises:
-        Exception: Of ``error_class``; the file is not there, is no YAML or no mapping.
+        Exception: Of ``error_class``; the file is not there, is no UTF-8, no YAML or no mapping.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = parse(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise error_class(f"the {kind} {path} is not there") from error
-    except yaml.YAMLError as error:
-        raise error_class(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+    except UnicodeDecodeError as error:
+        raise error_class(f"{path} is no UTF-8 text ({error.reason}, byte {error.start})") from error
+    except ValueError as error:
+        raise error_class(f"{path} is no valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise error_class(f"{path} must hold {content}")
     return values
+
+
+def parse(text: str) -> Any:
+    """What YAML text holds, a plain value, list or mapping.
+
+    Raises:
+        ValueError: It is no YAML, names a tag that is no plain value, or is nested too deep.
+    """
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    except RecursionError:
+        raise ValueError("nested too deep to be read") from None
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        # A value that looks like a date or a number and is none, such as 2026-13-01, or a tag with the wrong content.
+        raise ValueError(f"a value that cannot be read ({error})") from error

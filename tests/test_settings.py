@@ -18,7 +18,13 @@ from st_clp.commands import run
 from st_clp.encoding import hardware_has_bf16
 from st_clp.rundir import RunDirectory, slug
 from st_clp.settings import RunSettings, SettingsError
-from st_clp.training import column_kinds, load_base_model, make_arguments
+from st_clp.training import (
+    check_training_arguments,
+    column_kinds,
+    load_base_model,
+    make_arguments,
+    read_training_arguments,
+)
 
 
 @given(
@@ -72,11 +78,88 @@ def test_the_command_line_comes_before_the_file_and_both_before_defaults(
         ({"experts": 2, "experts_per_token": 3}, "no fewer than each token goes to"),
         ({"experts": 0, "train": "moe"}, "train=moe needs experts"),
         ({"epochs": None}, "epochs has no value"),
+        ({"seed": -1}, "seed must be at least 0 and at most 4294967295, got -1"),
+        ({"seed": 2**40}, "seed must be at least 0 and at most 4294967295"),
+        ({"num_negatives": 10**30}, "num_negatives must be at most"),
+        ({"num_negatives": 2.5}, "num_negatives must be of the kind int, got 2.5"),
+        ({"collection": [7]}, "collection must be a list of text, and 7 is none"),
+        ({"collection": [" "]}, "collection holds an empty text"),
+        ({"output": "caf\udce9"}, "not valid UTF-8"),
+        ({"training_arg": {"max_grad_norm": float("nan")}}, "max_grad_norm must be text, a finite number"),
+        ({"training_arg": {1: 2}}, "1 is no name"),
+        ({"training_arg": {"lr_scheduler_kwargs": {"a": {1, 2}}}}, "lr_scheduler_kwargs must be text, a finite number"),
     ],
 )
 def test_values_that_cannot_be_meant_are_refused_by_name(values: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=message.replace("?", r"\?")):
         RunSettings.from_dict(values)
+
+
+FLOATS = [item.name for item in fields(RunSettings) if str(item.type).startswith("float")]
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_a_float_is_a_finite_number_however_it_is_written(name: str) -> None:
+    for bad in (float("inf"), float("nan"), "-inf", "nan"):
+        with pytest.raises(SettingsError, match=f"{name} must be a finite number"):
+            RunSettings.from_dict({name: bad})
+    assert getattr(RunSettings.from_dict({name: "2e-5"}), name) == 2e-5
+
+
+def test_yaml_and_its_words_are_read_as_they_are_meant(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("learning_rate: 2e-5\nbatch_size: 1e2\nquery_round_trip: off\nscale: '50'\n")
+    settings = RunSettings.from_dict(RunSettings.read_yaml(tmp_path / "run.yaml"))
+    assert (settings.learning_rate, settings.batch_size) == (2e-5, 100)
+    assert (settings.query_round_trip, settings.scale) == ("off", 50.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"seed: !!python/name:os.system ''", "no valid YAML: could not determine a constructor for the tag"),
+        (b"seed: [", "no valid YAML"),
+        (b"collection: " + b"[" * 100_000, "no valid YAML: nested too deep"),
+        (b"model: caf\xe9", "no UTF-8 text"),
+        (b"seed: 2026-13-41", "no valid YAML: a value that cannot be read"),
+        (b"- a\n- b", "must hold settings"),
+        (b"", "must hold settings"),
+    ],
+)
+def test_a_file_that_is_no_settings_is_refused_by_name(tmp_path: Path, text: bytes, message: str) -> None:
+    (tmp_path / "run.yaml").write_bytes(text)
+    with pytest.raises(SettingsError, match=rf"run\.yaml.*{message}"):
+        RunSettings.read_yaml(tmp_path / "run.yaml")
+
+
+def test_training_arguments_are_numbers_where_the_trainer_declares_them() -> None:
+    given = {"weight_decay": "1e-2", "adam_epsilon": "1e-6", "max_grad_norm": "1e0", "max_steps": 7, "run_name": "1e3"}
+    read = read_training_arguments(RunSettings(training_arg=given))
+    assert read == {"weight_decay": 1e-2, "adam_epsilon": 1e-6, "max_grad_norm": 1.0, "max_steps": 7, "run_name": "1e3"}
+    check_training_arguments(RunSettings(training_arg=given))
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"max_steps": "x"}, "max_steps must be of the kind int, got 'x'"),
+        ({"weight_decay": "inf"}, "weight_decay must be a finite number"),
+        ({"bf16": "yes please"}, "bf16 must be of the kind bool"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1, got 0"),
+        ({"optim": "adamm"}, "adamm is not a valid OptimizerNames"),
+        ({"adam_beta1": 2}, "Invalid beta parameter"),
+        ({"eval_strategy": "steps"}, "eval_dataset"),
+        ({"report_to": "nobody"}, "nobody is not supported"),
+        ({"router_mapping": [1]}, "training arguments cannot be used"),
+        ({"output_dir": "elsewhere"}, "name the run's folder with --output"),
+    ],
+)
+def test_training_arguments_are_tried_and_leave_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argument: dict[str, Any], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SettingsError, match=message):
+        check_training_arguments(RunSettings(training_arg=argument))
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_trains_and_how_fast_by_default() -> None:

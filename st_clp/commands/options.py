@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
-import yaml
 
 from st_clp.commands.advice import with_advice
 from st_clp.settings import RunSettings, SettingsError
+from st_clp.yaml_files import parse
 
 # An option that is no setting: its kind, its default and its help.
 Extra = tuple[Any, Any, str]
@@ -67,7 +67,10 @@ def _name_values(pairs: list[str]) -> dict[str, Any]:
             raise SettingsError(f"--training-arg takes NAME=VALUE, got {pair!r}")
         # To YAML a bare no is false, but save_strategy=no means the word.
         word = value == "no" and name.endswith("strategy")
-        found[name.replace("-", "_")] = value if word else yaml.safe_load(value)
+        try:
+            found[name.replace("-", "_")] = value if word else parse(value)
+        except ValueError as error:
+            raise SettingsError(f"--training-arg {pair}: the value is no valid YAML: {error}") from None
     return found
 
 
