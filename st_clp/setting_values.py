@@ -71,7 +71,7 @@ def _check_dict(name: str, value: dict[Any, Any]) -> None:
 def _check_text(name: str, text: Any, *, part_of_list: bool) -> None:
     if not isinstance(text, str):
         raise ValueError(f"{name} must be a list of text, and {shown(text)} is none")
-    if part_of_list and not text.strip():
+    if part_of_list and not text:
         raise ValueError(f"{name} holds an empty text")
     if not is_unicode(text):
         raise ValueError(f"{name}={text!r} is not valid UTF-8; rename what it names, or write it anew")

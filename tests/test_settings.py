@@ -83,7 +83,7 @@ def test_the_command_line_comes_before_the_file_and_both_before_defaults(
         ({"num_negatives": 10**30}, "num_negatives must be at most"),
         ({"num_negatives": 2.5}, "num_negatives must be of the kind int, got 2.5"),
         ({"collection": [7]}, "collection must be a list of text, and 7 is none"),
-        ({"collection": [" "]}, "collection holds an empty text"),
+        ({"collection": [""]}, "collection holds an empty text"),
         ({"output": "caf\udce9"}, "not valid UTF-8"),
         ({"training_arg": {"max_grad_norm": float("nan")}}, "max_grad_norm must be text, a finite number"),
         ({"training_arg": {1: 2}}, "1 is no name"),
