@@ -9,6 +9,7 @@ import typer
 
 import st_clp
 from st_clp.commands import compare, demo, evaluate, mine, queries, report, run, search, store
+from st_clp.terminal import show_what_can_be_shown
 
 app = typer.Typer(
     name="st-clp",
@@ -33,6 +34,7 @@ app.command()(demo.demo)
 
 def main() -> None:
     """The entry point."""
+    show_what_can_be_shown()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     app()
 

@@ -6,10 +6,10 @@ import subprocess
 import sys
 import time
 
-from rich.console import Console
 from rich.markup import escape
 
 from st_clp.settings import RunSettings, SettingsError
+from st_clp.terminal import new_console
 
 LANGUAGES = ("ko", "fa", "hi", "en")
 QUERIES_SHOWN = 1
@@ -48,7 +48,7 @@ def run_demo(output: str) -> None:
     from st_clp.data import Collection
     from st_clp.searching import RunSearcher
 
-    console = Console(highlight=False)
+    console = new_console()
     started = time.perf_counter()
     console.print(
         "[bold]st_clp demo[/bold]: a small collection of statements about countries, currencies and languages in "
@@ -66,6 +66,6 @@ def run_demo(output: str) -> None:
         collection = Collection.load(f"embedded/{language}/dev")
         searcher = RunSearcher(output, [language])
         for query in list(collection.queries.values())[:QUERIES_SHOWN]:
-            console.print(f'\n[bold]st-clp search {output} "{escape(query)}"[/bold]')
+            console.print(f'\n[bold]st-clp search {escape(output)} "{escape(query)}"[/bold]')
             print_answers(console, searcher.search(query, k=2))
     console.print(f"\nDone in {time.perf_counter() - started:.0f} s.")

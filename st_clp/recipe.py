@@ -31,6 +31,7 @@ from st_clp.report import METRICS, machine, print_scores, versions, write_card
 from st_clp.rundir import RunDirectory, slug, write_json
 from st_clp.settings import RunSettings
 from st_clp.splits import load_collections
+from st_clp.terminal import new_console
 from st_clp.training import (
     check_training_arguments,
     load_base_model,
@@ -64,7 +65,7 @@ def run(
         CollectionError: A collection cannot be read or used.
     """
     settings.require("model", "collection", "output")
-    return _Run(settings, console or Console()).go(resume=resume, overwrite=overwrite)
+    return _Run(settings, console or new_console()).go(resume=resume, overwrite=overwrite)
 
 
 class _Run:
@@ -112,6 +113,10 @@ class _Run:
 
         return self.directory.stage(name, timed)
 
+    def _say(self, text: str) -> None:
+        """A line of a stage; names in it are not ours, so it holds no markup."""
+        self.console.print(f"  {text}", markup=False, emoji=False)
+
     def _base_model(self) -> SentenceTransformer:
         if self.base is None:
             self.base = load_base_model(self.settings.model, max_seq_length=self.settings.max_seq_length)
@@ -136,7 +141,7 @@ class _Run:
         ]
         usage = expert_usage(model, [query for query, _ in pairs], by=[name for _, name in pairs])
         for layer, expert in usage.dead:
-            self.console.print(f"  expert {expert} of layer {layer} is hardly used")
+            self._say(f"expert {expert} of layer {layer} is hardly used")
         return usage.to_dict()
 
     def _evaluate(self, model: SentenceTransformer, when: str) -> dict[str, dict[str, float]]:
@@ -156,7 +161,7 @@ class _Run:
                 scores[collection.name] = evaluator.evaluate_in(call)
                 parts[evaluator.name] = evaluator
         for name, found in scores.items():
-            self.console.print(f"  {name}: nDCG@10 {found['ndcg@10']:.4f}")
+            self._say(f"{name}: nDCG@10 {found['ndcg@10']:.4f}")
         # The model after training is the one in the output folder.
         title = (
             Path(self.settings.model).name if when == "before" else f"{self.directory.path.resolve().name} (trained)"
@@ -184,7 +189,7 @@ class _Run:
                     store_dir=self.directory.store("before", collection.corpus_name),
                 )
                 write_rows(self._rows_file(collection), mined.rows)
-                self.console.print(f"  {mined.account}")
+                self._say(str(mined.account))
                 accounts[collection.name] = mined.account.to_dict()
         # The base model's embeddings have served; they can be many times as large as the model.
         shutil.rmtree(self.directory.work / "embeddings" / "before", ignore_errors=True)
@@ -209,7 +214,7 @@ class _Run:
                 projection=settings.projection,
             )
         trainable = train_only(model, settings.what_trains)
-        self.console.print(f"  {trainable}")
+        self._say(str(trainable))
         collections = {slug(collection.name): collection for collection in self.collections.train}
         rows = {name: read_rows(self._rows_file(collection)) for name, collection in collections.items()}
         datasets = {
@@ -224,7 +229,7 @@ class _Run:
         trainer = make_trainer(model, datasets, settings, self.directory.work / "checkpoints", refresh)
         checkpoint = self.directory.last_checkpoint()
         if checkpoint is not None:
-            self.console.print(f"  going on from {checkpoint.name}")
+            self._say(f"going on from {checkpoint.name}")
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
@@ -249,11 +254,11 @@ class _Run:
             return []
         failed = sum(found["status"] == "failed" for found in refresh.refreshes)
         used = sum(found["status"] == "used" for found in refresh.refreshes)
-        self.console.print(f"  negatives refreshed {used} times" + (f"; {failed} refreshes failed" if failed else ""))
+        self._say(f"negatives refreshed {used} times" + (f"; {failed} refreshes failed" if failed else ""))
         try:
             plot_refreshes(refresh.refreshes, self.directory.work / "refreshes.png")
         except (ModuleNotFoundError, ValueError) as error:
-            self.console.print(f"  no picture of the refreshes: {error}")
+            self._say(f"no picture of the refreshes: {error}")
         return refresh.refreshes
 
     def _report(self, results: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import st_clp
 from st_clp.settings import RunSettings
+from st_clp.terminal import NARROWEST, print_whole
 
 PACKAGES = ("sentence-transformers", "transformers", "torch", "faiss-cpu", "beir", "ir-datasets", "datasets")
 METRICS = ("ndcg@10", "ndcg@5", "recall@100", "mrr@10")
@@ -61,18 +63,18 @@ def score_rows(before: Scores, after: Scores) -> list[list[str]]:
 def print_scores(console: Console, before: Scores, after: Scores) -> None:
     """The table on the terminal."""
     table = Table(title="Before → after fine-tuning", title_justify="left", title_style="bold")
-    table.add_column("collection", no_wrap=True)
+    table.add_column("collection", overflow="fold", min_width=NARROWEST)
     for metric in METRICS:
         table.add_column(TITLES[metric], justify="right", no_wrap=True)
     rows = score_rows(before, after)
     for number, row in enumerate(rows):
         # Without the zeros before the points the table fits into 80 columns.
         table.add_row(
-            row[0],
+            escape(row[0]),
             *(cell.replace("0.", ".") for cell in row[1:]),
             end_section=number == len(rows) - 2 and len(rows) > 1,
         )
-    console.print(table)
+    print_whole(console, table)
 
 
 def write_card(

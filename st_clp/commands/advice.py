@@ -5,16 +5,19 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import shlex
 import shutil
-from collections.abc import Callable
-from typing import ParamSpec
+from collections.abc import Callable, Iterable
+from pathlib import PurePath
+from typing import Any, ParamSpec
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from st_clp.data.errors import CollectionError
+from st_clp.setting_values import is_unicode
 from st_clp.settings import SettingsError
+from st_clp.terminal import new_console
 
 P = ParamSpec("P")
 
@@ -36,11 +39,12 @@ def with_advice(command: Callable[P, None]) -> Callable[P, None]:
 
     @functools.wraps(command)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
-        console = Console(stderr=True, soft_wrap=True, highlight=False)
+        console = new_console(stderr=True, soft_wrap=True)
         try:
+            _require_unicode(kwargs.values())
             command(*args, **kwargs)
         except KeyboardInterrupt:
-            console.print(f"\n[yellow]Stopped.[/yellow] {_resume_advice()}")
+            console.print(f"\n[yellow]Stopped.[/yellow] {escape(_resume_advice())}")
             raise typer.Exit(130) from None
         except (ValueError, ModuleNotFoundError, OSError) as error:
             # Whoever wants to see where an error comes from sets ST_CLP_TRACEBACK=1.
@@ -52,10 +56,20 @@ def with_advice(command: Callable[P, None]) -> Callable[P, None]:
             # Writers of weights have errors of their own for a full disk, none of them an OSError.
             if os.environ.get("ST_CLP_TRACEBACK") or not _disk_is_full(error):
                 raise
-            console.print(f"[red]Error:[/red] No space left on the disk; make room. {_resume_advice()}".rstrip())
+            advice = escape(_resume_advice())
+            console.print(f"[red]Error:[/red] No space left on the disk; make room. {advice}".rstrip())
             raise typer.Exit(1) from None
 
     return guarded
+
+
+def _require_unicode(values: Iterable[Any]) -> None:
+    """Refuse what no file or report could repeat: names with bytes that are not UTF-8, half surrogates."""
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            _require_unicode(value)
+        elif isinstance(value, (str, PurePath)) and not is_unicode(str(value)):
+            raise SettingsError(f"{str(value)!r} is not valid UTF-8; rename what it names, or write it anew")
 
 
 def _disk_is_full(error: BaseException) -> bool:
@@ -79,4 +93,4 @@ def _message(error: Exception) -> str:
 def _resume_advice() -> str:
     if not under_way:
         return after_a_stop[-1] if after_a_stop else ""
-    return f"What was finished is kept; go on with: st-clp run --output {under_way[-1]} --resume"
+    return f"What was finished is kept; go on with: st-clp run --output {shlex.quote(under_way[-1])} --resume"

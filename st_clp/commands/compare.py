@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from st_clp.commands.advice import with_advice
+from st_clp.terminal import NARROWEST, new_console, print_whole
 
 if TYPE_CHECKING:
     from evaluators.comparison import Comparison
@@ -47,7 +48,7 @@ def compare(
     comparisons = [compare_two(found[0], other, metric, seed=seed) for other in found[1:]]
     if format == "table" and output is None:
         for comparison in comparisons:
-            print_comparison(Console(highlight=False), comparison)
+            print_comparison(new_console(), comparison)
         return
     text = _table_text(comparisons) if format == "table" else comparisons_text(comparisons, format)
     if output is None:
@@ -60,7 +61,7 @@ def compare(
 def _table_text(comparisons: list[Comparison]) -> str:
     text = io.StringIO()
     for comparison in comparisons:
-        print_comparison(Console(file=text, highlight=False, width=120), comparison)
+        print_comparison(new_console(file=text, width=120), comparison)
     return text.getvalue()
 
 
@@ -72,7 +73,7 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
     title = f"{comparison.before} → {comparison.after} ({comparison.metric}{pooled})"
     # Without rules between columns and zeros before the points it fits into 80 columns.
     table = Table(title=escape(title), title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("collection", overflow="fold")
+    table.add_column("collection", overflow="fold", min_width=NARROWEST)
     for name in ("before", "after", "change", "95 % interval", "p", "p (Holm)", "+/=/−"):
         table.add_column(name, justify="right", no_wrap=True)
     for found in comparison.differences:
@@ -86,7 +87,7 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
             p_text(found.p_adjusted),
             f"{found.wins}/{found.ties}/{found.losses}",
         )
-    console.print(table)
+    print_whole(console, table)
     if comparison.precision_note:
         console.print(f"  [yellow]{escape(comparison.precision_note)}[/yellow]", soft_wrap=True)
     for key, changes in comparison.changes.items():

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from st_clp.commands.advice import SAME_COMMAND, after_a_stop, with_advice
+from st_clp.terminal import NARROWEST, new_console, print_whole
 
 if TYPE_CHECKING:
     from evaluators.evaluation import Evaluation
@@ -105,7 +106,7 @@ def evaluate(
         after_a_stop.clear()
     given = name or _model_name(model) or ", ".join(file.stem for file in from_run or [])
     found = evaluator.save(output, model_name=given, model=loaded, dtype=dtype)
-    print_evaluation(Console(highlight=False), found)
+    print_evaluation(new_console(), found)
 
 
 def _model_name(model: str) -> str:
@@ -147,13 +148,13 @@ def print_evaluation(console: Console, found: Evaluation) -> None:
     frame = scores_table(found)
     pooled = next((result.pooled for result in found.results.values() if result.pooled), None)
     table = Table(title=escape(found.model + (f" (pooled: {pooled})" if pooled else "")), title_justify="left")
-    table.add_column("collection", overflow="fold")
+    table.add_column("collection", overflow="fold", min_width=NARROWEST)
     for metric in frame.columns:
         table.add_column(metric, justify="right", no_wrap=True)
     for key, row in frame.iterrows():
         table.add_row(escape(str(key)), *(f"{value:.4f}" for value in row))
-    console.print(table)
+    print_whole(console, table)
     for key, result in found.results.items():
         told = [f"{number:,} {what}" for what, number in result.counts.items() if number]
-        console.print(f"  {escape(key)}: {'; '.join(told)}", soft_wrap=True)
-    console.print(f"Written to {found.path}", soft_wrap=True)
+        console.print(f"  {escape(key)}: {escape('; '.join(told))}", soft_wrap=True)
+    console.print(f"Written to {escape(str(found.path))}", soft_wrap=True)

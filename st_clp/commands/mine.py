@@ -7,12 +7,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from st_clp.commands.advice import SAME_COMMAND, after_a_stop
 from st_clp.commands.options import CONFIG, Extra, given_settings, settings_command
 from st_clp.rundir import QUERY_STORE, slug, write_json
 from st_clp.settings import QUERIES, RunSettings
+from st_clp.terminal import new_console
 
 if TYPE_CHECKING:
     from st_clp.data import Collection
@@ -134,7 +133,7 @@ def _estimate(
     from st_clp.mining.estimate import estimate
     from st_clp.training import load_cross_encoder
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = new_console(soft_wrap=True, markup=False)
     options, others = _arguments(settings, store)
     cross_encoder = load_cross_encoder(settings.cross_encoder)
     console.print(str(estimate(model, collection, options, cross_encoder=cross_encoder, **others)))
@@ -150,7 +149,7 @@ def _mine_one(
     from st_clp.recipe import query_options
     from st_clp.training import load_cross_encoder
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = new_console(soft_wrap=True, markup=False)
     options, others = _arguments(settings, store)
     # A folder that cannot be written is found before hours of encoding, not after.
     output.mkdir(parents=True, exist_ok=True)

@@ -6,14 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from st_clp.commands.mine import QUERY_SETTINGS
 from st_clp.commands.options import CONFIG, Extra, given_settings, settings_command
 from st_clp.rundir import QUERY_STORE
 from st_clp.settings import RunSettings
+from st_clp.terminal import new_console
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from st_clp.data import Collection, Document
     from st_clp.mining.negative_queries import QueriesAccount, QueryChain
 
@@ -68,7 +69,7 @@ def _queries(**options: Any) -> None:
     settings = RunSettings.from_dict(given, where=str(config or "command line"))
     settings.require("collection")
     transformers_logging.disable_progress_bar()
-    console = Console(highlight=False, soft_wrap=True)
+    console = new_console(soft_wrap=True, markup=False)
     file = Path(settings.query_store or QUERY_STORE)
     # A dry run makes no file.
     store = file if file.exists() or not dry_run else None

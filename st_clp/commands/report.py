@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from st_clp.commands.advice import with_advice
+from st_clp.terminal import new_console
 
 
 @with_advice
@@ -34,4 +34,4 @@ def report(
         if RunDirectory(folder).settings_file.is_file() and file.is_file():
             runs[str(folder)] = json.loads(file.read_text(encoding="utf-8"))
     path = write_page(output, evaluations, metric=metric, runs=runs, texts=texts, title=title)
-    Console(highlight=False, soft_wrap=True).print(f"Written to {path}")
+    new_console(soft_wrap=True, markup=False).print(f"Written to {path}")

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from st_clp.commands.advice import under_way
 from st_clp.commands.options import CONFIG, given_settings, settings_command
 from st_clp.settings import RunSettings, SettingsError
+from st_clp.terminal import new_console
 
 RUN_HELP = """Evaluate, mine, fine-tune, evaluate again and save, in one go.
 
@@ -51,16 +51,18 @@ def run_settings(settings: RunSettings, *, resume: bool = False, overwrite: bool
 
     from st_clp.recipe import run
 
-    console = Console(highlight=False)
+    console = new_console()
     transformers_logging.disable_progress_bar()  # a bar for every model that is opened says nothing here
     settings.require("model", "collection", "output")
     under_way.append(settings.output)
     run(settings, resume=resume, overwrite=overwrite, console=console)
     under_way.clear()
+    output = settings.output
     opening = "st_clp.load" if settings.experts else "SentenceTransformer"
     console.print(
-        f'Saved in {settings.output}: open it with {opening}("{settings.output}"), look at it with '
-        f'st-clp search {settings.output} "…"; the report is {Path(settings.output) / "report.json"}'
+        f'Saved in {output}: open it with {opening}("{output}"), look at it with '
+        f'st-clp search {shlex.quote(output)} "…"; the report is {Path(output) / "report.json"}',
+        markup=False,
     )
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from st_clp.commands.advice import with_advice
+from st_clp.terminal import new_console
 
 
 @with_advice
@@ -26,7 +27,7 @@ def search(
     """Answer a query from the collections that a run was evaluated on, with the model that it made."""
     from st_clp.searching import RunSearcher
 
-    console = Console(highlight=False)
+    console = new_console()
     searcher = RunSearcher(path, corpus)
     if query:
         print_answers(console, searcher.search(" ".join(query), k))

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from st_clp.commands.advice import with_advice
+from st_clp.terminal import new_console
 
 if TYPE_CHECKING:
     from st_clp.encoding.inspection import StoreInfo
@@ -27,7 +27,7 @@ def ls(
     folder: Annotated[Path, typer.Argument(help="Where to look.")] = Path("."),
 ) -> None:
     """List the stores in a folder and below it."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = new_console(soft_wrap=True)
     found = _find([folder])
     for info in found:
         manifest = info.manifest
@@ -47,13 +47,14 @@ def verify(folders: Folders) -> None:
     """Compare every byte with the checksums; ends with status 1 where something is damaged."""
     from st_clp.encoding.inspection import verify as look
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = new_console(soft_wrap=True)
     whole = True
     for info in _find(folders):
         found = look(info.path)
         whole &= found.whole
         state = "whole" if info.finished else "unfinished, and right as far as it goes"
-        console.print(f"{info.path}: {found.documents:,} documents, {state if found.whole else '[red]damaged[/red]'}")
+        state = state if found.whole else "[red]damaged[/red]"
+        console.print(f"{escape(str(info.path))}: {found.documents:,} documents, {state}")
         for first, rows in found.damaged:
             console.print(f"  rows {first:,} to {first + rows - 1:,} do not match their checksum")
         if found.missing:
@@ -72,10 +73,10 @@ def rm(
     """Remove stores. They are made again when they are needed."""
     from st_clp.encoding.inspection import remove
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = new_console(soft_wrap=True)
     found = _find(folders)
     for info in found:
-        console.print(f"{info.path}  {_megabytes(info.bytes_on_disk)}")
+        console.print(f"{escape(str(info.path))}  {_megabytes(info.bytes_on_disk)}")
     if not yes:
         typer.confirm(f"Remove {len(found)} stores?", abort=True)
     console.print(f"removed {_megabytes(sum(remove(info.path) for info in found))}")

@@ -1,0 +1,62 @@
+"""What every command prints through: output that the terminal can show, and text that is not taken for markup."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import sys
+from typing import Any
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+
+NARROWEST = 12  # columns, of names in a table
+
+SHOW_OTHERWISE = "st-clp-show-otherwise"
+
+# What stands for the signs that we print where the output's encoding has none of them.
+OTHERWISE = {"→": "->", "…": "...", "−": "-", "–": "-", "×": "x", "“": '"', "”": '"', "≥": ">=", "≤": "<="}
+
+
+def _show_otherwise(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(OTHERWISE.get(sign, "?") for sign in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error(SHOW_OTHERWISE, _show_otherwise)
+
+
+def show_what_can_be_shown() -> None:
+    """Let no sign that the output's encoding lacks end a command: it is replaced."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=SHOW_OTHERWISE)
+
+
+def print_whole(console: Console, table: Table) -> None:
+    """Print a table with every figure in it, beyond the terminal's width where there is no other way.
+
+    Columns that may be folded are; give those with names ``min_width=NARROWEST``.
+    """
+    frame = 3  # columns for padding and rule
+    least = 1 + sum(
+        frame + (max(cell_len(str(cell)) for cell in (column.header, *column.cells)) if column.no_wrap else NARROWEST)
+        for column in table.columns
+    )
+    seen = console.width
+    console.width = max(least, seen)
+    try:
+        console.print(table)
+    finally:
+        console.width = seen
+
+
+def new_console(**options: Any) -> Console:
+    """A console that colours no numbers and takes no ``:name:`` for a picture; other options are rich's.
+
+    Give ``markup=False`` where all of the text is somebody else's; elsewhere what is not ours goes through
+    :func:`rich.markup.escape`.
+    """
+    return Console(highlight=False, emoji=False, **options)
