@@ -156,6 +156,7 @@ class _Run:
                     dtype=self.settings.encode_dtype,  # type: ignore[arg-type]
                     batch_size=self.settings.encode_batch_size,
                     store_dir=self.directory.store(when, collection.corpus_name),
+                    ignore_identical_ids=self.settings.ignore_identical_ids,
                     write_csv=False,
                 )
                 scores[collection.name] = evaluator.evaluate_in(call)

@@ -133,6 +133,9 @@ class RunSettings:
     duplicate_threshold: float | None = option(
         None, "Candidates with at least this cosine to a relevant document are no negatives.", MINING
     )
+    ignore_identical_ids: bool = option(
+        True, "A document with the query's own id is the query itself: neither a negative nor an answer.", MINING
+    )
     on_shortage: str = option(
         "relax",
         "For a query that the filters leave with too few negatives: take the nearest misses, take random documents, "

@@ -57,6 +57,7 @@ SETTINGS = [
     "judged_negatives",
     "prefer_known_queries",
     "duplicate_threshold",
+    "ignore_identical_ids",
     "on_shortage",
     "candidates",
     "cross_encoder",

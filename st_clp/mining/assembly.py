@@ -11,6 +11,7 @@ from st_clp.mining.chooser import Choice, Chooser
 from st_clp.mining.negative_queries import Need, NegativeQuery
 from st_clp.mining.ranking import Ranking
 from st_clp.mining.rows import Negative, TrainingRow
+from st_clp.search import normalised_text
 
 
 def usable_part(collection: Collection, store: EmbeddingStore) -> Collection:
@@ -34,11 +35,12 @@ def choose_negatives(
 ) -> tuple[dict[str, list[Choice]], dict[str, Document], Counter[str]]:
     """Every query's negatives, all documents in the rows by id, and what was passed over for its text.
 
-    A document with the same text as a relevant one is an answer too, whatever its id, and one without text teaches
-    nothing. Texts are only known once documents are chosen, so such a choice is excluded and made again until there
-    is none.
+    A document with the same text as a relevant one is an answer too, whatever its id; one with the query's own text is
+    the query; and one without text teaches nothing. Texts are only known once documents are chosen, so such a choice is
+    excluded and made again until there is none. What ``range_min`` skips is looked at too: it is to skip candidates.
     """
     passed_over: Counter[str] = Counter()
+    own = {query_id: normalised_text(collection.queries[query_id]) for query_id in ranking.query_ids}
     blank: set[str] = set()
     chosen: dict[str, list[Choice]] = {}
     documents: dict[str, Document] = {}
@@ -46,7 +48,11 @@ def choose_negatives(
     while open_queries:
         for query_id in open_queries:
             chosen[query_id] = chooser.choose(query_id, ranking)
-        wanted = {choice.doc_id for query_id in open_queries for choice in chosen[query_id]}
+        taken = {
+            query_id: {choice.doc_id for choice in chosen[query_id]} | chooser.skipped[query_id]
+            for query_id in open_queries
+        }
+        wanted = {doc_id for query_id in open_queries for doc_id in taken[query_id]}
         wanted |= {doc_id for query_id in open_queries for doc_id in ranking.positive_scores[query_id]}
         found = collection.get_documents(wanted - documents.keys())
         documents.update(found)
@@ -56,11 +62,14 @@ def choose_negatives(
         blank |= empty
         passed_over["document without text"] += len(empty)
         for query_id in open_queries:
-            answers = {documents[doc_id].text for doc_id in ranking.positive_scores[query_id]}
-            copies = {choice.doc_id for choice in chosen[query_id] if documents[choice.doc_id].text in answers}
-            ranking.exclude(query_id, copies)
+            texts = {doc_id: normalised_text(documents[doc_id].text) for doc_id in taken[query_id] - blank}
+            answers = {normalised_text(documents[doc_id].text) for doc_id in ranking.positive_scores[query_id]}
+            itself = {doc_id for doc_id, text in texts.items() if text == own[query_id]}
+            copies = {doc_id for doc_id, text in texts.items() if text in answers} - itself
+            ranking.exclude(query_id, itself | copies)
+            passed_over["the query's own text"] += len(itself)
             passed_over["same text as a relevant document"] += len(copies)
-            if copies or any(choice.doc_id in blank for choice in chosen[query_id]):
+            if itself or copies or taken[query_id] & blank:
                 again.append(query_id)
         open_queries = again
     return chosen, documents, passed_over

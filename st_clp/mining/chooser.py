@@ -40,6 +40,7 @@ class Chooser:
 
     Attributes:
         refused: Query id to the candidates that the filters refused, reason to count.
+        skipped: Query id to the candidates that ``range_min`` skipped.
         short: The queries for which the filters left fewer candidates than negatives are wanted.
     """
 
@@ -61,6 +62,7 @@ class Chooser:
         )
         self._prefer = prefer
         self.refused: dict[str, Counter[str]] = {}
+        self.skipped: dict[str, set[str]] = {}
         self.short: set[str] = set()
 
     def choose(self, query_id: str, ranking: Ranking) -> list[Choice]:
@@ -148,6 +150,7 @@ class Chooser:
         # As in sentence-transformers, what is skipped is the best of what passes.
         if filters.range_min and passed:
             reasons["among the best range_min"] = min(filters.range_min, len(passed))
+        self.skipped[query_id] = {candidate.doc_id for candidate in passed[: filters.range_min]}
         self.refused[query_id] = reasons
         # The nearest miss is the least likely to be what the filter guards against; of equals, the deepest.
         refused.sort(key=lambda pair: (pair[0], -pair[1].rank))
@@ -175,8 +178,9 @@ class Chooser:
         if len(filled) < missing:
             raise CollectionError(
                 f"{self._collection.corpus_name}: the corpus has {len(self._corpus_ids)} documents, too few for "
-                f"{self._number} negatives of query {query_id!r}; ask for fewer (num_negatives), or let such queries "
-                "have fewer (on_shortage='fewer')"
+                f"{self._number} negatives of query {query_id!r} ({len(ranking.excluded(query_id))} of them answer it, "
+                "repeat it or have no text); ask for fewer (num_negatives), or let such queries have fewer "
+                "(on_shortage='fewer')"
             )
         return filled
 

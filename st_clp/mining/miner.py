@@ -74,6 +74,7 @@ def mine_hard_negatives(
     judged_negatives: JudgedNegatives | None = None,
     prefer_known_queries: bool = True,
     duplicate_threshold: float | None = None,
+    ignore_identical_ids: bool = True,
     on_shortage: OnShortage = "relax",
     candidates: CandidateSource = "model",
     cross_encoder: CrossEncoder | None = None,
@@ -119,7 +120,9 @@ def mine_hard_negatives(
             no training query asks for from being pushed away by every query and pulled by none.
         duplicate_threshold: Candidates whose embedding has at least this cosine with that of a relevant document are
             no negatives: most are the same passage in other words. A document with the very text of a relevant one
-            never is, whatever this says. None: there is no threshold.
+            never is, nor one with the query's own text, whatever this says. None: there is no threshold.
+        ignore_identical_ids: A document with the query's own id is the query itself and no negative, as in evaluators
+            and BEIR. False where queries and documents are numbered independently of each other.
         on_shortage: What to do for a query that the filters leave with too few negatives. ``"relax"`` takes the
             candidates that failed a filter by least, then random documents; ``"random"`` takes random documents
             alone; ``"fewer"`` leaves it with fewer (their columns hold the positive, which CLPLoss never
@@ -177,6 +180,7 @@ def mine_hard_negatives(
         judged_negatives=judged_negatives,
         prefer_known_queries=prefer_known_queries,
         duplicate_threshold=duplicate_threshold,
+        ignore_identical_ids=ignore_identical_ids,
         on_shortage=on_shortage,
         candidates=candidates,
         index=index,
@@ -345,6 +349,7 @@ def _draw_queries(collection: Collection, number: int, seed: int) -> Collection:
 def _refused(chooser: Chooser, ranking: Ranking, passed_over: Counter[str]) -> dict[str, int]:
     refused = sum(chooser.refused.values(), Counter[str]())
     refused["near-duplicate of a relevant document"] = ranking.near_duplicates
+    refused["the query's own id"] = ranking.own_documents
     return {reason: number for reason, number in (refused + passed_over).items() if number}
 
 

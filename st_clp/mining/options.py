@@ -45,6 +45,7 @@ class MiningOptions:
     judged_negatives: JudgedNegatives | None = None
     prefer_known_queries: bool = True
     duplicate_threshold: float | None = None
+    ignore_identical_ids: bool = True
     on_shortage: OnShortage = "relax"
     candidates: CandidateSource = "model"
     index: str | None = None

@@ -14,7 +14,7 @@ from st_clp.encoding import ComputeDtype, EmbeddingStore
 from st_clp.mining.bm25 import BM25, fuse
 from st_clp.mining.candidates import Candidate
 from st_clp.mining.options import MiningOptions
-from st_clp.search import ApproximateIndex, pair_scores, search_rows
+from st_clp.search import ApproximateIndex, is_own_document, pair_scores, search_rows
 
 QUERIES_TOGETHER = 1024  # whose candidates' embeddings are held at once
 PAIRS_TOGETHER = 65_536  # of queries and positives, whose embeddings are
@@ -41,6 +41,7 @@ class Ranking:
         query_ids: The queries that are ranked for.
         positive_scores: Query id to {relevant document's id: its similarity to the query}.
         near_duplicates: How many candidates were left out for being too like a relevant document.
+        own_documents: How many documents were left out for having their query's own id.
         note: How the approximate search went; None after an exact one.
         by_score: Whether candidates are to be taken by score and not by rank.
     """
@@ -56,7 +57,7 @@ class Ranking:
     ) -> None:
         self.query_ids = list(positive_scores)
         self.positive_scores = positive_scores
-        self.near_duplicates = 0
+        self.near_duplicates = self.own_documents = 0
         self.note = note
         self.by_score = False
         self._doc_ids = doc_ids
@@ -141,9 +142,17 @@ class Ranker:
             show_progress_bar=show_progress_bar,
         ).rows(range(len(query_ids)))
         relevant = {doc_id for doc_ids in self._positives.values() for doc_id in doc_ids}
-        self._position = store.positions(relevant)
-        # Relevant documents are ranked too, so look deeper by as many as the query with the most of them has.
-        self._depth = min(len(store), options.range_max + max(map(len, self._positives.values())))
+        self._position = store.positions(relevant | self._positives.keys())
+        self._own = {
+            query_id
+            for query_id, doc_ids in self._positives.items()
+            if query_id in self._position
+            and query_id not in doc_ids
+            and is_own_document(query_id, query_id, ignore_identical_ids=options.ignore_identical_ids)
+        }
+        # Relevant documents are ranked too, so look deeper by as many as the query with the most of them has; and by
+        # one each for the query's own document and for another with its text, which are no candidates either.
+        self._depth = min(len(store), options.range_max + max(map(len, self._positives.values())) + bool(self._own) + 1)
 
     def rank(self) -> Ranking:
         """Rank, by what the options name.
@@ -162,6 +171,9 @@ class Ranker:
                 rows = fuse(rows, self._by_bm25(), k=self._depth)
                 scores = self._score(rows)
         ranking = Ranking(self._score_positives(), self._store.ids, rows, scores, note=note)
+        for query_id in self._own:
+            ranking.exclude(query_id, {query_id})
+        ranking.own_documents = len(self._own)
         for query_id, doc_ids in self._near_duplicates(rows):
             ranking.exclude(query_id, doc_ids)
             ranking.near_duplicates += len(doc_ids)
@@ -209,7 +221,8 @@ class Ranker:
             return
         for row, (query_id, doc_ids) in enumerate(self._positives.items()):
             relevant = [self._position[doc_id] for doc_id in doc_ids]
-            ranked = rows[row][(rows[row] >= 0) & ~np.isin(rows[row], relevant)]
+            no_candidates = [*relevant, self._position[query_id]] if query_id in self._own else relevant
+            ranked = rows[row][(rows[row] >= 0) & ~np.isin(rows[row], no_candidates)]
             likeness = _unit(self._store.rows(ranked.tolist())) @ _unit(self._store.rows(relevant)).T
             yield query_id, {self._store.ids[place] for place in ranked[(likeness >= threshold).any(axis=1)].tolist()}
 

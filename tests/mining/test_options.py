@@ -18,6 +18,7 @@ from st_clp import CLPLoss, Collection, mine_hard_negatives
 from st_clp.data import CollectionError
 from st_clp.mining import DETAIL_COLUMNS, MinedNegatives, MiningOptions, mine
 from st_clp.mining.bm25 import BM25, Words, fuse
+from st_clp.mining.candidates import Candidate, CandidateFilter
 
 WORDS = "river lake mountain city country money bank language people capital red blue green old new big small".split()
 
@@ -90,6 +91,20 @@ def test_a_row_with_fewer_negatives_has_its_positive_in_their_place(tiny_model: 
         own = texts + ["x"] * number
         found = value([[text] for name, text in row.items() if name != "label"], [row["label"]])
         assert found == pytest.approx(value([[text] for text in own], None) if number else 0.0, abs=1e-5)
+
+
+def test_a_relative_margin_points_downwards_for_negative_scores_too() -> None:
+    filters = CandidateFilter(relative_margin=0.5)
+    assert filters.refusal(Candidate("d", 0, -0.25), -0.2) == (
+        "within relative_margin of the positive",
+        pytest.approx(0.05),
+    )
+    assert filters.refusal(Candidate("d", 0, -0.31), -0.2) is None
+    assert filters.refusal(Candidate("d", 0, 0.11), 0.2) == (
+        "within relative_margin of the positive",
+        pytest.approx(0.01),
+    )
+    assert filters.refusal(Candidate("d", 0, 0.09), 0.2) is None
 
 
 def test_near_duplicates_of_a_positive_are_no_negatives(tiny_model: SentenceTransformer) -> None:
