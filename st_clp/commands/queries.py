@@ -82,7 +82,7 @@ def _queries(**options: Any) -> None:
                 _make(console, chain, collection, documents, settings)
         tokens, cost = chain.store.spent()
         if tokens:
-            console.print(f"spent so far, by all that share {file}: {tokens:,} tokens{_money(cost)}")
+            console.print(f"spent so far, by all that share {file}: at most {tokens:,} tokens{_money(cost)}")
     if not dry_run and file.exists():
         console.print(f"kept in {file}: give it to st-clp mine or st-clp run as --query-store {file}")
 
@@ -127,10 +127,14 @@ def _make(
 
 
 def _lines(account: QueriesAccount, sources: list[str]) -> list[str]:
+    from st_clp.mining.negative_queries.chain import UNCOUNTED
+
     lines = [f"{sources.count(source):>9,}  from {source}" for source in dict.fromkeys(sources)]
     lines += [f"{number:>9,}  without one, {cause}" for cause, number in account.without.items()]
-    if account.usage.tokens:
+    if account.usage.tokens_at_most:
         lines.append(f"{account.usage.tokens:>9,}  tokens read and written this time{_money(account.usage.cost)}")
+    if account.usage.uncounted_tokens:
+        lines.append(f"{account.usage.uncounted_tokens:>9,}  {UNCOUNTED}")
     return lines
 
 

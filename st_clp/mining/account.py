@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from st_clp.mining.negative_queries.chain import QueriesAccount
+from st_clp.mining.negative_queries.chain import UNCOUNTED, QueriesAccount
 from st_clp.mining.rows import TrainingRow
 from st_clp.pictures import new_figure
 
@@ -131,7 +131,7 @@ class MiningAccount:
         self.documents_without_query = dict(queries.without)
         self.queries_barred = queries.barred
         self.query_round_trip = dict(queries.round_trip)
-        if queries.usage.tokens:
+        if queries.usage.tokens_at_most:
             self.query_usage = asdict(queries.usage)
 
     def to_dict(self) -> dict[str, Any]:
@@ -198,8 +198,12 @@ class MiningAccount:
         ]
         if self.query_usage:
             tokens = int(self.query_usage["prompt_tokens"] + self.query_usage["completion_tokens"])
-            cost = f", at a cost of {self.query_usage['cost']:.4f}" if self.query_usage["cost"] else ""
+            uncounted = int(self.query_usage.get("uncounted_tokens", 0))
+            most = "at most " if uncounted else ""
+            cost = f", at a cost of {most}{self.query_usage['cost']:.4f}" if self.query_usage["cost"] else ""
             lines.append(f"{tokens:>9,}  tokens read and written for queries{cost}")
+            if uncounted:
+                lines.append(f"{uncounted:>9,}  {UNCOUNTED}")
         return lines
 
     def plot(self, path: str | os.PathLike[str]) -> None:

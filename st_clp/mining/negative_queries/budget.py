@@ -10,6 +10,9 @@ from fractions import Fraction
 from st_clp.mining.negative_queries.interface import Usage
 from st_clp.mining.negative_queries.store import NANO, QueryStore
 
+HIGHEST_PRICE = 1_000_000
+BEYOND_COUNTING = 2**62  # SQLite's whole numbers have 64 bits
+
 
 @dataclass(frozen=True)
 class Prices:
@@ -46,7 +49,7 @@ class Budget:
         prices: What tokens cost.
 
     Raises:
-        ValueError: A limit or price below 0, or a limit in money without prices.
+        ValueError: A limit or price below 0 or not finite, or a limit in money without prices.
     """
 
     def __init__(
@@ -61,16 +64,19 @@ class Budget:
         if prices is not None:
             given |= {"the price of prompt tokens": prices.prompt, "the price of completion tokens": prices.completion}
         for name, value in given.items():
-            if value is not None and not value >= 0:
-                raise ValueError(f"{name} must be at least 0, got {value}")
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be at least 0 and finite, got {value}")
+            if name.startswith("the price") and value is not None and value > HIGHEST_PRICE:
+                raise ValueError(f"{name} is money for a million of them, at most {HIGHEST_PRICE:,}, got {value:g}")
         if max_cost is not None and prices is None:
             raise ValueError(
                 "a budget in money needs the prices of a million prompt tokens and of a million completion tokens"
             )
         self.prices = prices
         self._store = store
-        self._max_tokens = max_tokens
-        self._max_nano = None if max_cost is None else math.floor(Fraction(max_cost) * NANO)
+        # A limit that is beyond what can be counted is none that anybody reaches.
+        self._max_tokens = None if max_tokens is None else min(max_tokens, BEYOND_COUNTING)
+        self._max_nano = None if max_cost is None else min(math.floor(Fraction(max_cost) * NANO), BEYOND_COUNTING)
         self._in_flight = 0
         self._settled = threading.Condition()
 
@@ -101,16 +107,17 @@ class Budget:
         Returns:
             What counts as spent.
         """
-        prompt, completion = reservation.prompt_tokens, reservation.completion_tokens
-        if usage is not None:
-            prompt, completion = usage.prompt_tokens, usage.completion_tokens
-        nano = self._nano(prompt, completion)
-        tokens = prompt + completion - reservation.prompt_tokens - reservation.completion_tokens
-        self._store.spend(tokens, nano - reservation.nano)
+        worst = reservation.prompt_tokens + reservation.completion_tokens
+        if usage is None:
+            spent = Usage(cost=reservation.nano / NANO, requests=1, uncounted_tokens=worst)
+        else:
+            nano = self._nano(usage.prompt_tokens, usage.completion_tokens)
+            self._store.spend(usage.tokens - worst, nano - reservation.nano)
+            spent = Usage(usage.prompt_tokens, usage.completion_tokens, nano / NANO, requests=1)
         with self._settled:
             self._in_flight -= 1
             self._settled.notify_all()
-        return Usage(prompt, completion, nano / NANO, requests=1)
+        return spent
 
     def left(self) -> bool:
         """Whether a limit leaves anything at all."""

@@ -24,6 +24,7 @@ from st_clp.mining.negative_queries.roundtrip import RoundTrip
 from st_clp.mining.negative_queries.store import QueryStore
 
 BARRED = "only the row's own query, or one that its positive answers"
+UNCOUNTED = "tokens at most for requests without an answer or a count, which may be billed"
 
 
 class Need(NamedTuple):
@@ -209,10 +210,10 @@ class QueryChain:
         try:
             with bar:
                 for answer in source.generate(documents, language=language):
-                    paid += bool(answer.usage.tokens)
+                    paid += bool(answer.usage.tokens_at_most)
                     spent += answer.usage
                     bar.update()
-                    if spent.tokens:
+                    if spent.tokens_at_most:
                         # What is left may be known already, so this is what it comes to at most, as things go.
                         rest = (number - bar.n) / paid if paid else 0.0
                         bar.set_postfix_str(_spent(spent, rest), refresh=False)
@@ -235,4 +236,5 @@ def _of_positives(
 def _spent(spent: Usage, more: float) -> str:
     if spent.cost:
         return f"spent {spent.cost:.4f} of about {spent.cost * (1 + more):.4f}"
-    return f"{spent.tokens:,} tokens of about {spent.tokens * (1 + more):,.0f}"
+    tokens = spent.tokens_at_most
+    return f"{tokens:,} tokens of about {tokens * (1 + more):,.0f}"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-import urllib.parse
 from dataclasses import dataclass
 from typing import Any
 
+from st_clp.mining.negative_queries.address import read_key, require_address, require_key_variable
 from st_clp.mining.negative_queries.interface import Usage
 from st_clp.mining.negative_queries.pace import retry_after
 
@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 OWN_ENDPOINT = "https://api.openai.com/v1"
 NO_ANSWER = "no answer of this API"
+MOST_TOKENS = 100_000_000  # that one request can take; a count above that is none
 # The client's errors before anything was sent: nothing can have been billed.
 NEVER_SENT = ("ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol")
 
@@ -60,7 +61,8 @@ class ChatClient:
         temperature: Of the sampling.
 
     Raises:
-        ValueError: The address carries a password or key, or OpenAI's own endpoint is asked without a key.
+        ValueError: The address carries a password or key, the variable is none, or OpenAI's own endpoint is asked
+            without a key.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class ChatClient:
     ) -> None:
         self.model = model
         self.temperature = temperature
+        require_key_variable(key_variable)
         self.base_url = (base_url or os.environ.get("OPENAI_BASE_URL") or OWN_ENDPOINT).rstrip("/")
         self._key_variable = key_variable
         self._timeout = timeout
@@ -82,15 +85,8 @@ class ChatClient:
         self._optional: dict[str, Any] = {"response_format": {"type": "json_object"}, "temperature": temperature}
         self._seed = True
         self._limit = "max_tokens"
-        parts = urllib.parse.urlsplit(self.base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"the endpoint's address must be like http://localhost:8000/v1, got {parts.scheme!r} …")
-        if "@" in parts.netloc or parts.query:
-            raise ValueError(
-                f"the address of the endpoint at {parts.hostname} carries a password or key: leave it out and put the "
-                f"key into the environment variable {key_variable}"
-            )
-        if parts.hostname == "api.openai.com" and not os.environ.get(key_variable):
+        host = require_address(self.base_url, key_variable)
+        if read_key(key_variable) is None and host == "api.openai.com":
             raise ValueError(
                 f"no key for {self.base_url}: put it into the environment variable {key_variable}, or name another "
                 "endpoint by its address"
@@ -106,7 +102,7 @@ class ChatClient:
             ModuleNotFoundError: The openai package is not installed.
         """
         self._client = import_openai().OpenAI(
-            api_key=os.environ.get(self._key_variable) or "none",  # servers of one's own mostly want none
+            api_key=read_key(self._key_variable) or "none",  # servers of one's own mostly want none
             base_url=self.base_url,
             timeout=self._timeout,
             max_retries=0,
@@ -148,8 +144,8 @@ class ChatClient:
             except openai.APIConnectionError as error:
                 sent = _was_sent(error)
                 return Failure("the connection broke" if sent else "no connection", may_be_billed=sent)
-            except (openai.APIError, ValueError):
-                # Whatever it is that answers, it is not this API.
+            except (openai.APIError, ValueError, TypeError, AttributeError, RecursionError, OverflowError):
+                # Whatever it is that answers, it is not this API: the client meets other kinds of JSON as they come.
                 return Failure(NO_ANSWER, may_be_billed=True)
             return _reply(answer)
 
@@ -210,13 +206,21 @@ def _was_sent(error: BaseException) -> bool:
 
 
 def _reply(answer: Any) -> Reply | Failure:
-    # A page of HTML comes as a text, an error under status 200 without choices.
+    # A page of HTML comes as a text, an error under status 200 without choices, and nothing in it need be of its kind.
     choices = getattr(answer, "choices", None)
-    if not choices:
+    message = getattr(choices[0], "message", None) if isinstance(choices, list) and choices else None
+    if not hasattr(message, "content"):
         return Failure(NO_ANSWER, may_be_billed=True)
-    content = getattr(choices[0].message, "content", None)
+    content = message.content
+    return Reply(content if isinstance(content, str) else None, _usage(getattr(answer, "usage", None)))
+
+
+def _usage(counted: Any) -> Usage | None:
+    """What the endpoint counts; None where it does not, or counts what cannot be."""
     try:
-        usage = Usage(int(answer.usage.prompt_tokens), int(answer.usage.completion_tokens))
-    except (AttributeError, TypeError, ValueError):
-        usage = None
-    return Reply(content if isinstance(content, str) else None, usage)
+        usage = Usage(int(counted.prompt_tokens), int(counted.completion_tokens))
+    except (AttributeError, TypeError, ValueError, OverflowError):
+        return None
+    # Fewer than none would give back what others have spent, and no model reads or writes so many.
+    possible = min(usage.prompt_tokens, usage.completion_tokens) >= 0 and usage.tokens <= MOST_TOKENS
+    return usage if possible else None

@@ -35,17 +35,24 @@ class Usage:
         completion_tokens: Tokens that were written.
         cost: Money, in the currency of the prices; 0 where there are none.
         requests: Requests that were sent.
+        uncounted_tokens: Tokens at most, for requests without an answer or a count: nobody knows what they took.
     """
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost: float = 0.0
     requests: int = 0
+    uncounted_tokens: int = 0
 
     @property
     def tokens(self) -> int:
         """Read and written."""
         return self.prompt_tokens + self.completion_tokens
+
+    @property
+    def tokens_at_most(self) -> int:
+        """Read and written, with those that may have been."""
+        return self.tokens + self.uncounted_tokens
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(
@@ -53,6 +60,7 @@ class Usage:
             self.completion_tokens + other.completion_tokens,
             self.cost + other.cost,
             self.requests + other.requests,
+            self.uncounted_tokens + other.uncounted_tokens,
         )
 
 

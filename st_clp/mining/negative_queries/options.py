@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from dataclasses import dataclass
 from typing import get_args
 
+from st_clp.mining.negative_queries.address import require_address, require_key_variable
 from st_clp.mining.negative_queries.budget import Budget, Prices
 from st_clp.mining.negative_queries.chain import QueryChain
 from st_clp.mining.negative_queries.chat import ChatClient
@@ -20,6 +22,7 @@ from st_clp.mining.negative_queries.store import QueryStore
 
 LOCAL, OPENAI, TITLE = "local", "openai", "title"
 KNOWN = f"{JUDGMENTS}, {LOCAL}:MODEL, {OPENAI}:MODEL and {TITLE}"
+LONGEST_TIMEOUT = 86_400  # a day; sockets take no time without an end
 _WEIGHT = re.compile(r"\*(\d+(?:\.\d+)?)$")
 
 
@@ -74,12 +77,17 @@ class QueryOptions:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("query_temperature", "query_retries"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least 0 and finite, got {getattr(self, name)}")
         for name in ("query_rate", "query_timeout"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be above 0, got {value}")
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be above 0 and finite, got {value}")
+        if self.query_timeout > LONGEST_TIMEOUT:
+            raise ValueError(f"query_timeout is in seconds, at most {LONGEST_TIMEOUT:,}, got {self.query_timeout:g}")
+        require_key_variable(self.query_key_variable)
+        if self.query_base_url is not None:
+            require_address(self.query_base_url, self.query_key_variable)
         if self.query_round_trip not in get_args(RoundTripAction):
             raise ValueError(
                 f"query_round_trip must be one of {', '.join(get_args(RoundTripAction))}, got {self.query_round_trip!r}"

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import email.utils
+import logging
+import math
 import random
 import threading
 import time
 from collections.abc import Mapping
 
+logger = logging.getLogger(__name__)
+
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds between retries
-LONGEST_PAUSE = 600.0  # seconds that an endpoint may ask for
+LONGEST_PAUSE = 120.0  # seconds; an endpoint that asks for more is asked again after these
+LONG_PAUSE = 10.0  # seconds, from which on a pause is said
 
 
 class Pace:
@@ -35,30 +40,36 @@ class Pace:
                 left = max(start, self._paused_until) - time.monotonic()
             if left <= 0:
                 return
-            stop.wait(left)
+            stop.wait(min(left, LONGEST_PAUSE))
 
     def pause(self, seconds: float) -> None:
-        """Let no request through for so long."""
+        """Let no request through for so long, two minutes at most."""
+        wait = min(seconds, LONGEST_PAUSE)
         with self._lock:
-            self._paused_until = max(self._paused_until, time.monotonic() + min(seconds, LONGEST_PAUSE))
+            now = time.monotonic()
+            begins = self._paused_until <= now  # else others have said it
+            self._paused_until = max(self._paused_until, now + wait)
+        if begins and wait >= LONG_PAUSE:
+            asked = "" if seconds <= LONGEST_PAUSE else f" (it asks for {seconds:,.0f}, and is asked again sooner)"
+            logger.warning("the endpoint wants to be left alone: no request for %.0f seconds%s", wait, asked)
 
 
 def back_off(attempt: int) -> float:
     """Seconds to wait before the retry of this number, from 0: twice as long each time, with jitter."""
     # Retries of requests that failed together must not come together: no seed here.
-    return min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1.0)
+    return min(LONGEST_WAIT, FIRST_WAIT * 2 ** min(attempt, 30)) * random.uniform(0.5, 1.0)
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that a ``Retry-After`` header asks for, given as seconds or as a date; None without one."""
+    """Seconds that a ``Retry-After`` header asks for, given as seconds or as a date; None without one that says it."""
     value = headers.get("retry-after")
     if value is None:
         return None
     try:
-        return max(0.0, float(value))
+        seconds = float(value)
     except ValueError:
-        pass
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except (TypeError, ValueError):
-        return None
+        try:
+            seconds = max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+        except (TypeError, ValueError, OverflowError):
+            return None
+    return seconds if 0 <= seconds < math.inf else None

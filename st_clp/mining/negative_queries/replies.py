@@ -23,7 +23,7 @@ def read_reply(content: str | None, document: str) -> tuple[list[str], str | Non
         return [], EMPTY
     try:
         values = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # nested too deep
         return [], NOT_JSON
     found = values.get("queries", values.get("query")) if isinstance(values, dict) else None
     if isinstance(found, str):

@@ -14,6 +14,7 @@ EMPTY = "empty"
 TOO_LONG = "far too long"
 NOT_JSON = "not JSON"
 WRONG_LANGUAGE = "the wrong language"
+BROKEN = "a broken character"
 
 _NUMBERING = re.compile(r"^\s*(?:[-*•]\s+|\(?\d{1,2}[.):]\s+)")
 _QUOTES = "\"'`“”„«»‘’「」『』"
@@ -35,6 +36,8 @@ def fault(query: str, document: str) -> str | None:
 
     The language is told by its script alone: a query in the document's script and another language passes.
     """
+    if any("\ud800" <= character <= "\udfff" for character in query):
+        return BROKEN  # half of a pair of UTF-16, which no file can hold
     if not any(character.isalnum() for character in query):
         return EMPTY
     if len(query) > LONGEST_QUERY:

@@ -88,7 +88,8 @@ class Endpoint:
     """A server on loopback that speaks the OpenAI chat completions API, with a real tiny causal model behind it.
 
     Attributes:
-        fault: (number of the document, how many requests came for it before) to how to fail; None answers.
+        fault: (number of the document, how many requests came for it before) to how to fail; None answers, and what
+            is JSON is the answer.
         billed: Number of the document to the completions that were billed for it.
         requests: Everything that came: (headers, body).
         tokens: Tokens that were billed.
@@ -163,7 +164,7 @@ class Endpoint:
                 self.send_response(status)
                 for name, value in headers.items():
                     self.send_header(name.replace("_", "-"), value)
-                self.send_header("Content-Type", "text/html" if isinstance(content, bytes) else "application/json")
+                self.send_header("Content-Type", "text/html" if data.startswith(b"<") else "application/json")
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)
@@ -197,6 +198,8 @@ class Endpoint:
             handler.cut()
         elif fault == "html":
             handler.answer(200, b"<html>welcome</html>")
+        elif fault is not None and fault[0] in '{["':
+            handler.answer(200, fault.encode())
         elif fault == "slow":
             time.sleep(self.slow)
             handler.cut()
