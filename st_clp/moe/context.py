@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from st_clp.moe.sampling import drawn
+
 
 class ForwardContext:
     """One forward pass of a MoETransformer.
@@ -22,10 +24,13 @@ class ForwardContext:
     Args:
         mask: (batch, length), true at tokens and false at padding; None where every position is a token.
         counts: Whether the pass counts as use. Of the two passes of a cached loss only the one with gradients does.
+        marks: Gives what tells the tokens apart, (batch * length,); None stands for their places in the batch.
     """
 
-    def __init__(self, mask: Tensor | None, counts: bool) -> None:
+    def __init__(self, mask: Tensor | None, counts: bool, marks: Callable[[], Tensor | None] | None = None) -> None:
         self.counts = counts
+        self._marks = marks
+        self._tried: Tensor | None = None
         self._counted: set[int] = set()
         self.mask: Tensor | None = None
         self.tokens = 0
@@ -43,6 +48,18 @@ class ForwardContext:
         if self.mask is None or positions != self.mask.numel():
             return None, positions
         return self.mask, self.tokens
+
+    def tried_tokens(self, weight: Tensor, positions: int, stride: int) -> Tensor:
+        """Return which tokens have their other experts tried, (positions,) bool: the same ones in every layer.
+
+        The first router that asks, with its ``weight``, settles it for the pass, so that it is settled once.
+        """
+        if self._tried is None or self._tried.numel() != positions:
+            marks = None if self._marks is None else self._marks()
+            if marks is None or marks.numel() != positions:  # as where an encoder drops or adds positions
+                marks = torch.arange(positions, device=weight.device)
+            self._tried = drawn(marks, weight, stride)
+        return self._tried
 
     def first_time(self, router: object) -> bool:
         """Whether ``router`` has not counted this pass yet; a layer that is run again counts no token twice."""

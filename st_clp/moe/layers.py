@@ -90,7 +90,6 @@ class ExpertLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.settings, self.layer, self.dispatch = settings, layer, dispatch
         self.sorts, self.restores, self.last_sorted = sorts, restores, last_sorted
-        self.signal = RouterSignal(settings)
 
     @property
     def weight(self) -> Tensor:
@@ -161,7 +160,8 @@ class ExpertLinear(nn.Module):
             if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 return gathered_products(rows, source, plan.counts, [weight.t() for weight in weights], biases)
             rows = gather(rows, plan)
-        signal = self.signal if self.settings.routing == "learned" else None
+        learns = self.settings.routing == "learned" and plan.shares is not None
+        signal = RouterSignal(self.settings.sample_stride, plan.tried) if learns else None
         return GroupedLinear.apply(rows, plan.shares, plan.counts, signal, *weights, *biases)
 
     def extra_repr(self) -> str:

@@ -5,8 +5,8 @@ The softmax over one selected logit is the constant 1 and has no gradient. Here 
 expert alone; in the backward pass ``m`` stands for the router's distribution ``p`` (a straight-through estimate).
 Then ``dL/dp_j = <dL/dy, E_j(x)>``, and through the softmax the logit of expert j falls by
 ``p_j <dL/dy, E_j(x) - sum_i p_i E_i(x)>``: to first order, by how much the loss would grow if j did the work rather
-than the mean expert. That needs the other experts' results too. They are computed for every n-th token only (from a
-random one on, counted n-fold, so the estimate has no bias), which costs a share of 1/n of one product an expert.
+than the mean expert. That needs the other experts' results too. They are computed for one token in n only (drawn by
+``sampling.py``, counted n-fold, so the estimate has no bias), which costs a share of 1/n of one product an expert.
 
 At conversion the experts are equal and that difference is zero. A hundredth of the chosen expert's own term, at all
 tokens, then breaks the tie; as soon as the experts differ, the comparison outweighs it.
@@ -24,22 +24,22 @@ import torch
 from torch import Tensor
 
 from st_clp.moe.precise import inner_products
-from st_clp.moe.settings import MoESettings
 
 TIE_BREAK = 0.01
 
 
 class RouterSignal:
-    """Fill in the gradient of the router's distribution at each sorted row.
+    """Fill in the gradient of the router's distribution at each sorted row of one forward pass.
 
     Args:
-        settings: The mixture's settings; ``router_sample`` is the share of tokens whose other experts are tried.
-            With 0 the chosen expert's term is all there is, at full weight.
+        stride: Of how many tokens one has its other experts tried; 0: of none, and the chosen expert's term is all
+            there is, at full weight.
+        tried: (tried rows,) the sorted rows whose other experts are tried, in ascending order; None where none is.
     """
 
-    def __init__(self, settings: MoESettings) -> None:
-        self.stride = round(1 / settings.router_sample) if settings.router_sample else 0
-        self._turn = 0
+    def __init__(self, stride: int, tried: Tensor | None) -> None:
+        self.stride = stride
+        self.tried = tried
 
     def __call__(
         self,
@@ -75,16 +75,15 @@ class RouterSignal:
                     own[part] += (gradient[part] @ bias).float()
         for expert, part in enumerate(parts):
             into[part, expert] = own[part] * (TIE_BREAK if self.stride else 1.0)
-        if not self.stride:
-            return
-        # drawn, not counted: the generator's state is in a checkpoint, so a resumed training tries the same tokens
-        self._turn = int(torch.randint(self.stride, ()))
-        tried = torch.arange(self._turn, rows.shape[0], self.stride, device=rows.device)
-        if not tried.numel():
+        tried = self.tried
+        if tried is None or not tried.numel():
             return
         gradient, rows = gradient.index_select(0, tried), rows.index_select(0, tried)
-        for expert, (part, weight, bias) in enumerate(zip(parts, weights, biases, strict=True)):
-            first, last = self._count_before(part.start), self._count_before(part.stop)
+        ends = torch.tensor([part.stop for part in parts], device=tried.device)
+        lasts = torch.searchsorted(tried, ends).tolist()
+        for expert, (first, last, weight, bias) in enumerate(
+            zip([0, *lasts[:-1]], lasts, weights, biases, strict=True)
+        ):
             mine, others = tried[first:last], torch.cat([tried[:first], tried[last:]])
             into[mine, expert] += own[mine] * self.stride
             theirs = torch.cat([gradient[:first], gradient[last:]])
@@ -96,7 +95,3 @@ class RouterSignal:
                 if bias is not None:
                     value += (theirs @ bias).float()
             into[others, expert] += value * self.stride
-
-    def _count_before(self, row: int) -> int:
-        """How many of the tried rows come before ``row``."""
-        return max(0, -(-(row - self._turn) // self.stride))

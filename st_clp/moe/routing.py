@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from st_clp.moe.balance import Balance, add_balance_gradient
-from st_clp.moe.context import current_context
+from st_clp.moe.context import ForwardContext, current_context
 from st_clp.moe.precise import PreciseLinear
 from st_clp.moe.settings import MoESettings
 
@@ -28,6 +28,7 @@ class Plan:
         back: (tokens * slots_per_token,) the sorted row of each slot; None where some tokens are padding.
         weights: (tokens, slots_per_token) float32, or None where each token has one expert with weight 1.
         shares: (rows, experts) float32, the router's distribution at each sorted row, or None where nothing learns.
+        tried: (tried rows,) the sorted rows whose other experts are tried in the backward pass, or None for none.
     """
 
     leading: tuple[int, ...]
@@ -38,6 +39,7 @@ class Plan:
     back: Tensor | None
     weights: Tensor | None
     shares: Tensor | None
+    tried: Tensor | None = None
     # held until the layer's last projection has run, so that a second up projection need not sort again
     given: Tensor | None = None
     rows: Tensor | None = None
@@ -118,7 +120,8 @@ class Router(nn.Module):
         weights = torch.softmax(logits.gather(1, chosen), dim=-1) if per_token > 1 else None
         if max(counts) == logits.shape[0] * per_token:  # one expert does it all: there is nothing to sort
             shares = self._shares(scores) if per_token == 1 else None
-            return Plan(leading, counts, per_token, None, None, None, weights, shares)
+            tried = None if shares is None else self._tried(context, logits.shape[0], None)
+            return Plan(leading, counts, per_token, None, None, None, weights, shares, tried)
         order = torch.argsort(slots, stable=True)[: routed * per_token]
         source = order if per_token == 1 else order // per_token
         back = None
@@ -126,7 +129,16 @@ class Router(nn.Module):
             back = torch.empty_like(order)
             back[order] = torch.arange(order.numel(), device=order.device)
         shares = self._shares(scores, source) if per_token == 1 else None
-        return Plan(leading, counts, per_token, order, source, back, weights, shares)
+        tried = None if shares is None else self._tried(context, logits.shape[0], source)
+        return Plan(leading, counts, per_token, order, source, back, weights, shares, tried)
+
+    def _tried(self, context: ForwardContext | None, tokens: int, source: Tensor | None) -> Tensor | None:
+        """The sorted rows whose other experts are tried; ``source`` names each sorted row's token."""
+        if self.settings.routing != "learned" or not self.settings.sample_stride:
+            return None
+        context = context or ForwardContext(None, counts=False)
+        chosen = context.tried_tokens(self.weight, tokens, self.settings.sample_stride)
+        return (chosen if source is None else chosen.index_select(0, source)).nonzero().squeeze(1)
 
     def _choose(self, scores: Tensor) -> Tensor:
         """Return the experts of each token, (tokens, experts per token)."""

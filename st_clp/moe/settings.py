@@ -73,6 +73,11 @@ class MoESettings:
         """Whether a selection bias balances the experts."""
         return self.routing == "learned" and self.balance == "bias" and self.num_experts > 1
 
+    @property
+    def sample_stride(self) -> int:
+        """Of how many tokens one has its other experts tried; 0: of none."""
+        return round(1 / self.router_sample) if self.router_sample else 0
+
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as they are written to ``config.json``."""
         return {**asdict(self), "layers": list(self.layers)}

@@ -21,6 +21,7 @@ from st_clp.moe.reference import (
     take_reference_settings,
     write_reference,
 )
+from st_clp.moe.sampling import token_marks
 from st_clp.moe.settings import CONFIG_KEY, MoESettings, resolve_layers
 
 
@@ -150,7 +151,11 @@ class MoETransformer(Transformer):
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Run the encoder; see the forward of sentence-transformers' Transformer."""
-        context = ForwardContext(attention_mask(features), not self.training or torch.is_grad_enabled())
+        mask = attention_mask(features)
+        known = dict(features)  # the modules that follow may change the features in place
+        context = ForwardContext(
+            mask, not self.training or torch.is_grad_enabled(), marks=lambda: token_marks(known, mask)
+        )
         if self.training:
             recall_context_in_checkpoints(list(self.model.modules()))
         with entered(context):

@@ -13,6 +13,7 @@ from sentence_transformers.base.losses import column_merging_disabled
 from sentence_transformers.base.losses.gradcache import _create_minibatch
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 
+import st_clp
 from st_clp.losses import CachedCLPLoss, CLPLoss
 from st_clp.losses.penalties import PENALTIES, penalty
 
@@ -49,6 +50,21 @@ def test_equals_the_uncached_loss(
     cached = run_loss(CachedCLPLoss(tiny_model, **mini_batch, **SETTINGS[name]), columns, LABELS)
     torch.testing.assert_close(cached, expected, rtol=1e-10, atol=1e-12)
     assert expected[1].abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_equals_the_uncached_loss_on_a_mixture(
+    trained: bool, tiny_model: SentenceTransformer, columns: list[list[str]], run_loss: Any
+) -> None:
+    """The same tokens teach the router, however the batch is divided; at this scale nothing else would do."""
+    model = st_clp.upcycle(tiny_model.double(), 3)
+    if trained:  # its first step settles the balance, by the tokens of the first forward pass
+        run_loss(CLPLoss(model.train()), columns[:4] + columns[4:6])
+    expected = run_loss(CLPLoss(model, scale=1000.0), columns[:4] + columns[4:6])
+    for size in (1, 2, 4):
+        cached = run_loss(CachedCLPLoss(model, scale=1000.0, mini_batch_size=size), columns[:4] + columns[4:6])
+        torch.testing.assert_close(cached, expected, rtol=1e-6, atol=1e-6)
+    assert expected[1].abs().max() > 1
 
 
 def test_pairs_and_several_queries_for_each_negative(

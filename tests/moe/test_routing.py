@@ -19,6 +19,7 @@ from sentence_transformers.sentence_transformer.losses import (
 from torch import nn
 
 import st_clp
+from st_clp import CachedCLPLoss, CLPLoss
 from st_clp.moe import expert_usage, reset_usage
 from st_clp.moe.grouped import GroupedLinear
 from st_clp.moe.precise import PreciseLinear, inner_products
@@ -115,7 +116,6 @@ def test_without_gradients_a_mixture_gives_what_it_gives_with_them(
 @pytest.mark.parametrize(("given", "out"), [(5, 6), (6, 5)])
 def test_the_routers_gradient_is_that_of_the_mixture_of_all_experts(given: int, out: int) -> None:
     """With every token tried, dL/dp_j is the product of the output's gradient and expert j's output."""
-    from st_clp.moe import MoESettings
     from st_clp.moe.router_signal import TIE_BREAK, RouterSignal
 
     torch.manual_seed(0)
@@ -123,7 +123,7 @@ def test_the_routers_gradient_is_that_of_the_mixture_of_all_experts(given: int, 
     experts = [nn.Linear(given, out).double() for _ in sizes]
     rows, direction = torch.randn(7, given, dtype=torch.float64), torch.randn(7, out, dtype=torch.float64)
     shares = torch.rand(7, 3, dtype=torch.float64, requires_grad=True)
-    signal = RouterSignal(MoESettings(num_experts=3, router_sample=1.0))
+    signal = RouterSignal(1, torch.arange(7))
     parameters = [*[e.weight for e in experts], *[e.bias for e in experts]]
     GroupedLinear.apply(rows, shares, sizes, signal, *parameters).backward(direction)
     expected = torch.stack([(direction * expert(rows)).sum(-1) for expert in experts], dim=1)
@@ -133,26 +133,89 @@ def test_the_routers_gradient_is_that_of_the_mixture_of_all_experts(given: int, 
     torch.testing.assert_close(shares.grad, expected.detach(), rtol=1e-5, atol=1e-5)
 
 
-def test_trying_some_tokens_has_the_mean_of_trying_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    from st_clp.moe import MoESettings
-    from st_clp.moe.router_signal import RouterSignal
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=4).filter(any), st.data())
+@settings(deadline=None, max_examples=60)
+def test_tokens_tried_count_as_many_fold_as_they_are_few(sizes: list[int], data: st.DataObject) -> None:
+    """Whatever rows are tried, however few there are: each counts as many fold as it stands for."""
+    from st_clp.moe.router_signal import TIE_BREAK, RouterSignal
 
-    torch.manual_seed(0)
-    rows, weights = torch.randn(29, 4), [torch.randn(3, 4) for _ in range(3)]
-    gradient, parts = torch.randn(29, 3), slices([10, 1, 18])
+    rows_count, stride = sum(sizes), data.draw(st.integers(1, 9))
+    tried = sorted(data.draw(st.sets(st.integers(0, rows_count - 1))))
+    torch.manual_seed(rows_count)
+    rows, weights = torch.randn(rows_count, 4), [torch.randn(3, 4) for _ in sizes]
+    gradient, parts = torch.randn(rows_count, 3), slices(sizes)
     rows_gradient = torch.cat([gradient[part] @ weight for part, weight in zip(parts, weights, strict=True)])
+    found = torch.zeros(rows_count, len(sizes))
+    RouterSignal(stride, torch.tensor(tried, dtype=torch.int64))(
+        found, gradient, rows, rows_gradient, None, parts, weights, [None] * len(sizes)
+    )
+    every = torch.stack([((gradient @ weight) * rows).sum(-1) for weight in weights], dim=1)
+    expected = torch.zeros_like(found)
+    expected[tried] = every[tried] * stride
+    for expert, part in enumerate(parts):
+        expected[part, expert] += every[part, expert] * TIE_BREAK
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
-    def estimates(sample: float, draws: int) -> list[torch.Tensor]:
-        signal, found = RouterSignal(MoESettings(num_experts=3, router_sample=sample)), {}
-        for _ in range(draws):
-            into = torch.zeros(29, 3)
-            signal(into, gradient, rows, rows_gradient, None, parts, weights, [None] * 3)
-            found[tuple(into[:, 0].tolist())] = into
-        return list(found.values())
 
-    (everything,), some = estimates(1.0, 1), estimates(0.125, 100)
-    assert len(some) == 8  # each of the eight ways to take every eighth token
-    torch.testing.assert_close(torch.stack(some).mean(0), everything, rtol=1e-4, atol=1e-4)
+def test_one_token_in_n_is_tried_and_others_with_other_weights() -> None:
+    from st_clp.moe.sampling import drawn, token_marks
+
+    marks = token_marks({"input_ids": torch.randint(5, 90, (64, 50), generator=torch.manual_seed(0))}, None)
+    assert marks is not None
+    assert marks.unique().numel() == 3200
+    counts = torch.zeros(3200)
+    for seed in range(200):
+        counts += drawn(marks, torch.randn(2, 32, generator=torch.manual_seed(seed)), 8)
+    assert abs(counts.sum() / (200 * 3200) - 1 / 8) < 0.005
+    # as often as independent lots: a token's count has the binomial's deviation, and none is always left out
+    assert abs(counts.std() - (200 * 1 / 8 * 7 / 8) ** 0.5) < 0.5
+    assert counts.min() > 0
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.booleans(), st.integers(0, 5))
+@settings(deadline=None, max_examples=60)
+def test_a_token_is_tried_however_its_text_is_batched(lengths: list[int], left: bool, more: int) -> None:
+    from st_clp.moe.sampling import token_marks
+
+    texts = [torch.randint(5, 90, (length,), generator=torch.manual_seed(length)) for length in lengths]
+    width = max(lengths) + more
+    padded, mask = torch.zeros(len(texts), width, dtype=torch.int64), torch.zeros(len(texts), width, dtype=torch.int64)
+    for row, text in enumerate(texts):
+        place = slice(width - len(text), width) if left else slice(0, len(text))
+        padded[row, place], mask[row, place] = text, 1
+    together = token_marks({"input_ids": padded}, mask)
+    joined = {
+        "input_ids": torch.cat(texts)[None],
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None] + more,
+    }
+    alone = torch.cat([token_marks({"input_ids": text[None]}, None) for text in texts])
+    assert together is not None
+    assert torch.equal(together[mask.reshape(-1) == 1], alone)
+    flat = token_marks(joined, None)
+    assert flat is not None
+    assert flat.unique().numel() == alone.unique().numel()
+
+
+@pytest.mark.parametrize("balance", ["bias", "loss"])
+@pytest.mark.parametrize("projection", ["intermediate", "feed_forward"])
+def test_a_batch_of_any_size_trains(tiny_model: SentenceTransformer, projection: str, balance: str) -> None:
+    model = st_clp.upcycle(tiny_model, 3, projection=projection, balance=balance).train()
+    losses = [
+        MultipleNegativesRankingLoss(model),
+        CLPLoss(model, queries_per_negative=0),
+        CachedCLPLoss(model, queries_per_negative=0, mini_batch_size=1),
+    ]
+
+    @settings(max_examples=15, deadline=None)
+    @given(st.lists(st.integers(0, 3), min_size=1, max_size=3), st.sampled_from(["", "cat"]), st.sampled_from(losses))
+    def train_one_step(words: list[int], other: str, loss: nn.Module) -> None:
+        model.zero_grad()
+        value = loss([model.preprocess(["river " * n for n in words]), model.preprocess([other] * len(words))], None)
+        value.backward()
+        assert value.isfinite()
+        assert all(gate.grad is not None and gate.grad.isfinite().all() for gate in gates(model).values())
+
+    train_one_step()
 
 
 @pytest.mark.parametrize("projection", ["intermediate", "output", "feed_forward"])
@@ -193,7 +256,7 @@ def test_checkpointing_gives_the_same_gradients(
     make_tiny_model: Callable[..., SentenceTransformer], reentrant: bool
 ) -> None:
     def gradients(checkpointed: bool) -> dict[str, torch.Tensor]:
-        model = st_clp.upcycle(make_tiny_model(seed=3), 3, router_sample=1.0)
+        model = st_clp.upcycle(make_tiny_model(seed=3), 3)
         st_clp.train_only(model, "moe")
         model.train()
         if checkpointed:
