@@ -146,11 +146,20 @@ class CachedCLPLoss(CachedLossMixin, CLPLoss):
         """The loss from the embeddings of all mini-batches.
 
         Args:
-            reps: For each column, queries first, the embeddings of its mini-batches, ``(mini batch, dim)`` each.
-            labels: What ``forward`` found out about the batch.
+            reps: For each column, in the order of the dataset, the embeddings of its mini-batches,
+                ``(mini batch, dim)`` each.
+            labels: ``(batch, n * m)``, or None. From ``forward``, which brings the columns into another order, what
+                it found out about the batch.
             with_backward: Back-propagate to ``reps`` as well, some rows at a time.
+
+        Raises:
+            ValueError: As :meth:`CLPLoss.compute_loss_from_embeddings`.
         """
-        batch = self._assemble([torch.cat(mini_batches) for mini_batches in reps], cast(Inputs, labels))
+        embeddings = [torch.cat(mini_batches) for mini_batches in reps]
+        if isinstance(labels, Inputs):
+            batch = self._assemble(embeddings, labels)
+        else:
+            batch = self._assemble_embeddings(embeddings, labels)
         if not with_backward:
             return torch.stack([self._objective(batch, rows) for rows in self._row_chunks(batch)]).sum()
         # Gradients gather on copies first, so that what lies behind (joining over processes) runs backward once.

@@ -204,10 +204,14 @@ class CLPLoss(nn.Module):
         Raises:
             ValueError: The loss has a guide, which judges texts; or the columns or labels do not fit.
         """
+        return self._objective(self._assemble_embeddings(embeddings, labels))
+
+    def _assemble_embeddings(self, embeddings: list[Tensor], labels: Tensor | None) -> Batch:
+        """The batch of embeddings without their texts, a column each, in the order of the dataset."""
         if self.guide is not None:
             raise ValueError("a guide judges texts, not embeddings; for embeddings use margin without a guide")
         columns, layout, weights = self._arrange(embeddings, labels, len(embeddings[0]))
-        return self._objective(self._assemble(columns, Inputs(layout, weights)))
+        return self._assemble(columns, Inputs(layout, weights))
 
     def _prepare(
         self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None
@@ -229,13 +233,12 @@ class CLPLoss(nn.Module):
         self, columns: list[Column], labels: Tensor | None, batch_size: int
     ) -> tuple[list[Column], Layout, Tensor | None]:
         layout = Layout.from_columns(len(columns), self.queries_per_negative)
-        weights = weights_from_labels(labels, batch_size, layout)
         columns = layout.queries_first(columns)
         if self.penalty_weight == 0:
-            # Nothing reads the queries of the negatives, so they need not be encoded.
+            # Nothing reads the queries of the negatives, so they need not be encoded, and nothing weighs them.
             columns = [columns[0], *columns[layout.num_queries :]]
             return columns, Layout(layout.num_negatives, 0), None
-        return columns, layout, weights
+        return columns, layout, weights_from_labels(labels, batch_size, layout)
 
     def _guide_mini_batch(self) -> dict[str, int | None]:
         return {}

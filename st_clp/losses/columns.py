@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 Column = TypeVar("Column")
 
@@ -79,7 +83,8 @@ def weights_from_labels(labels: Tensor | None, batch_size: int, layout: Layout) 
     """Read the labels as the weights of the negative queries.
 
     A one-dimensional tensor of integer zeros is what ``InputExample`` gives when no label was set
-    (``model.old_fit`` passes it on), and so means the same as no labels.
+    (``model.old_fit`` passes it on), and so means the same as no labels. Where there is no query to weigh, labels can
+    be no weights: they are ignored with a warning, as the losses of sentence-transformers ignore them.
 
     Args:
         labels: ``(batch, n * m)``, each from 0 to 1, or None where the dataset has no label column.
@@ -98,12 +103,16 @@ def weights_from_labels(labels: Tensor | None, batch_size: int, layout: Layout) 
     if unset:
         return None
     expected = (batch_size, layout.num_negative_queries)
+    if not layout.num_negative_queries and tuple(labels.shape) != expected:
+        _warn_of_unread_labels(tuple(labels.shape[1:]))
+        return None
     if tuple(labels.shape) != expected:
         raise ValueError(
             f"labels must have the shape {expected}, one weight for each query of a negative ({batch_size} rows, "
             f"{layout.num_negatives} negatives with {layout.queries_per_negative} queries each), but have the shape "
-            f"{tuple(labels.shape)}. Give each row a list of {expected[1]} numbers from 0 to 1, or take the label "
-            "column out of the dataset."
+            f"{tuple(labels.shape)}. Give each row a list of {expected[1]} numbers from 0 to 1, or take out of "
+            "the dataset what the Trainer reads as the label: dataset.remove_columns('label'), or 'labels', 'score' or "
+            "'scores', whichever it has."
         )
     if labels.is_complex() or not bool(((labels >= 0) & (labels <= 1)).all()):
         raise ValueError(
@@ -111,6 +120,16 @@ def weights_from_labels(labels: Tensor | None, batch_size: int, layout: Layout) 
             f"these lie between {labels.min().item()} and {labels.max().item()}."
         )
     return labels
+
+
+@lru_cache
+def _warn_of_unread_labels(shape: tuple[int, ...]) -> None:
+    """Say it once, not in every step."""
+    logger.warning(
+        "the dataset has a label or score column (%s a row), which is not read: no negative has a query that it could "
+        "weigh. dataset.remove_columns takes it out.",
+        "one number" if not shape else f"numbers of the shape {shape}",
+    )
 
 
 def drop_foreign_features(columns: Sequence[dict[str, Any]]) -> None:

@@ -77,6 +77,22 @@ def test_pairs_and_several_queries_for_each_negative(
         torch.testing.assert_close(cached, expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("with_labels", [False, True])
+def test_the_loss_of_embeddings_in_mini_batches(with_labels: bool, lookup_model: Any) -> None:
+    """As sentence-transformers' own cached losses are called: the columns of the dataset, with labels or without."""
+    draw = torch.Generator().manual_seed(0)
+    embeddings = [torch.randn(5, 4, generator=draw).double().requires_grad_() for _ in range(6)]
+    labels = torch.rand(5, 2, generator=draw) if with_labels else None
+    loss = CachedCLPLoss(lookup_model(torch.eye(4)), mini_batch_size=2)
+    expected = loss.compute_loss_from_embeddings(embeddings, labels)
+    gradients = torch.autograd.grad(expected, embeddings)
+    reps = [list(column.split(2)) for column in embeddings]
+    torch.testing.assert_close(loss.calculate_loss(reps, labels), expected)
+    total = loss.calculate_loss(reps, labels, with_backward=True)
+    torch.testing.assert_close(total, expected.detach())
+    torch.testing.assert_close([column.grad for column in embeddings], list(gradients))
+
+
 @pytest.mark.parametrize("loss_class", [CLPLoss, CachedCLPLoss])
 @pytest.mark.parametrize("penalty", ["cosine", "contrastive"])
 def test_all_weights_0_leave_the_weighted_contrastive_term(

@@ -11,6 +11,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import dot_score
 
 from st_clp.losses import CachedCLPLoss, CLPLoss
+from st_clp.losses.columns import _warn_of_unread_labels
 
 LOSSES = [CLPLoss, CachedCLPLoss]
 NAN = float("nan")
@@ -99,9 +100,24 @@ def test_bad_labels(
         run_loss(loss_class(lookup_model(torch.eye(12))), columns, labels)
 
 
-def test_labels_without_negative_queries_are_refused(lookup_model: Any, run_loss: Any) -> None:
-    with pytest.raises(ValueError, match="take the label column out"):
-        run_loss(CLPLoss(lookup_model(torch.eye(4))), [[0, 1], [2, 3]], torch.tensor([1.0, 0.5]))
+@pytest.mark.parametrize("labels", [torch.tensor([1.0, 0.5]), torch.tensor([3, 4]), torch.ones(2, 3)])
+@pytest.mark.parametrize("loss_class", LOSSES)
+def test_a_left_over_label_or_score_is_ignored_where_nothing_can_be_weighed(
+    labels: torch.Tensor, loss_class: type[CLPLoss], lookup_model: Any, run_loss: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = lookup_model(torch.randn(8, 4, generator=torch.Generator().manual_seed(0)))
+    _warn_of_unread_labels.cache_clear()
+    for _ in range(2):
+        torch.testing.assert_close(
+            run_loss(loss_class(model), [[0, 1], [2, 3]], labels), run_loss(loss_class(model), [[0, 1], [2, 3]])
+        )
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "remove_columns" in caplog.text
+    columns = [[0, 1], [2, 3], [4, 5], [6, 7]]  # with negatives, but no penalty that would read a weight
+    without = loss_class(model, penalty_weight=0.0)
+    torch.testing.assert_close(run_loss(without, columns, labels), run_loss(without, columns))
+    with pytest.raises(ValueError, match=r"remove_columns\('label'\)"):
+        run_loss(loss_class(model), columns, labels)
 
 
 def test_labels_may_be_whole_numbers_or_truth_values(lookup_model: Any, run_loss: Any) -> None:

@@ -288,6 +288,34 @@ def test_both_passes_of_a_cached_step_route_alike(tiny_model: SentenceTransforme
     assert not torch.equal(steps[1][0], steps[0][0])  # it did move between steps
 
 
+def test_the_remembered_mean_token_follows_what_is_trained_on(tiny_model: SentenceTransformer) -> None:
+    """After k steps on other texts a tenth of the way each: 0.9 ** k of the distance is left."""
+    model = st_clp.upcycle(tiny_model)
+    st_clp.train_only(model, "router")  # what comes into the first layer's router stays the same
+    gate = model[0].model.encoder.layer[0].intermediate.dense.gate
+    seen: list[torch.Tensor] = []
+    gate.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    optimizer = torch.optim.SGD(gate.parameters(), lr=1e-3)
+
+    def step(texts: list[str], loss: nn.Module) -> torch.Tensor:
+        seen.clear()
+        optimizer.zero_grad()
+        loss([model.preprocess(texts), model.preprocess(texts[::-1])], None).backward()
+        optimizer.step()
+        return torch.cat(seen).mean(0)
+
+    loss = MultipleNegativesRankingLoss(model.train())
+    first = step(["the king", "a cat"], loss)
+    torch.testing.assert_close(gate.balance_center, first)  # the first batch sets it
+    torch.testing.assert_close(first, step(["the king", "a cat"], loss))
+    for _ in range(5):
+        other = step(["a river", "red lake"], loss)
+    # a step's tokens are counted when the next one begins: the last one's not yet
+    left = gate.balance_center - other
+    torch.testing.assert_close(left, (first - other) * 0.9**4, rtol=1e-3, atol=1e-5)
+    assert (first - other).abs().max() > 0.05
+
+
 def test_a_checkpoint_holds_the_last_steps_use(tiny_model: SentenceTransformer, tmp_path: Path) -> None:
     model = st_clp.upcycle(tiny_model, balance_rate=1.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
