@@ -165,7 +165,11 @@ class ExpertLinear(nn.Module):
         return GroupedLinear.apply(rows, plan.shares, plan.counts, signal, *weights, *biases)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, layer={self.layer}"
+        # PEFT shows the module that it refuses, so this is what someone reads whose target_modules name the layer
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, layer={self.layer}, adapters go around "
+            'its experts (target_modules=r".*experts\\.\\d+") or past it (exclude_modules)'
+        )
 
 
 class SortedLinear(nn.Module):
@@ -191,7 +195,10 @@ class SortedLinear(nn.Module):
         return restore(result, plan)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, layer="
+            f"{self.layer}, takes rows sorted by expert, so no adapter (leave it to PEFT's exclude_modules)"
+        )
 
 
 def gather(tokens: Tensor, plan: Plan) -> Tensor:

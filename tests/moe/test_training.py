@@ -127,6 +127,25 @@ def test_adapters_around_attention_and_experts(tiny_model: SentenceTransformer, 
     np.testing.assert_allclose(model.encode(TEXTS), before, atol=1e-6)
 
 
+def test_an_adapter_around_a_mixtures_layer_is_refused_with_what_works(tiny_model_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+
+    def adapted(**config: object) -> float:
+        """How far an adapter moves the embeddings of a fresh mixture."""
+        model = st_clp.upcycle(SentenceTransformer(str(tiny_model_path), device="cpu"))
+        before = model.encode(TEXTS)
+        model.add_adapter(peft.LoraConfig(r=2, init_lora_weights=False, **config))
+        return float(np.abs(model.encode(TEXTS) - before).max())
+
+    with pytest.raises(ValueError, match=r"ExpertLinear[^\0]*experts\\.\\d\+[^\0]*exclude_modules"):
+        adapted(target_modules=["dense"])
+    with pytest.raises(ValueError, match=r"SortedLinear[^\0]*exclude_modules"):
+        adapted(target_modules=["output.dense"])
+    mixture = r".*layer\.\d+\.(intermediate|output)\.dense"
+    assert adapted(target_modules=["dense"], exclude_modules=mixture) > 1e-4
+    assert adapted(target_modules=r".*experts\.\d+") > 1e-4
+
+
 def test_a_wrapped_down_projection_gets_rows_in_token_order(tiny_model: SentenceTransformer) -> None:
     model = st_clp.upcycle(tiny_model)
     before = model.encode(TEXTS)
