@@ -228,7 +228,8 @@ from evaluators import CollectionEvaluator
 from st_clp import Collection
 from st_clp.data import Corpus, Document
 from st_clp.encoding.building import Builder
-from st_clp.encoding.shards import ShardFiles, start, text_key, write_manifest
+from st_clp.encoding.records import write_manifest
+from st_clp.encoding.shards import ShardFiles, start, text_key
 import faiss, pytrec_eval
 
 folder, rows, do = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
@@ -259,7 +260,7 @@ if do == "write":
     manifest = Builder(model, corpus, "document", "bfloat16", None, False)._manifest()
     generator = np.random.default_rng(0)
     start(folder, manifest)
-    files = ShardFiles(folder, manifest["dim"], manifest["dtype"])
+    files = ShardFiles(folder, manifest)
     for begin in range(0, rows, WINDOW):
         documents = [Document(f"d{n}", f"document {n}") for n in range(begin, min(begin + WINDOW, rows))]
         vectors = generator.standard_normal((len(documents), manifest["dim"]), dtype=np.float32)

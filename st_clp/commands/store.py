@@ -33,6 +33,9 @@ def ls(
         manifest = info.manifest
         state = "" if info.finished else ", unfinished"
         console.print(f"[bold]{escape(str(info.path))}[/bold]")
+        if manifest is None:
+            console.print(f"  [red]damaged[/red]: its manifest cannot be read, {_megabytes(info.bytes_on_disk)}")
+            continue
         console.print(
             f"  {info.documents:,} {'' if manifest['task'] == 'query' else 'documents '}of "
             f"{escape(manifest['corpus'])}, {manifest['dim']} × {manifest['dtype']}, model {manifest['model'][:8]}, "
@@ -59,6 +62,10 @@ def verify(folders: Folders) -> None:
             console.print(f"  rows {first:,} to {first + rows - 1:,} do not match their checksum")
         if found.missing:
             console.print(f"  {found.missing:,} documents are missing")
+        if found.unnamed:
+            console.print(f"  {found.unnamed:,} documents more than its manifest names")
+        if found.wrong:
+            console.print(f"  {escape(found.wrong)}")
     if not whole:
         console.print("What is damaged is found and encoded anew when the store is used next.")
         raise typer.Exit(1)

@@ -20,17 +20,15 @@ from st_clp.data import CollectionError, Corpus, Document
 from st_clp.encoding.encode import Encoder, embedding_dimension, window_size
 from st_clp.encoding.fingerprint import model_fingerprint
 from st_clp.encoding.inspection import verify
+from st_clp.encoding.records import ENCODING, FORMAT, LOCK, read_shards, usable_manifest, write_manifest
 from st_clp.encoding.shards import (
-    LOCK,
     KnownEmbeddings,
     ShardFiles,
     foreign_files,
-    read_manifest,
-    read_shards,
     remove_files,
+    seal_shards,
     start,
     text_key,
-    write_manifest,
 )
 from st_clp.encoding.working_model import ComputeDtype, Task, resolve_dtype
 
@@ -40,7 +38,6 @@ LARGEST = {"float16": 65_504.0, "float32": float(np.finfo(np.float32).max)}
 # What the names of the folders beside a store end in: the one that is being built, the one that it is to replace, and
 # what was begun of another collection before it.
 UNFINISHED, REPLACED, BEGUN = ".partial", ".replaced", ".begun"
-ENCODING = ("model", "task", "computed_in", "dtype", "dim")  # what must agree for an embedding to be used again
 
 
 class Builder:
@@ -99,6 +96,7 @@ class Builder:
         """
         manifest = self._manifest()
         if _is_whole(folder, manifest):
+            self._seal_if_need_be(folder)
             return
         _require_own(folder)
         try:
@@ -113,9 +111,19 @@ class Builder:
             # A write that fails does not say where.
             raise OSError(error.errno, error.strerror, str(folder)) from error
 
+    def _seal_if_need_be(self, folder: Path) -> None:
+        """Bring a whole store of version 0.1.0 into today's format, where it may be written to."""
+        found = usable_manifest(folder)
+        if found is None or found["format"] == FORMAT:
+            return
+        with contextlib.suppress(OSError), _alone(folder):
+            if (found := usable_manifest(folder)) is not None and found["format"] != FORMAT:
+                seal_shards(folder, found)
+                logger.info("%s was of version 0.1.0: its shards now say which model they are of", folder)
+
     def _make(self, folder: Path, manifest: dict[str, Any]) -> None:
         beside, replaced, begun = _beside(folder), *(_named(folder, ending) for ending in (REPLACED, BEGUN))
-        found = read_manifest(beside)
+        found = usable_manifest(beside)
         if found is not None and not _agree(found, manifest):
             # The beginning of another store. The texts that they share need not be encoded again.
             remove_files(begun)
@@ -134,11 +142,11 @@ class Builder:
         """What of these folders can be used again."""
         of_use = []
         for folder in folders:
-            found = read_manifest(folder)
+            found = usable_manifest(folder)
             if found is None:
                 continue
             if all(found.get(name) == manifest[name] for name in ENCODING):
-                of_use.append(ShardFiles(folder, manifest["dim"], manifest["dtype"]))
+                of_use.append(ShardFiles(folder, found))
             else:
                 logger.info("%s is of another model or task; encoding anew", folder)
         if not of_use:
@@ -163,17 +171,20 @@ class Builder:
         manifest = self._manifest()
         most = 0
         for place in (folder, _beside(folder), _named(folder, BEGUN)):
-            found = read_manifest(place)
+            found = usable_manifest(place)
             if found is not None and all(found.get(name) == manifest[name] for name in ENCODING):
                 most = max(most, sum(shard.rows for shard in read_shards(place)))
         return most
 
     def _finish(self, folder: Path, manifest: dict[str, Any], known: KnownEmbeddings | None) -> None:
         """Encode what is not in ``folder`` yet, which may hold the beginning of this store."""
-        if read_manifest(folder) is None:
+        begun = usable_manifest(folder)
+        if begun is None:
             remove_files(folder)
             start(folder, manifest)
-        files = ShardFiles(folder, manifest["dim"], manifest["dtype"])
+        elif begun["format"] != FORMAT:
+            seal_shards(folder, begun)
+        files = ShardFiles(folder, manifest)
         stream = iter(self._corpus)
         with self._progress() as progress:
             first = self._skip_finished(files, stream, progress)
@@ -303,7 +314,7 @@ def _agree(found: dict[str, Any], manifest: dict[str, Any]) -> bool:
 
 def _is_whole(folder: Path, manifest: dict[str, Any]) -> bool:
     """Whether this is the finished store of this manifest, and every byte of it right."""
-    found = read_manifest(folder)
+    found = usable_manifest(folder)
     if found is None or "documents" not in found or not _agree(found, manifest):
         return False
     return verify(folder).whole

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from st_clp.encoding.shards import LOCK, MANIFEST, ShardFiles, read_manifest, read_shards, remove_files
+from st_clp.encoding.records import LOCK, MANIFEST, StoreError, read_manifest, read_shards
+from st_clp.encoding.shards import ShardFiles, foreign_files, remove_files
 
 
 @dataclass(frozen=True)
@@ -17,14 +18,14 @@ class StoreInfo:
 
     Attributes:
         path: The folder.
-        manifest: What its embeddings are of.
+        manifest: What its embeddings are of; None where that cannot be read.
         documents: How many texts it holds.
         finished: Whether all of the corpus is in it.
         bytes_on_disk: What the folder takes.
     """
 
     path: Path
-    manifest: dict[str, Any]
+    manifest: dict[str, Any] | None
     documents: int
     finished: bool
     bytes_on_disk: int
@@ -39,28 +40,36 @@ class Verification:
         documents: How many texts are recorded.
         damaged: Of each shard that does not match its checksum, the first row and the number of rows.
         missing: How many texts the manifest names that no shard holds.
+        unnamed: How many texts the shards hold beside those that the manifest names.
+        wrong: What cannot be read of the manifest; empty where it can.
     """
 
     path: Path
     documents: int
     damaged: list[tuple[int, int]]
     missing: int
+    unnamed: int = 0
+    wrong: str = ""
 
     @property
     def whole(self) -> bool:
         """Whether everything is there and right."""
-        return not self.damaged and not self.missing
+        return not (self.damaged or self.missing or self.unnamed or self.wrong)
 
 
 def find_stores(root: str | os.PathLike[str]) -> Iterator[StoreInfo]:
     """Yield the stores in a folder and below it, finished or not, by path."""
     for folder in sorted(path.parent for path in Path(root).rglob(MANIFEST)):
-        manifest = read_manifest(folder)
-        if manifest is None:
+        manifest: dict[str, Any] | None = None
+        try:
+            if (manifest := read_manifest(folder)) is None:
+                continue
+        except StoreError:
+            if not foreign_files(folder):
+                yield StoreInfo(folder, None, sum(s.rows for s in read_shards(folder)), True, _size(folder))
             continue
         documents = sum(shard.rows for shard in read_shards(folder))
-        size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-        yield StoreInfo(folder, manifest, documents, "documents" in manifest, size)
+        yield StoreInfo(folder, manifest, documents, "documents" in manifest, _size(folder))
 
 
 def verify(folder: str | os.PathLike[str]) -> Verification:
@@ -70,16 +79,20 @@ def verify(folder: str | os.PathLike[str]) -> Verification:
         FileNotFoundError: There is no store in the folder.
     """
     path = Path(folder)
-    manifest = read_manifest(path)
+    try:
+        manifest = read_manifest(path)
+    except StoreError as error:
+        return Verification(path, 0, [], 0, wrong=str(error))
     if manifest is None:
         raise FileNotFoundError(f"{path} holds no embedding store")
     damaged: list[tuple[int, int]] = []
     begin = 0
-    for shard, _, _, _, right in ShardFiles(path, manifest["dim"], manifest["dtype"]).read():
+    for shard, _, _, _, right in ShardFiles(path, manifest).read():
         if not right:
             damaged.append((begin, shard.rows))
         begin += shard.rows
-    return Verification(path, begin, damaged, max(0, manifest.get("documents", begin) - begin))
+    named = manifest.get("documents", begin)
+    return Verification(path, begin, damaged, max(0, named - begin), max(0, begin - named))
 
 
 def remove(folder: str | os.PathLike[str]) -> int:
@@ -89,9 +102,13 @@ def remove(folder: str | os.PathLike[str]) -> int:
         FileNotFoundError: There is no store in the folder, so nothing is removed.
     """
     path = Path(folder)
-    if read_manifest(path) is None:
+    if path not in [info.path for info in find_stores(path)]:
         raise FileNotFoundError(f"{path} holds no embedding store; nothing was removed")
-    size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+    size = _size(path)
     remove_files(path)
     path.with_name(path.name + LOCK).unlink(missing_ok=True)
     return size - sum(file.stat().st_size for file in path.glob("*") if file.is_file())
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())

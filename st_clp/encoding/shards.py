@@ -9,7 +9,8 @@ A folder holds four files that only grow, and a manifest:
     manifest.json    what the embeddings are of
 
 A shard counts once its line is in ``shards.jsonl``; what lies behind the last one is cut off when a stopped run goes
-on.
+on. Its checksum covers what the embeddings are of as well (model, task, precision, width), so that a shard of another
+model's is damage like any other. Version 0.1.0 wrote format 2, whose checksums do not; see :func:`seal_shards`.
 """
 
 from __future__ import annotations
@@ -20,28 +21,32 @@ import io
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 from st_clp.encoding.ids import FileIds
+from st_clp.encoding.records import (
+    EMBEDDINGS,
+    ENCODING,
+    FORMAT,
+    IDS,
+    KEYS,
+    MANIFEST,
+    REMEDY,
+    SHARDS,
+    UNSEALED_FORMAT,
+    Shard,
+    StoreError,
+    read_shards,
+    record_line,
+    write_manifest,
+)
+from st_clp.files import UNFINISHED, whole_file
 
-MANIFEST, EMBEDDINGS, IDS, KEYS, SHARDS = "manifest.json", "embeddings.bin", "ids.jsonl", "keys.bin", "shards.jsonl"
-LOCK = ".lock"  # what the name of the file beside a store ends in that is locked while it is made
-FORMAT = 2
 KEY_BYTES = 16
 HELD_IDS = 1_000_000  # as Python strings, some 70 bytes each; more are read from the file as they are needed
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A run of rows: how many, how long their ids are in bytes, and a checksum over ids, keys and embeddings."""
-
-    rows: int
-    id_bytes: int
-    checksum: str
 
 
 def text_key(text: str) -> bytes:
@@ -49,52 +54,21 @@ def text_key(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=KEY_BYTES).digest()
 
 
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write a manifest so that it appears whole or not at all."""
-    beside = folder / f"{MANIFEST}.{os.getpid()}.partial"
-    beside.write_text(json.dumps({"format": FORMAT, **manifest}, indent=1, ensure_ascii=False), encoding="utf-8")
-    beside.replace(folder / MANIFEST)
-
-
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest in a folder; None where there is none or it cannot be read."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return manifest if isinstance(manifest, dict) and manifest.get("format") == FORMAT else None
-
-
-def read_shards(folder: Path) -> list[Shard]:
-    """The shards that are recorded, up to the first line that cannot be read."""
-    found: list[Shard] = []
-    try:
-        lines = (folder / SHARDS).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return found
-    for line in lines:
-        try:
-            values = json.loads(line)
-            found.append(Shard(int(values["rows"]), int(values["id_bytes"]), str(values["checksum"])))
-        except (ValueError, KeyError, TypeError):
-            break
-    return found
-
-
 class ShardFiles:
     """The files of a folder, open for reading shard by shard or for adding shards.
 
     Args:
         folder: Where they are.
-        dim: The width of the embeddings.
-        dtype: ``"float16"`` or ``"float32"``.
+        manifest: What they are of. Of one in the format that sealed nothing, shards without a seal are right too.
     """
 
-    def __init__(self, folder: Path, dim: int, dtype: str) -> None:
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder = folder
-        self.dim = dim
-        self.dtype = np.dtype(dtype).newbyteorder("<")
-        self._row_bytes = dim * self.dtype.itemsize
+        self.dim: int = manifest["dim"]
+        self.dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
+        self._row_bytes = self.dim * self.dtype.itemsize
+        self._seal = json.dumps([manifest[name] for name in ENCODING]).encode()
+        self._all_sealed = manifest.get("format", FORMAT) != UNSEALED_FORMAT
 
     def read(self) -> Iterator[tuple[Shard, list[str], np.ndarray, np.ndarray, bool]]:
         """Yield (shard, ids, keys (rows, 16), embeddings (rows, dim), whether the checksum is right) in order.
@@ -103,18 +77,31 @@ class ShardFiles:
         """
         with self._open(IDS) as ids, self._open(KEYS) as keys, self._open(EMBEDDINGS) as embeddings:
             for shard in read_shards(self.folder):
-                parts = ids.read(shard.id_bytes), keys.read(shard.rows * KEY_BYTES)
-                matrix = embeddings.read(shard.rows * self._row_bytes)
-                if _checksum(*parts, matrix) != shard.checksum:
+                sizes = shard.id_bytes, shard.rows * KEY_BYTES, shard.rows * self._row_bytes
+                files = ids, keys, embeddings
+                left = [_left(file) for file in files]
+                if any(size > number for size, number in zip(sizes, left, strict=True)):
+                    # not read, nor room made for a number of rows that nothing can hold
+                    for file, size, number in zip(files, sizes, left, strict=True):
+                        file.seek(min(size, number), io.SEEK_CUR)
+                    yield shard, [], _no_keys(), np.zeros((0, self.dim), self.dtype), False
+                    continue
+                parts = [file.read(size) for file, size in zip(files, sizes, strict=True)]
+                if not self._is_right(shard, *parts):
                     yield shard, [], _no_keys(), np.zeros((0, self.dim), self.dtype), False
                     continue
                 yield (
                     shard,
                     [json.loads(line) for line in parts[0].splitlines()],
                     np.frombuffer(parts[1], dtype=np.uint8).reshape(-1, KEY_BYTES),
-                    np.frombuffer(matrix, dtype=self.dtype).reshape(-1, self.dim),
+                    np.frombuffer(parts[2], dtype=self.dtype).reshape(-1, self.dim),
                     True,
                 )
+
+    def _is_right(self, shard: Shard, *parts: bytes) -> bool:
+        if shard.sealed:
+            return shard.checksum == _checksum(self._seal, *parts)
+        return not self._all_sealed and shard.checksum == _checksum(*parts)
 
     def _open(self, name: str) -> IO[bytes]:
         try:
@@ -140,12 +127,29 @@ class ShardFiles:
             IDS: sum(shard.id_bytes for shard in kept),
             KEYS: rows * KEY_BYTES,
             EMBEDDINGS: rows * self._row_bytes,
-            SHARDS: sum(len(_line(shard)) for shard in kept),
         }
         # The record first: a shard that is recorded is always there.
-        for name in (SHARDS, IDS, KEYS, EMBEDDINGS):
+        self._record(kept)
+        for name, size in sizes.items():
             with open(self.folder / name, "ab") as file:
-                file.truncate(sizes[name])
+                file.truncate(size)
+
+    def _record(self, shards: Sequence[Shard]) -> None:
+        with whole_file(self.folder / SHARDS, "wb") as file:
+            file.writelines(map(record_line, shards))
+            _to_disk(file)
+
+    def seal(self) -> None:
+        """Give every shard that is right a checksum that covers what the embeddings are of as well."""
+        self._record(
+            [
+                Shard(shard.rows, shard.id_bytes, self._checksum_of(ids, keys, embeddings)) if right else shard
+                for shard, ids, keys, embeddings, right in self.read()
+            ]
+        )
+
+    def _checksum_of(self, ids: Sequence[str], keys: np.ndarray, embeddings: np.ndarray) -> str:
+        return _checksum(self._seal, _id_lines(ids), keys.tobytes(), embeddings.tobytes())
 
     def add(self, ids: Sequence[str], keys: Sequence[bytes], embeddings: np.ndarray) -> None:
         """Add a shard; it counts once everything is on the disk.
@@ -153,16 +157,16 @@ class ShardFiles:
         Raises:
             OSError: The disk is full or cannot be written; the shards before are as they were.
         """
-        id_part = b"".join(json.dumps(identifier).encode("ascii") + b"\n" for identifier in ids)
+        id_part = _id_lines(ids)
         key_part = b"".join(keys)
         matrix = np.ascontiguousarray(embeddings, dtype=self.dtype).tobytes()
         for name, part in ((IDS, id_part), (KEYS, key_part), (EMBEDDINGS, matrix)):
             with open(self.folder / name, "ab") as file:
                 file.write(part)
                 _to_disk(file)
-        shard = Shard(len(ids), len(id_part), _checksum(id_part, key_part, matrix))
+        shard = Shard(len(ids), len(id_part), _checksum(self._seal, id_part, key_part, matrix))
         with open(self.folder / SHARDS, "ab") as file:
-            file.write(_line(shard))
+            file.write(record_line(shard))
             _to_disk(file)
 
 
@@ -251,8 +255,8 @@ def remove_files(folder: Path) -> None:
 
 
 def _is_own(name: str) -> bool:
-    unfinished_manifest = name.startswith(f"{MANIFEST}.") and name.endswith(".partial")
-    return name in (MANIFEST, EMBEDDINGS, IDS, KEYS, SHARDS) or unfinished_manifest
+    unfinished = name.startswith((f"{MANIFEST}.", f"{SHARDS}.")) and name.endswith(UNFINISHED)
+    return name in (MANIFEST, EMBEDDINGS, IDS, KEYS, SHARDS) or unfinished
 
 
 def start(folder: Path, manifest: dict[str, Any]) -> None:
@@ -263,14 +267,46 @@ def start(folder: Path, manifest: dict[str, Any]) -> None:
     write_manifest(folder, manifest)
 
 
+def seal_shards(folder: Path, manifest: dict[str, Any]) -> None:
+    """Bring a store of version 0.1.0, whose shards did not say what they are of, into today's format.
+
+    Stopped between the two writes it is still of the old format, in which shards of both kinds are right.
+    """
+    ShardFiles(folder, manifest).seal()
+    write_manifest(folder, {name: value for name, value in manifest.items() if name != "format"})
+
+
 def read_ids(folder: Path) -> Sequence[str]:
-    """All ids of the recorded shards, in order."""
-    ids = FileIds(folder / IDS, sum(shard.rows for shard in read_shards(folder)))
-    return ids if len(ids) > HELD_IDS else list(ids)
+    """All ids of the recorded shards, in order.
+
+    Raises:
+        StoreError: The file of the ids holds something else, or fewer.
+    """
+    rows = sum(shard.rows for shard in read_shards(folder))
+    ids = FileIds(folder / IDS, rows)
+    if len(ids) != rows:
+        raise StoreError(f"{folder / IDS} holds {len(ids):,} ids and not the {rows:,} that are recorded; {REMEDY}")
+    if len(ids) > HELD_IDS:
+        return ids
+    try:
+        found = list(ids)
+    except (ValueError, RecursionError):
+        found = []
+    if len(found) != rows or not all(isinstance(identifier, str) for identifier in found):
+        raise StoreError(f"{folder / IDS} holds lines that are no ids in JSON; {REMEDY}")
+    return found
 
 
-def _line(shard: Shard) -> bytes:
-    return json.dumps(asdict(shard)).encode() + b"\n"
+def _id_lines(ids: Sequence[str]) -> bytes:
+    return b"".join(json.dumps(identifier).encode("ascii") + b"\n" for identifier in ids)
+
+
+def _left(file: IO[bytes]) -> int:
+    """How many bytes lie ahead in a file."""
+    here = file.tell()
+    end = file.seek(0, io.SEEK_END)
+    file.seek(here)
+    return end - here
 
 
 def _checksum(*parts: bytes) -> str:

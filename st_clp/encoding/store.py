@@ -13,7 +13,8 @@ from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
 from st_clp.data import Collection, Corpus
-from st_clp.encoding.shards import ShardFiles, read_ids, read_manifest
+from st_clp.encoding.records import REMEDY, StoreError, read_manifest
+from st_clp.encoding.shards import ShardFiles, read_ids
 from st_clp.encoding.working_model import ComputeDtype, Task
 
 SHARD_ROWS = 65_536  # read together when searching
@@ -128,9 +129,16 @@ class EmbeddingStore:
 
         Raises:
             FileNotFoundError: There is no finished store in the folder.
+            StoreError: Its files are damaged, or hold more or fewer rows than are recorded.
         """
         folder = Path(path)
         manifest = read_manifest(folder)
-        if manifest is None:
+        if manifest is None or "documents" not in manifest:
             raise FileNotFoundError(f"{folder} holds no finished embedding store; build it with EmbeddingStore.build")
-        return cls(read_ids(folder), ShardFiles(folder, manifest["dim"], manifest["dtype"]).rows())
+        ids, embeddings = read_ids(folder), ShardFiles(folder, manifest).rows()
+        if not len(ids) == len(embeddings) == manifest["documents"]:
+            raise StoreError(
+                f"{folder} is damaged: its manifest names {manifest['documents']:,} documents, and there are "
+                f"{len(ids):,} ids and {len(embeddings):,} embeddings; {REMEDY}"
+            )
+        return cls(ids, embeddings)

@@ -15,6 +15,7 @@ from st_clp import Collection
 from st_clp.cli import app
 from st_clp.encoding import EmbeddingStore, building, shards
 from st_clp.encoding.ids import FileIds
+from st_clp.encoding.records import StoreError
 
 
 @pytest.fixture
@@ -120,3 +121,81 @@ def test_a_store_with_many_ids_reads_them_from_the_file(folder: Path, monkeypatc
     assert list(read.ids) == held.ids
     assert read.positions({"d3", "d9", "x"}) == {"d3": 3, "d9": 9}
     assert [ids for ids, _ in read.shards(4)] == [ids for ids, _ in held.shards(4)]
+
+
+def change_manifest(store: Path, **fields: object) -> None:
+    file = store / "manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+@pytest.mark.parametrize(
+    ("documents", "message"), [(9000, "8,990 documents are missing"), (9, "1 documents more than")]
+)
+def test_a_manifest_of_more_or_fewer_documents_is_not_whole(folder: Path, documents: int, message: str) -> None:
+    change_manifest(folder / "first", documents=documents)
+    code, output = invoke("verify", str(folder / "first"))
+    assert code == 1
+    assert message in output
+    with pytest.raises(StoreError, match=rf"names {documents:,} documents, and there are 10 ids and 10 embeddings"):
+        EmbeddingStore.open(folder / "first")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"dim": -1},
+        {"dim": 10**12},
+        {"dim": "32"},
+        {"dtype": "pickle"},
+        {"dtype": None},
+        {"documents": -5},
+        {"documents": True},
+        {"model": 7},
+        {"corpus": ["a"]},
+        {"task": "[" * 100},
+    ],
+)
+def test_a_manifest_that_says_what_cannot_be_is_refused_by_name(
+    folder: Path, fields: dict[str, object], tiny_model: SentenceTransformer
+) -> None:
+    change_manifest(folder / "first", **fields)
+    if "task" in fields:
+        (folder / "first" / "manifest.json").write_text('{"format": 3, "task": ' + "[" * 100_000)
+    with pytest.raises(StoreError, match=r"manifest\.json.*st-clp store rm"):
+        EmbeddingStore.open(folder / "first")
+    assert "first damaged: its manifest cannot be read" in invoke("ls", str(folder))[1]
+    code, output = invoke("verify", str(folder))
+    assert code == 1
+    assert "first: 0 documents, damaged" in output
+    assert "second: 10 documents, whole" in output
+    assert invoke("rm", "--yes", str(folder / "first"))[0] == 0
+    assert not (folder / "first").exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"rows": -5},
+        {"rows": 10**12},
+        {"rows": 2**70, "id_bytes": 2**70},
+        {"rows": "4"},
+        {"id_bytes": -1},
+        {"id_bytes": 10**12},
+        {"sealed": 5},
+        "[" * 100_000,
+        "\\xff",
+    ],
+)
+def test_a_record_that_says_what_cannot_be_is_damage(
+    folder: Path, line: dict[str, object] | str, tiny_model: SentenceTransformer
+) -> None:
+    file = folder / "first" / "shards.jsonl"
+    lines = file.read_text().splitlines()
+    lines[1] = line if isinstance(line, str) else json.dumps({**json.loads(lines[1]), **line})
+    file.write_text("\n".join(lines) + "\n")
+    code, output = invoke("verify", str(folder / "first"))
+    assert code == 1
+    assert "damaged" in output
+    if line != {"id_bytes": 10**12}:  # opening looks at numbers of rows, not at checksums
+        with pytest.raises(StoreError, match="st-clp store rm"):
+            EmbeddingStore.open(folder / "first")

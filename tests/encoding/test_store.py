@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ir_datasets
 import numpy as np
@@ -145,6 +147,69 @@ def test_damage_is_found_and_only_the_damaged_shard_is_made_again(
         assert len(encoded) == 4  # one shard of three
     assert {file: (tmp_path / "store" / file).read_bytes() for file in FILES} == whole
     assert builds(collection) == []
+
+
+def test_shards_of_another_model_are_damage_however_right_their_own_checksums(
+    builds: Builds, make_tiny_model: Callable[..., SentenceTransformer], tmp_path: Path, caplog: Any
+) -> None:
+    collection = make_collection(12)
+    builds(collection)
+    own = builds.store.rows(range(12))
+    other = EmbeddingStore.build(make_tiny_model(seed=1), collection, tmp_path / "other", show_progress_bar=False)
+    assert np.abs(other.rows(range(12)) - own).max() > 0.1
+    for name in FILES:
+        if name != "manifest.json":
+            shutil.copy(tmp_path / "other" / name, tmp_path / "store" / name)
+    assert len(builds(collection)) == 12
+    assert "damaged" in caplog.text
+    np.testing.assert_array_equal(builds.store.rows(range(12)), own)
+
+
+@pytest.mark.parametrize("state", ["whole", "unfinished", "stopped while it was brought into today's format"])
+def test_a_store_of_version_0_1_0_is_taken_over_with_all_that_it_holds(
+    builds: Builds, tmp_path: Path, state: str
+) -> None:
+    collection, store = make_collection(12), tmp_path / "store"
+    builds(collection)
+    today = {name: (store / name).read_bytes() for name in FILES}
+    as_version_0_1_0_wrote_it(store, sealed=1 if state.startswith("stopped") else 0)
+    if state == "unfinished":
+        manifest = json.loads((store / "manifest.json").read_text())
+        del manifest["documents"]
+        (store / "manifest.json").write_text(json.dumps(manifest))
+        lines = (store / "shards.jsonl").read_text().splitlines(keepends=True)
+        (store / "shards.jsonl").write_text("".join(lines[:2]))
+        store.rename(tmp_path / "store.partial")
+    assert len(builds(collection)) == (4 if state == "unfinished" else 0)
+    assert {name: (store / name).read_bytes() for name in FILES} == today
+
+
+def as_version_0_1_0_wrote_it(store: Path, sealed: int = 0) -> None:
+    """Bring a store into format 2; ``sealed`` of its shards stay as they are."""
+    manifest = json.loads((store / "manifest.json").read_text())
+    lines = []
+    shards_there = list(shards.ShardFiles(store, manifest).read())
+    for number, (shard, ids, keys, embeddings, right) in enumerate(shards_there):
+        assert right
+        digest = hashlib.blake2b(digest_size=16)
+        for part in (b"".join(json.dumps(i).encode() + b"\n" for i in ids), keys.tobytes(), embeddings.tobytes()):
+            digest.update(len(part).to_bytes(8, "little") + part)
+        kind, checksum = ("sealed", shard.checksum) if number < sealed else ("checksum", digest.hexdigest())
+        lines.append(json.dumps({"rows": shard.rows, "id_bytes": shard.id_bytes, kind: checksum}) + "\n")
+    (store / "shards.jsonl").write_text("".join(lines))
+    (store / "manifest.json").write_text(json.dumps({**manifest, "format": 2}, indent=1, ensure_ascii=False))
+
+
+def test_a_store_whose_manifest_is_broken_is_made_anew(builds: Builds, tmp_path: Path, caplog: Any) -> None:
+    collection = make_collection(12)
+    builds(collection)
+    today = {name: (tmp_path / "store" / name).read_bytes() for name in FILES}
+    for broken in ('{"format": 3, "dim": -1}', '{"format": 3', "[]", '{"format": 3, "a": ' + "[" * 100_000):
+        (tmp_path / "store" / "manifest.json").write_text(broken)
+        caplog.clear()
+        builds(collection)
+        assert "it is encoded anew" in caplog.text
+        assert {name: (tmp_path / "store" / name).read_bytes() for name in FILES} == today
 
 
 def test_a_stopped_build_goes_on_with_the_unfinished_shard(
