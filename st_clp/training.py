@@ -19,7 +19,7 @@ from sentence_transformers import (
 from sentence_transformers.base.modules import Dense, Router
 from sentence_transformers.sentence_transformer.modules import BoW
 from torch import nn
-from transformers import ProgressCallback
+from transformers import ProgressCallback, TrainerCallback
 
 from st_clp.encoding import hardware_has_bf16
 from st_clp.losses import CachedCLPLoss, CLPLoss
@@ -140,6 +140,7 @@ def make_trainer(
         loss=make_loss(model, settings),
         callbacks=[refresh] if refresh is not None else None,
     )
+    trainer.add_callback(LossesBeforeResuming)
     if refresh is not None:
         refresh.log = trainer.log
     if trainer.pop_callback(ProgressCallback) is not None:
@@ -201,6 +202,18 @@ class LossInProgressBar(ProgressCallback):
         """Show the latest loss."""
         if self.training_bar is not None and logs and "loss" in logs:
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+
+class LossesBeforeResuming(TrainerCallback):
+    """Gives the model card the losses that were logged before a run was stopped: its own callback saw none of them."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Take them from the checkpoint's state."""
+        model.model_card_data.training_logs = [
+            {"Epoch": entry["epoch"], "Step": entry["step"], "Training Loss": entry["loss"]}
+            for entry in state.log_history
+            if "loss" in entry
+        ]
 
 
 def make_arguments(

@@ -164,6 +164,9 @@ def test_stopped_anywhere_and_resumed_gives_the_undisturbed_result(
     np.testing.assert_array_equal(st_clp.load(str(output)).encode(TEXTS), st_clp.load(str(finished[0])).encode(TEXTS))
     if stage == "train":
         assert "going on from checkpoint-" in result.output
+        cards = [(folder / "README.md").read_text() for folder in (output, finished[0])]
+        logs = [card.partition("### Training Logs")[2].partition("### Training Time")[0] for card in cards]
+        assert logs[0] == logs[1] != ""
 
 
 def test_a_full_disk_is_said_and_the_run_resumes(

@@ -85,6 +85,7 @@ def train(
     resume: bool | str = False,
     arguments: dict[str, Any] | None = None,
     close: bool = True,
+    reported: bool = False,
     **refresh: Any,
 ) -> Trained:
     """Train, with 4 rows in a batch, for 3 epochs of 4 steps and more where there are more collections."""
@@ -160,6 +161,8 @@ def train(
         loss=Recording(model, scale=20, queries_per_negative=mining.queries_per_negative),
         callbacks=callbacks,
     )
+    if ance is not None and reported:
+        ance.log = trainer.log
     try:
         trainer.train(resume_from_checkpoint=resume or None)
     finally:

@@ -271,6 +271,13 @@ def test_another_process_gets_the_same_model_from_its_trained_weights_alone(
     assert not written & {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
 
 
+def test_every_step_is_logged_those_after_which_negatives_are_refreshed_too(
+    tiny_model: SentenceTransformer, tmp_path: Path, refresh_run: ModuleType
+) -> None:
+    done = refresh_run.train(tiny_model, tmp_path, every=3, arguments={"logging_steps": 1}, reported=True)
+    assert [entry["step"] for entry in done.trainer.state.log_history if "loss" in entry] == list(range(1, 13))
+
+
 def test_the_account_goes_to_the_log_and_into_a_picture(
     tiny_model: SentenceTransformer, tmp_path: Path, refresh_run: ModuleType
 ) -> None:

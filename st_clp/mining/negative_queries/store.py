@@ -258,14 +258,15 @@ class QueryStore:
                     self._beat()
 
     def close(self) -> None:
-        """Let go of everything and close the file."""
+        """Let go of everything, of what killed processes have left too, and close the file."""
         with self._lock:
             if self._closed.is_set():
                 return
             self._closed.set()
             with self._transaction() as database:
-                database.execute("DELETE FROM claims WHERE owner = ?", (self.owner,))
                 database.execute("DELETE FROM owners WHERE owner = ?", (self.owner,))
+                self._bury(database)
+                database.execute("DELETE FROM claims WHERE owner NOT IN (SELECT owner FROM owners)")
             self._database.close()
 
     def __enter__(self) -> QueryStore:

@@ -186,10 +186,14 @@ class AnceCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Use a refresh that is due, and begin one."""
         step = state.global_step
+        to_be_logged = control.should_log
         self._running.use_what_is_due(step)
         between = self._steps_between(state)
         if between is not None:
             self._running.begin(step, step + (between if self._lag is None else self._lag), state.max_steps)
+        # The account of a refresh that is logged counts as this step's log: its loss would be left out, and averaged
+        # into the next one's, which a run that is resumed here does not know.
+        control.should_log = to_be_logged
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Remove negatives that neither this run nor any checkpoint needs."""

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -59,6 +60,20 @@ def test_a_document_is_worked_on_by_one_and_taken_over_from_the_dead(
         one._closed.set()  # as if it had been killed: nothing beats any more, nothing is released
         time.sleep(0.8)
         assert two.claim(key)
+
+
+def test_what_a_killed_process_has_claimed_does_not_outlast_the_next_that_closes_the_file(tmp_path: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        QueryStore(tmp_path / "q.sqlite").claim(Key.of("m", "p", "a"))
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    with QueryStore(tmp_path / "q.sqlite") as living, QueryStore(tmp_path / "q.sqlite") as passing:
+        assert living.claim(Key.of("m", "p", "b"))
+        passing.close()
+        database = sqlite3.connect(tmp_path / "q.sqlite")
+        for table in ("claims", "owners"):
+            assert database.execute(f"SELECT owner FROM {table}").fetchall() == [(living.owner,)]
 
 
 def test_two_in_one_process_at_once_pay_once_for_each_document(endpoint: Endpoint, tmp_path: Path) -> None:
