@@ -129,7 +129,7 @@ def stops() -> dict[str, Callable[[pytest.MonkeyPatch, BaseException], Stop]]:
     from sentence_transformers import SentenceTransformerTrainer
 
     return {
-        "evaluate-before": lambda m, e: Stop(m, SentenceTransformer, "preprocess", e),
+        "evaluate-before": lambda m, e: Stop(m, recipe.CollectionEvaluator, "evaluate_in", e),
         "mine": lambda m, e: Stop(m, recipe, "write_rows", e),
         "train": lambda m, e: Stop(m, SentenceTransformerTrainer, "training_step", e, skip=20),
         "evaluate-after": lambda m, e: Stop(m, recipe, "load", e),
