@@ -120,13 +120,15 @@ def expert_usage(
         show_progress_bar: As for ``model.encode``.
 
     Raises:
-        ValueError: If the model has no mixture of experts, or ``by`` is not as long as ``texts``.
+        ValueError: If the model has no mixture of experts, ``texts`` is empty, or ``by`` is not as long as ``texts``.
     """
     routed = _routed(model)
     if by is not None and (texts is None or len(by) != len(texts)):
         raise ValueError(f"by needs a name for each text: {len(by)} names for {len(texts or [])} texts.")
     if texts is None:
         return ExpertUsage([_layer_usage(layer, _router(layer).balance.used, None, {}) for layer in routed])
+    if not texts:
+        raise ValueError("texts is empty: give at least one text to embed, or None for the passes so far.")
     names = ["all texts"] * len(texts) if by is None else [str(name) for name in by]
     counts: dict[str, list[list[int]]] = {}
     with _measuring(routed) as entropies:

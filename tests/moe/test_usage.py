@@ -72,6 +72,9 @@ def test_what_cannot_be_reported_is_refused(tiny_model: SentenceTransformer) -> 
         expert_usage(tiny_model)
     with pytest.raises(ValueError, match="2 names for 4 texts"):
         expert_usage(st_clp.upcycle(tiny_model), TEXTS, by=["en", "fa"])
+    with pytest.raises(ValueError, match="texts is empty"):
+        expert_usage(tiny_model, [])
+    assert sum(expert_usage(tiny_model, [""]).layers[0].tokens) == 2  # [CLS] and [SEP]
 
 
 def test_a_plot(tiny_model: SentenceTransformer, tmp_path: Path) -> None:
