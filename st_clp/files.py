@@ -1,10 +1,11 @@
-"""Files that appear whole or not at all, and JSON that was not necessarily written here."""
+"""Files and folders that appear whole or not at all, and JSON that was not necessarily written here."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,7 +18,7 @@ except ImportError:  # Windows: there a file that is open cannot be removed, whi
     fcntl = None  # type: ignore[assignment]
 
 UNFINISHED = ".partial"
-"""How the name of a file ends that is being written."""
+"""How the name of a file or folder ends that is being written."""
 
 
 @contextmanager
@@ -55,7 +56,7 @@ def whole_file(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any
 
 def _open_unfinished(target: Path, mode: str) -> tuple[IO[Any], Path]:
     while True:
-        unfinished = target.with_name(f"{target.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}{UNFINISHED}")
+        unfinished = target.with_name(_own_name(target))
         file = open(unfinished, mode, encoding=None if "b" in mode else "utf-8")  # noqa: SIM115
         if fcntl is None:
             return file, unfinished
@@ -66,27 +67,93 @@ def _open_unfinished(target: Path, mode: str) -> tuple[IO[Any], Path]:
         file.close()
 
 
-def remove_leftovers(path: str | os.PathLike[str]) -> None:
-    """Remove the unfinished files beside ``path`` that no process is writing any more."""
+@contextmanager
+def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Fill a folder under a name of its own, and put it in the place of ``path`` once it is whole.
+
+    As :func:`whole_file` for a folder: several processes may make the same one, and what killed ones left beside
+    ``path`` is removed first.
+
+    Args:
+        path: Where the folder shall be; what is there is replaced.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
     target = Path(path)
-    start = f"{target.name}."
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(target)
+    unfinished, lock = _make_unfinished(target)
     try:
-        found = [entry for entry in target.parent.iterdir() if entry.name.startswith(start)]
+        yield unfinished
+        while True:
+            shutil.rmtree(target, ignore_errors=True)
+            try:
+                unfinished.rename(target)
+                break
+            except OSError:
+                if not target.is_dir():  # else another process has put its own there meanwhile
+                    raise
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _make_unfinished(target: Path) -> tuple[Path, int | None]:
+    while True:
+        unfinished = target.with_name(_own_name(target))
+        unfinished.mkdir()
+        if fcntl is None:
+            return unfinished, None
+        with suppress(OSError):  # taken for a leftover before it was opened
+            lock = os.open(unfinished, os.O_RDONLY)
+            with suppress(OSError):  # a file system without locks: nothing is removed there either
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if unfinished.exists():
+                return unfinished, lock
+            os.close(lock)
+
+
+def _own_name(target: Path) -> str:
+    return f"{target.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}{UNFINISHED}"
+
+
+def remove_leftovers(path: str | os.PathLike[str]) -> None:
+    """Remove the unfinished files and folders beside ``path`` that no process is writing any more."""
+    target = Path(path)
+    _remove_left(target.parent, f"{target.name}.")
+
+
+def remove_leftovers_in(folder: str | os.PathLike[str]) -> None:
+    """Remove everything unfinished in a folder that no process is writing any more."""
+    _remove_left(Path(folder), "")
+
+
+def _remove_left(folder: Path, start: str) -> None:
+    try:
+        found = [entry for entry in folder.iterdir() if entry.name.startswith(start)]
     except OSError:
         return
     for entry in found:
-        if entry.name.endswith(UNFINISHED) and entry.is_file():
+        if entry.name.endswith(UNFINISHED):
             _remove_if_left(entry)
 
 
 def _remove_if_left(unfinished: Path) -> None:
+    remove = shutil.rmtree if unfinished.is_dir() and not unfinished.is_symlink() else Path.unlink
     with suppress(OSError):  # gone meanwhile, locked by its writer, or not ours to remove
         if fcntl is None:
-            unfinished.unlink()
+            remove(unfinished)
             return
-        with open(unfinished, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            unfinished.unlink()
+        lock = os.open(unfinished, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove(unfinished)
+        finally:
+            os.close(lock)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

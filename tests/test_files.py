@@ -19,8 +19,10 @@ from st_clp.files import (
     parse_object,
     read_json,
     remove_leftovers,
+    remove_leftovers_in,
     require_field,
     whole_file,
+    whole_folder,
     write_json,
 )
 
@@ -54,6 +56,42 @@ def test_another_writer_leaves_a_living_ones_file_alone_and_removes_a_dead_ones(
     write_json(target, {"mine": 2})
     assert [entry.name for entry in tmp_path.iterdir()] == ["rows.jsonl"]
     assert read_json(target) == {"mine": 2}
+
+
+def _fill_for_ever(path: str) -> None:
+    with whole_folder(path) as folder:
+        (folder / "rows").write_text("begun")
+        time.sleep(60)
+
+
+def test_a_folder_appears_whole_and_a_dead_ones_unfinished_one_goes(tmp_path):
+    target = tmp_path / "step-1"
+    filler = multiprocessing.get_context("fork").Process(target=_fill_for_ever, args=(str(target),))
+    filler.start()
+    until = time.monotonic() + 20
+    while not list(tmp_path.glob(f"*{UNFINISHED}/rows")) and time.monotonic() < until:
+        time.sleep(0.02)
+    with whole_folder(target) as folder:
+        (folder / "rows").write_text("1")
+        assert not target.exists()
+    remove_leftovers_in(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2  # the living one's is left alone
+    filler.kill()
+    filler.join()
+    remove_leftovers_in(tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["step-1"]
+    (tmp_path / f"step-1{UNFINISHED}").mkdir()  # as it was once named
+    with whole_folder(target) as folder:
+        (folder / "other").write_text("2")
+    assert [str(entry.relative_to(tmp_path)) for entry in tmp_path.rglob("*")] == ["step-1", "step-1/other"]
+
+    def fail_half_way():
+        with whole_folder(target):
+            raise RuntimeError("half-way")
+
+    with pytest.raises(RuntimeError, match="half-way"):
+        fail_half_way()
+    assert [str(entry.relative_to(tmp_path)) for entry in tmp_path.rglob("*")] == ["step-1", "step-1/other"]
 
 
 def test_what_fails_leaves_the_file_as_it_was(tmp_path):

@@ -12,7 +12,7 @@ import numpy as np
 
 from st_clp.mining.negative_queries.chain import UNCOUNTED, QueriesAccount
 from st_clp.mining.rows import TrainingRow
-from st_clp.pictures import new_figure
+from st_clp.pictures import new_figure, save_figure
 
 SOURCES = {
     "judged": "judged not relevant",
@@ -229,7 +229,7 @@ class MiningAccount:
         axes.set_ylabel("share")
         axes.set_title(f"{self.collection}: {self.rows:,} rows")
         figure.legend(loc="outside lower center", frameon=False)
-        figure.savefig(os.fspath(path))
+        save_figure(figure, path)
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -6,11 +6,13 @@ import errno
 import json
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from st_clp.data.files import read_jsonl
+from st_clp.files import whole_file
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -175,35 +177,35 @@ def require_writable(path: str | os.PathLike[str]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
-    beside = _beside(target)
-    beside.touch()
-    beside.unlink()
+    # What is begun and left at once says whether there may be a file; killed writers' files go with it.
+    with suppress(_OnlyTried), whole_file(target):
+        raise _OnlyTried
 
 
-def _beside(target: Path) -> Path:
-    """Where this process writes before the file is whole: two may mine into the same file at the same time."""
-    return target.with_name(f"{target.name}.{os.getpid()}.partial")
+class _OnlyTried(Exception):
+    pass
 
 
-def write_rows(path: str | os.PathLike[str], rows: Iterable[TrainingRow]) -> None:
+def write_rows(path: str | os.PathLike[str], rows: Iterable[TrainingRow]) -> int:
     """Write rows as JSON lines in the format of the paper's code, with ids, ranks and scores beside.
 
     ``query``, ``pos``, ``neg`` and ``neg_q`` are what the paper's code reads, and
     :meth:`st_clp.Collection.load` too, which also minds ``neg_q_source`` and ``neg_q_weight``, a list for each
     negative. The file appears whole or not at all.
+
+    Returns:
+        How many rows there were.
     """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = _beside(target)
+    number = 0
     try:
-        with open(beside, "w", encoding="utf-8") as file:
+        with whole_file(path) as file:
             for row in rows:
                 file.write(json.dumps(_to_json(row), ensure_ascii=False) + "\n")
-        beside.replace(target)
+                number += 1
     except OSError as error:
-        beside.unlink(missing_ok=True)
         # A write that fails does not say where.
-        raise OSError(error.errno, error.strerror, str(target)) from error
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+    return number
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[TrainingRow]:

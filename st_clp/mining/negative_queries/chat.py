@@ -209,7 +209,7 @@ def _reply(answer: Any) -> Reply | Failure:
     # A page of HTML comes as a text, an error under status 200 without choices, and nothing in it need be of its kind.
     choices = getattr(answer, "choices", None)
     message = getattr(choices[0], "message", None) if isinstance(choices, list) and choices else None
-    if not hasattr(message, "content"):
+    if message is None or not hasattr(message, "content"):
         return Failure(NO_ANSWER, may_be_billed=True)
     content = message.content
     return Reply(content if isinstance(content, str) else None, _usage(getattr(answer, "usage", None)))

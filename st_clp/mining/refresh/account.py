@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from st_clp.pictures import new_figure
+from st_clp.pictures import new_figure, save_figure
 
 MEASURES = ("changed", "mean_positive_score", "mean_negative_score", "above_positive")
 """What the account says of each collection, and of all of them together, each row counting the same:
@@ -101,4 +101,4 @@ def plot_refreshes(refreshes: Sequence[Mapping[str, Any]], path: str | os.PathLi
         axes.legend(frameon=False)
     failed = sum(r["status"] == "failed" for r in refreshes)
     figure.suptitle(f"{len(mined)} generations of negatives" + (f", {failed} refreshes failed (dotted)" * bool(failed)))
-    figure.savefig(os.fspath(path))
+    save_figure(figure, path)

@@ -154,6 +154,7 @@ class AnceCallback(TrainerCallback):
         if processes.first:
             if stored is None:
                 layout.clear()
+            layout.remove_leftovers()
             if not is_whole(layout.negatives(0)):
                 write_first(layout.negatives(0), self._rows)
             miner = self._make_miner(model, show_progress_bar=not args.disable_tqdm)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from st_clp.data import Collection
+from st_clp.files import whole_folder, write_json
 from st_clp.mining.miner import mine
 from st_clp.mining.options import MiningOptions
 from st_clp.mining.refresh.account import account_of
@@ -86,16 +86,19 @@ def write_first(folder: Path, datasets: Mapping[str, Dataset]) -> None:
         folder: Where to; it appears whole or not at all.
         datasets: Collection name to rows with their details.
     """
+    with whole_folder(folder) as unfinished:
+        _write_datasets(unfinished, datasets)
 
-    partial = _begin(folder)
+
+def _write_datasets(folder: Path, datasets: Mapping[str, Dataset]) -> None:
     accounts = {}
     for number, (name, dataset) in enumerate(datasets.items()):
-        target = partial / f"{number}.arrow"
+        target = folder / f"{number}.arrow"
         blocks = (dataset[begin : begin + BLOCK] for begin in range(0, len(dataset), BLOCK))
         rows = ([dict(zip(block, row, strict=True)) for row in zip(*block.values(), strict=True)] for block in blocks)
         _write(target, _schema(dataset.column_names), rows)
         accounts[name] = account_of(_open(target), None, kept=0)
-    _finish(partial, folder, {"seconds": 0.0, "collections": accounts})
+    write_json(folder / ACCOUNT, {"seconds": 0.0, "collections": accounts}, indent=None)
 
 
 def mine_generation(
@@ -122,42 +125,43 @@ def mine_generation(
     before = Generation(previous, len(collections))
     # The training set has its rows already: which of a query's positives it took must not change with the model.
     options = replace(options, max_positives_per_query=None)
-    partial = _begin(folder)
-    accounts: dict[str, Any] = {}
-    seconds: dict[str, float] = {}
-    for number, (name, collection) in enumerate(collections.items()):
-        mined = mine(
-            model,
-            collection,
-            options,
-            store_dir=stores / _short(collection.corpus_name),
-            **{"show_progress_bar": False, **mining},
-        )
-        found = {(row.query_id, row.positive_id): row for row in mined.rows}
-        part = before.parts[number]
-        kept = 0
-        columns = [column for column in part.column_names if column not in DETAIL_COLUMNS]
+    with whole_folder(folder) as unfinished:
+        accounts: dict[str, Any] = {}
+        seconds: dict[str, float] = {}
+        for number, (name, collection) in enumerate(collections.items()):
+            mined = mine(
+                model,
+                collection,
+                options,
+                store_dir=stores / _short(collection.corpus_name),
+                **{"show_progress_bar": False, **mining},
+            )
+            found = {(row.query_id, row.positive_id): row for row in mined.rows}
+            part = before.parts[number]
+            kept = 0
+            columns = [column for column in part.column_names if column not in DETAIL_COLUMNS]
 
-        def blocks(
-            part: pa.Table = part, found: dict[tuple[str, str], TrainingRow] = found, columns: list[str] = columns
-        ) -> Iterator[list[dict[str, Any]]]:
-            nonlocal kept
-            for begin in range(0, len(part), BLOCK):
-                rows = part.slice(begin, BLOCK).to_pylist()
-                at = [i for i, row in enumerate(rows) if (row["query_id"], row["positive_id"]) in found]
-                kept += len(rows) - len(at)
-                fresh = [found[rows[i]["query_id"], rows[i]["positive_id"]] for i in at]
-                for i, row in zip(at, _as_columns(fresh, options), strict=True):
-                    # Only what the dataset has: a training set without labels stays one.
-                    rows[i] = {column: row[column] for column in [*columns, *DETAIL_COLUMNS]}
-                yield rows
+            def blocks(
+                part: pa.Table = part, found: dict[tuple[str, str], TrainingRow] = found, columns: list[str] = columns
+            ) -> Iterator[list[dict[str, Any]]]:
+                nonlocal kept
+                for begin in range(0, len(part), BLOCK):
+                    rows = part.slice(begin, BLOCK).to_pylist()
+                    at = [i for i, row in enumerate(rows) if (row["query_id"], row["positive_id"]) in found]
+                    kept += len(rows) - len(at)
+                    fresh = [found[rows[i]["query_id"], rows[i]["positive_id"]] for i in at]
+                    for i, row in zip(at, _as_columns(fresh, options), strict=True):
+                        # Only what the dataset has: a training set without labels stays one.
+                        rows[i] = {column: row[column] for column in [*columns, *DETAIL_COLUMNS]}
+                    yield rows
 
-        target = partial / f"{number}.arrow"
-        _write(target, part.schema, blocks())
-        accounts[name] = account_of(_open(target), part, kept=kept)
-        for what, spent in mined.account.seconds.items():
-            seconds[what] = seconds.get(what, 0.0) + spent
-    _finish(partial, folder, {"seconds": round(sum(seconds.values()), 3), "collections": accounts})
+            target = unfinished / f"{number}.arrow"
+            _write(target, part.schema, blocks())
+            accounts[name] = account_of(_open(target), part, kept=kept)
+            for what, spent in mined.account.seconds.items():
+                seconds[what] = seconds.get(what, 0.0) + spent
+        account = {"seconds": round(sum(seconds.values()), 3), "collections": accounts}
+        write_json(unfinished / ACCOUNT, account, indent=None)
 
 
 def _as_columns(rows: Sequence[TrainingRow], options: MiningOptions) -> list[dict[str, Any]]:
@@ -187,19 +191,6 @@ def _open(path: Path) -> pa.Table:
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
-def _begin(folder: Path) -> Path:
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    return partial
-
-
-def _finish(partial: Path, folder: Path, account: dict[str, Any]) -> None:
-    (partial / ACCOUNT).write_text(json.dumps(account, ensure_ascii=False), encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-
-
 def _short(name: str) -> str:
     """A corpus's name as a path component; not to be read by anybody."""
-    return hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()

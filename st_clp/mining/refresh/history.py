@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from st_clp.files import write_json
 from st_clp.mining.refresh.account import MEASURES, together
 
 Status = Literal["first", "mining", "used", "failed", "unused"]
@@ -98,16 +99,13 @@ class History:
 
 def write_journal(path: Path, history: History) -> None:
     """Keep the history where a run that was killed since its last checkpoint finds it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".partial")
-    beside.write_text(json.dumps(history.to_json(), ensure_ascii=False, indent=1), encoding="utf-8")
-    beside.replace(path)
+    write_json(path, history.to_json())
 
 
 def used_after(path: Path, step: int) -> dict[int, int]:
     """The refreshes that a run which was killed put to use after a step, as its journal says: step to used_from."""
     try:
         journal = History.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return {}  # none, or broken when the disk was full: every refresh is used when it is due
-    return {r.step: r.used_from for r in journal.refreshes if r.used_from is not None and r.used_from > step}
+        return {r.step: r.used_from for r in journal.refreshes if r.used_from is not None and r.used_from > step}
+    except (OSError, ValueError, TypeError, RecursionError):
+        return {}  # none, or broken: every refresh is used when it is due

@@ -6,6 +6,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from st_clp.files import remove_leftovers_in
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -44,6 +46,11 @@ class Layout:
     def log(self) -> Path:
         """What the process that mines beside the training prints."""
         return self.folder / "mining.log"
+
+    def remove_leftovers(self) -> None:
+        """Remove what killed processes left unfinished."""
+        for folder in (self.folder, self.folder / "negatives", self.folder / "snapshots"):
+            remove_leftovers_in(folder)
 
     def clear(self) -> None:
         """Remove what an earlier run left."""

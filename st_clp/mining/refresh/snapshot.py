@@ -16,6 +16,8 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from torch import nn
 
+from st_clp.files import whole_file
+
 
 def detached_copy(model: SentenceTransformer) -> SentenceTransformer:
     """A copy to mine with, in evaluation mode, that leaves nothing of it in the model that is trained.
@@ -93,8 +95,7 @@ def _trained_names(model: SentenceTransformer) -> set[str]:
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".partial")
     # Tied weights share their memory, which safetensors refuses; each name gets a copy.
-    save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, beside)
-    beside.replace(path)
+    copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    with whole_file(path, "wb") as file:
+        save_file(copies, file.name)
