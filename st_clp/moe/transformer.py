@@ -22,6 +22,17 @@ from st_clp.moe.reference import (
     write_reference,
 )
 from st_clp.moe.sampling import token_marks
+from st_clp.moe.saving import (
+    ADAPTERS,
+    check_bare,
+    check_writable,
+    close_to_others,
+    load_adapters,
+    open_to_us,
+    save_adapters,
+    unwrapped,
+    without_adapters,
+)
 from st_clp.moe.settings import CONFIG_KEY, MoESettings, resolve_layers
 
 
@@ -129,12 +140,14 @@ class MoETransformer(Transformer):
         Raises:
             ValueError: If the reference would compute other embeddings from these weights; nothing is written then.
         """
+        check_bare(self.model, "the reference's layout")
         check_writable_as_reference(self.model, self.settings)
         write_reference(self.model, self.settings, path)
         self.processor.save_pretrained(str(path))
 
     def to_dense(self, how: str | int = "average") -> Transformer:
         """Make a dense Transformer module of this one's encoder; this one must then no longer be used."""
+        check_bare(self.model, "a dense model")
         merge_experts(self.model, how)
         delattr(self.model.config, CONFIG_KEY)
         dense = Transformer.__new__(Transformer)
@@ -163,13 +176,21 @@ class MoETransformer(Transformer):
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
         """Save the encoder, its tokenizer and the settings to ``output_path``."""
+        check_writable(self.model)
         for layer in expert_layers(self.model):
             if layer.gate is not None:
                 layer.gate.balance.settle(layer.gate)
-        # names as the modules have them: the older layouts of some families have no place for experts
-        self.model.save_pretrained(
-            output_path, safe_serialization=safe_serialization, save_original_format=not is_moe(self.model)
-        )
+        encoder = unwrapped(self.model)
+        with without_adapters(encoder) as weights:
+            # names as the modules have them: the older layouts of some families have no place for experts
+            encoder.save_pretrained(
+                output_path,
+                state_dict=weights,
+                safe_serialization=safe_serialization,
+                save_original_format=not is_moe(encoder),
+            )
+        save_adapters(encoder, output_path)
+        close_to_others(output_path, encoder)
         self.processor.save_pretrained(output_path)
         self.save_config(output_path)
 
@@ -182,6 +203,7 @@ class MoETransformer(Transformer):
         is_peft_model: bool,
         **kwargs: Any,
     ) -> PreTrainedModel:
+        adapters = open_to_us(config)
         from_reference = is_reference_config(config)
         if from_reference:
             settings = take_reference_settings(config, model_name_or_path)
@@ -204,7 +226,24 @@ class MoETransformer(Transformer):
         # the reference's encoders may come without the pooler, which no embedding uses
         _refuse_disagreement(model_name_or_path, info, settings, allowed=_UNUSED if from_reference else ())
         setattr(model.config, CONFIG_KEY, settings.to_dict())
+        if adapters:
+            load_adapters(model, self._adapter_folder(model_name_or_path, kwargs), adapters)
         return model
+
+    def _adapter_folder(self, model_name_or_path: str, kwargs: dict[str, Any]) -> str:
+        """The local folder of a saved model's adapters, fetched first where the model is on the hub."""
+        inside = f"{kwargs.get('subfolder') or ''}/{ADAPTERS}".lstrip("/")
+        folder = self.load_dir_path(
+            model_name_or_path,
+            subfolder=inside,
+            token=kwargs.get("token"),
+            cache_folder=kwargs.get("cache_dir"),
+            revision=kwargs.get("revision"),
+            local_files_only=kwargs.get("local_files_only", False),
+        )
+        if folder is None:
+            raise ValueError(f"{model_name_or_path} names adapters in its config.json, but has no folder {inside}.")
+        return folder
 
 
 MoETransformer.__module__ = "st_clp.moe"  # modules.json records this path: it stays where the code moves

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
+import transformers
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Router
@@ -114,6 +119,136 @@ def test_bfloat16_survives_and_the_balance_stays_float32(tiny_model: SentenceTra
     assert {parameter.dtype for parameter in again.parameters()} == {torch.bfloat16}
     assert np.array_equal(again.encode(TEXTS), half.encode(TEXTS))
     assert torch.equal(dict(model.to(torch.bfloat16).named_buffers())[bias[0][0][0]], bias[0][0][1])
+
+
+@pytest.mark.parametrize("opener", ["AutoModel", "AutoModelForMaskedLM", "BertModel"])
+def test_transformers_alone_refuses_a_mixture(tiny_model: SentenceTransformer, tmp_path: Path, opener: str) -> None:
+    """It would draw the feed-forwards' weights anew and say so in a line of a report; no code of ours helps it."""
+    st_clp.upcycle(tiny_model).save(str(tmp_path))
+    code = (
+        f"import sys, transformers; transformers.{opener}.from_pretrained(sys.argv[1]); assert 'st_clp' in sys.modules"
+    )
+    found = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=300)
+    assert found.returncode != 0
+    for part in ("mixture of experts of st-clp", "pip install st-clp", "st_clp.load(path)", "trust_remote_code=True"):
+        assert part in found.stderr.splitlines()[-1]
+    assert transformers.AutoConfig.from_pretrained(tmp_path).model_type == "bert"
+
+
+def test_folders_of_version_0_1_0_open(tiny_model: SentenceTransformer, tmp_path: Path) -> None:
+    model = trained(st_clp.upcycle(tiny_model, 3))
+    model.save(str(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("transformers_weights")  # all that has been added since
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for embeddings in in_a_fresh_process(tmp_path):
+        assert np.array_equal(embeddings, model.encode(TEXTS))
+    with pytest.raises(ValueError, match=r"own: open it with st_clp\.load"):
+        st_clp.MoETransformer.from_reference(tmp_path)
+
+
+def adapters(model: SentenceTransformer, **changes: Any) -> SentenceTransformer:
+    config = {"target_modules": r".*(query|value|experts\.\d+)", "r": 2, "init_lora_weights": False, **changes}
+    model.add_adapter(peft.LoraConfig(**config))
+    return model
+
+
+def mixture(path: Path, **settings: Any) -> SentenceTransformer:
+    return trained(st_clp.upcycle(SentenceTransformer(str(path), device="cpu"), **settings))
+
+
+@pytest.mark.parametrize("order", ["upcycled, then adapted", "adapted, then upcycled", "saved between"])
+def test_a_mixture_with_adapters_is_saved_whole(tiny_model_path: Path, tmp_path: Path, order: str) -> None:
+    if order == "adapted, then upcycled":
+        dense = SentenceTransformer(str(tiny_model_path), device="cpu")
+        model = trained(st_clp.upcycle(adapters(dense, target_modules=["query"])))
+    else:
+        model = mixture(tiny_model_path)
+        if order == "saved between":
+            model.save(str(tmp_path / "base"))
+            model = st_clp.load(tmp_path / "base", device="cpu")
+        adapters(model)
+    model.save(str(tmp_path / "model"))
+    shutil.rmtree(tmp_path / "base", ignore_errors=True)
+    (tmp_path / "model").rename(tmp_path / "moved")
+    for embeddings in in_a_fresh_process(tmp_path / "moved"):
+        assert np.array_equal(embeddings, model.encode(TEXTS))
+    again = st_clp.load(tmp_path / "moved", device="cpu")
+    again.save(str(tmp_path / "again"))
+    assert np.array_equal(st_clp.load(tmp_path / "again", device="cpu").encode(TEXTS), model.encode(TEXTS))
+
+
+def test_which_adapters_are_active_is_saved(tiny_model_path: Path, tmp_path: Path) -> None:
+    model = adapters(mixture(tiny_model_path))
+    model.add_adapter(peft.LoraConfig(target_modules=["key"], r=3, init_lora_weights=False), "other")
+
+    def reopened(name: str) -> SentenceTransformer:
+        model.save(str(tmp_path / name))
+        loaded = st_clp.load(tmp_path / name, device="cpu")
+        assert np.array_equal(loaded.encode(TEXTS), model.encode(TEXTS))
+        return loaded
+
+    assert reopened("second").active_adapters() == ["other"]
+    model.set_adapter("default")
+    first = reopened("first")
+    first.set_adapter("other")  # the one that was not active is there too
+    model.set_adapter("other")
+    assert np.array_equal(first.encode(TEXTS), model.encode(TEXTS))
+    model.disable_adapters()
+    reopened("neither")
+
+
+def test_merged_adapters_are_kept_once_or_refused(tiny_model_path: Path, tmp_path: Path) -> None:
+    model = adapters(mixture(tiny_model_path))
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge()
+    with pytest.raises(ValueError, match="delete_adapter"):
+        model.save(str(tmp_path / "model"))
+    assert not list((tmp_path / "model").glob("*.safetensors"))
+    model.delete_adapter("default")
+    model.save(str(tmp_path / "model"))
+    loaded = st_clp.load(tmp_path / "model", device="cpu")
+    assert np.array_equal(loaded.encode(TEXTS), model.encode(TEXTS))
+    assert not is_moe(st_clp.to_dense(loaded))
+
+
+def test_an_encoder_that_peft_has_wrapped_is_saved_whole(tiny_model_path: Path, tmp_path: Path) -> None:
+    model = mixture(tiny_model_path)
+    config = peft.LoraConfig(target_modules=["query"], modules_to_save=["key"], r=2, init_lora_weights=False)
+    model[0].model = peft.get_peft_model(model[0].model, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter += 0.1
+    model.save(str(tmp_path))
+    assert np.array_equal(st_clp.load(tmp_path, device="cpu").encode(TEXTS), model.encode(TEXTS))
+
+
+def test_what_would_drop_adapters_is_refused(tiny_model_path: Path, tmp_path: Path) -> None:
+    model = adapters(mixture(tiny_model_path))
+    with pytest.raises(ValueError, match="would be lost in a dense model"):
+        st_clp.to_dense(model)
+    with pytest.raises(ValueError, match="would be lost in the reference's layout"):
+        model[0].save_reference(tmp_path / "reference")
+    assert not (tmp_path / "reference").exists()
+
+
+def test_an_adapter_saved_alone_by_version_0_1_0_opens(tiny_model_path: Path, tmp_path: Path) -> None:
+    mixture(tiny_model_path).save(str(tmp_path / "base"))
+    model = adapters(st_clp.load(tmp_path / "base", device="cpu"))
+    model.save(str(tmp_path / "model"))
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "model" / name).unlink()
+    shutil.rmtree(tmp_path / "model" / "adapters")
+    model[0].model.save_pretrained(tmp_path / "model")  # which is what it did
+    assert (tmp_path / "model" / "adapter_config.json").is_file()
+    loaded = st_clp.load(tmp_path / "model", device="cpu")
+    np.testing.assert_allclose(loaded.encode(TEXTS), model.encode(TEXTS), atol=1e-6)
+    loaded.save(str(tmp_path / "model"))  # in the place of the old one, and now whole
+    shutil.rmtree(tmp_path / "base")
+    again = st_clp.load(tmp_path / "model", device="cpu")
+    np.testing.assert_allclose(again.encode(TEXTS), model.encode(TEXTS), atol=1e-6)
 
 
 def test_weights_and_settings_that_disagree_are_refused(tiny_model: SentenceTransformer, tmp_path: Path) -> None:

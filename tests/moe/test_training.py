@@ -109,6 +109,26 @@ def test_the_trainer_resumes_from_a_checkpoint(tiny_model_path: Path, tmp_path: 
     assert np.array_equal(checkpoint.encode(TEXTS), whole.encode(TEXTS))
 
 
+def test_adapters_around_a_new_mixture_resume_from_a_checkpoint(tiny_model_path: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+
+    def fresh() -> SentenceTransformer:
+        torch.manual_seed(0)
+        model = st_clp.upcycle(SentenceTransformer(str(tiny_model_path), device="cpu"))
+        model.add_adapter(peft.LoraConfig(target_modules=r".*(query|experts\.\d+)", r=2))
+        return model
+
+    whole, resumed = fresh(), fresh()
+    run_trainer(whole, tmp_path / "whole", 4).train()
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    run_trainer(resumed, tmp_path / "whole", 4).train(resume_from_checkpoint=str(checkpoint))
+    for (name, one), other in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other), name
+    last = st_clp.load(tmp_path / "whole" / "checkpoint-4", device="cpu")
+    assert np.array_equal(last.encode(TEXTS), whole.encode(TEXTS))
+    assert not np.array_equal(st_clp.load(checkpoint, device="cpu").encode(TEXTS), whole.encode(TEXTS))
+
+
 def test_adapters_around_attention_and_experts(tiny_model: SentenceTransformer, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     st_clp.upcycle(tiny_model).save(str(tmp_path / "base"))

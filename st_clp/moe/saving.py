@@ -1,0 +1,181 @@
+"""How a mixture is written: so that nothing else opens it by mistake, and with any adapters, whole.
+
+transformers would open the encoder's folder with random weights in every feed-forward and a line in a report. The
+config therefore names as its weights file a sentence, which transformers refuses and repeats.
+
+An adapter library saves its adapters alone and trusts that what is below them can be had again; the experts and the
+routers of a mixture that has just been made exist in memory only. So the encoder is written as if it had none, and each
+adapter beside it in the library's own format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from st_clp.files import read_json, write_json
+
+HOW_TO_OPEN = (
+    "this folder holds a mixture of experts of st-clp (pip install st-clp); open it with st_clp.load(path), or with "
+    "SentenceTransformer(path, trust_remote_code=True) where st-clp is installed"
+)
+WEIGHTS_KEY = "transformers_weights"
+"""The key of ``config.json`` under which transformers looks for the name of the weights file."""
+ADAPTERS_KEY = "st_clp_adapters"
+"""The key of ``config.json`` with the names of the adapters, and which of them are active."""
+ADAPTERS = "adapters"
+"""The folder of the adapters, one folder each."""
+
+
+def close_to_others(folder: str | Path, encoder: nn.Module) -> None:
+    """Complete the ``config.json`` that transformers has written: how to open the folder, and the adapters."""
+    path = Path(folder) / "config.json"
+    config = read_json(path)
+    config[WEIGHTS_KEY] = HOW_TO_OPEN
+    config.pop(ADAPTERS_KEY, None)
+    if adapters := adapter_configs(encoder):
+        config[ADAPTERS_KEY] = {"names": sorted(adapters), "active": _active_adapters(encoder)}
+    write_json(path, config, indent=2)
+
+
+def open_to_us(config: Any) -> dict[str, Any]:
+    """Take out of a loaded config what :func:`close_to_others` put there; return what it says of adapters."""
+    if getattr(config, WEIGHTS_KEY, None) == HOW_TO_OPEN or hasattr(config, "st_clp_moe"):
+        config.__dict__.pop(WEIGHTS_KEY, None)
+    found: dict[str, Any] = config.__dict__.pop(ADAPTERS_KEY, None) or {}
+    return found
+
+
+def adapter_configs(encoder: nn.Module) -> dict[str, Any]:
+    """Return the adapters of an encoder and their PEFT configs by name; none where there are none."""
+    return dict(getattr(encoder, "peft_config", None) or {}) if _wrappers(encoder) else {}
+
+
+def check_writable(encoder: nn.Module) -> None:
+    """Refuse, before any weights are written, an encoder whose adapters are mixed into its weights.
+
+    Raises:
+        ValueError: Such an adapter would count twice in what is opened again.
+    """
+    if any(getattr(module, "merged", False) for module in _wrappers(encoder).values() if adapter_configs(encoder)):
+        raise ValueError(
+            "The adapters are merged into the weights and are there beside them as well, so a saved model would apply "
+            "them twice. Unmerge them, or delete them, which keeps the merged weights (model.delete_adapter), and save "
+            "then. No weights were written."
+        )
+
+
+def check_bare(encoder: nn.Module, purpose: str) -> None:
+    """Refuse an encoder with adapters where they would be lost.
+
+    Raises:
+        ValueError: There are adapters; ``purpose`` says for what they may not be.
+    """
+    if _wrappers(encoder):
+        raise ValueError(
+            f"The model has adapters, which would be lost in {purpose}. Merge them into the weights (merge() of every "
+            "adapter layer, then model.delete_adapter) or delete them, save the model, open it again and repeat this."
+        )
+
+
+def unwrapped(encoder: nn.Module) -> Any:
+    """Return the encoder of transformers itself where ``peft.get_peft_model`` has put another around it."""
+    base = getattr(encoder, "get_base_model", None)
+    return base() if callable(base) else encoder
+
+
+@contextmanager
+def without_adapters(encoder: Any) -> Iterator[dict[str, Tensor] | None]:
+    """Give the weights of ``encoder`` as they are named without adapters, and let transformers write a whole encoder.
+
+    Yields:
+        The weights, or None where there are no adapters and nothing is to be done.
+    """
+    wrappers = _wrappers(encoder)
+    if not wrappers:
+        yield None
+        return
+    loaded = encoder._hf_peft_config_loaded
+    encoder._hf_peft_config_loaded = False
+    try:
+        yield _own_weights(encoder, wrappers)
+    finally:
+        encoder._hf_peft_config_loaded = loaded
+
+
+def save_adapters(encoder: nn.Module, folder: str | Path) -> None:
+    """Write every adapter of ``encoder`` to ``folder``, in PEFT's format."""
+    root = Path(folder)
+    (root / "adapter_config.json").unlink(missing_ok=True)  # of a former save: it would send a reader elsewhere
+    if not adapter_configs(encoder):
+        return
+    from peft import get_peft_model_state_dict
+
+    for name, config in adapter_configs(encoder).items():
+        target = root / ADAPTERS / name
+        target.mkdir(parents=True, exist_ok=True)
+        weights = get_peft_model_state_dict(encoder, adapter_name=name)
+        own = {f"base_model.model.{key}": value.detach().cpu().contiguous() for key, value in weights.items()}
+        save_file(own, target / "adapter_model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(str(target))
+
+
+def load_adapters(encoder: Any, folder: str | Path, found: dict[str, Any]) -> None:
+    """Put the adapters that ``found`` names (from :func:`open_to_us`) around the layers of ``encoder`` again."""
+    if not found.get("names"):
+        return
+    for name in found["names"]:
+        if Path(name).name != name:
+            raise ValueError(f"{folder}: config.json names an adapter {name!r}, which is no folder's name.")
+        encoder.load_adapter(str(Path(folder) / name), adapter_name=name)
+    active = found.get("active") or []
+    if active:
+        encoder.set_adapter(active if len(active) > 1 else active[0])
+    else:
+        encoder.disable_adapters()
+
+
+def _active_adapters(encoder: nn.Module) -> list[str]:
+    layers: list[Any] = [module for module in _wrappers(encoder).values() if hasattr(module, "active_adapters")]
+    if any(getattr(module, "disable_adapters", False) is True for module in layers):
+        return []
+    return list(dict.fromkeys(str(name) for module in layers for name in module.active_adapters))
+
+
+def _wrappers(encoder: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules that an adapter library has put around the encoder's own, by their path."""
+    try:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import AuxiliaryTrainingWrapper
+    except ImportError:
+        return {}
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    return {name: module for name, module in encoder.named_modules() if isinstance(module, kinds)}
+
+
+def _own_weights(encoder: nn.Module, wrappers: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """The encoder's weights without any adapter's, under the names that they had before adapters were added."""
+    inner = {
+        path: "base_layer" if hasattr(module, "base_layer") else "original_module" for path, module in wrappers.items()
+    }
+    own = {}
+    for name, value in encoder.state_dict().items():
+        kept: list[str] = []
+        parts = name.split(".")
+        place = 0
+        while place < len(parts):
+            path = ".".join(parts[:place])
+            if path in inner:
+                if parts[place] != inner[path]:
+                    break
+            else:
+                kept.append(parts[place])
+            place += 1
+        else:
+            own[".".join(kept)] = value
+    return own
