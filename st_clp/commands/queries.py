@@ -93,10 +93,7 @@ def _documents(collection: Collection, rows: Path | None) -> list[Document]:
 
     documents = list(collection.documents())
     if rows is not None:
-        try:
-            wanted = {negative.doc_id for row in read_rows(rows) for negative in row.negatives}
-        except KeyError as error:
-            raise ValueError(f"{rows} is no file that st-clp mine wrote: a line has no {error}") from error
+        wanted = {negative.doc_id for row in read_rows(rows) for negative in row.negatives}
         documents = [document for document in documents if document.doc_id in wanted]
         if not documents:
             raise ValueError(f"{rows} has no negative that is a document of {collection.name}; name its collection")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from st_clp.data.errors import CollectionError
 from st_clp.data.files import read_jsonl
 from st_clp.files import whole_file
 
@@ -209,8 +210,22 @@ def write_rows(path: str | os.PathLike[str], rows: Iterable[TrainingRow]) -> int
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[TrainingRow]:
-    """Read what :func:`write_rows` wrote."""
-    return [_from_json(row) for _, row in read_jsonl(Path(path))]
+    """Read what :func:`write_rows` wrote.
+
+    Raises:
+        CollectionError: A line is none of such a file, named by file and line.
+    """
+    found = []
+    for number, row in read_jsonl(Path(path)):
+        try:
+            found.append(_from_json(row))
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+            raise CollectionError(
+                f"{path}, line {number}: this is no file that st-clp mine wrote, or it was changed since ({what}); "
+                "mine again, or name another file"
+            ) from error
+    return found
 
 
 def _to_json(row: TrainingRow) -> dict[str, Any]:
@@ -239,6 +254,12 @@ def _query_entry(queries: tuple[str, ...]) -> str | list[str] | None:
 
 
 def _from_json(row: dict[str, Any]) -> TrainingRow:
+    for name in ("neg", "pos", "neg_id", "neg_rank", "neg_score", "neg_source", "neg_q"):
+        if not isinstance(row[name], list):
+            raise TypeError(f"{name!r} must be a list, not {type(row[name]).__name__}")
+    texts = [row["query"], row["query_id"], row["pos_id"], *row["pos"], *row["neg"], *row["neg_id"]]
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("queries, documents and ids must be texts")
     number = len(row["neg"])
     nothing: list[list[Any]] = [[] for _ in range(number)]  # files from before there were marks
     negatives = zip(

@@ -355,3 +355,14 @@ def test_misuse_and_the_printed_account(tiny_model: SentenceTransformer, capsys:
     assert "rows from 3 queries" in capsys.readouterr().out
     mine_hard_negatives(tiny_model, collection, num_negatives=2, show_progress_bar=False, verbose=False)
     assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change", [{"neg": None}, {"pos": "text"}, {"pos": []}, {"neg_q": 7}, {"neg_id": [1]}, {"query": None}, {"neg": []}]
+)
+def test_a_row_of_another_kind_is_refused_by_file_and_line(tmp_path: Path, change: dict[str, Any]) -> None:
+    row = {"query": "q", "pos": ["a"], "neg": ["b"], "neg_q": [None], "query_id": "1", "pos_id": "2", "pos_score": 0.5}
+    row |= {"neg_id": ["3"], "neg_rank": [0], "neg_score": [0.1], "neg_source": ["ranking"]}
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(row | change)}\n")
+    with pytest.raises(CollectionError, match=r"rows\.jsonl, line 2: this is no file that st-clp mine wrote"):
+        read_rows(tmp_path / "rows.jsonl")
