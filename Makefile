@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 EXTRAS := demo,test,lint
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench mutate clean
 .DEFAULT_GOAL := help
 
 help:  ## show what can be made
@@ -36,6 +36,9 @@ lint: $(VENV)/installed  ## ruff and mypy
 bench: $(VENV)/installed  ## the benchmarks, each against its peer
 	$(PIP) --editable '.[bench]'
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only
+
+mutate: $(VENV)/installed  ## change 40 lines of the core, one at a time: do the tests notice? (an hour)
+	$(BIN)/python tools/mutate.py --jobs 2
 
 clean:  ## remove .venv
 	rm -rf $(VENV)
