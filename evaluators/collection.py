@@ -127,6 +127,7 @@ class CollectionEvaluator(RetrievalEvaluator):
         self.judgments = _judged_queries(collection)
         self._run: Run | None = None
         self._query_scores: QueryScores = {}
+        self._absent = collection.absent_documents or frozenset()
         self._counts = self._count_queries()
         self._warn_of_low_figures()
         self.primary_metric = "_".join(filter(None, [self.name, self.keys()[0]]))
@@ -143,6 +144,8 @@ class CollectionEvaluator(RetrievalEvaluator):
         call.begin(self.name or default_name(self.collection))
         store = self._store(call, self.collection.corpus, self.store_dir, "document")
         self.num_documents = len(store)
+        judged = {doc_id for grades in self.judgments.values() for doc_id in grades}
+        self._absent = frozenset(judged - store.positions(judged).keys())
         query_ids = list(self.judgments)
         asked = {query_id: self.collection.queries[query_id] for query_id in query_ids}
         # Under the collection's name: the miner keeps the embeddings of other queries beside the same store.
@@ -244,7 +247,26 @@ class CollectionEvaluator(RetrievalEvaluator):
 
     def _count_queries(self) -> dict[str, int]:
         relevant = [any(grade > 0 for grade in grades.values()) for grades in self.judgments.values()]
-        return {"queries": len(relevant), "queries without a relevant document": relevant.count(False)}
+        counts = {"queries": len(relevant), "queries without a relevant document": relevant.count(False)}
+        absent = [
+            (grade > 0, doc_id in self._absent)
+            for grades in self.judgments.values()
+            for doc_id, grade in grades.items()
+        ]
+        unreachable = sum(
+            any(grade > 0 for grade in grades.values())
+            and all(doc_id in self._absent for doc_id, grade in grades.items() if grade > 0)
+            for grades in self.judgments.values()
+        )
+        further = {
+            "judgments of documents that the corpus does not have": sum(gone for _, gone in absent),
+            "judgments of relevant documents that the corpus does not have": sum(
+                relevant and gone for relevant, gone in absent
+            ),
+            "queries whose relevant documents are all absent, at 0": unreachable,
+            **{f"{cause}, left out at reading": number for cause, number in self.collection.left_out.items()},
+        }
+        return counts | {what: number for what, number in further.items() if number}
 
     def _warn_of_low_figures(self) -> None:
         """Say what makes a figure lower than the model deserves."""

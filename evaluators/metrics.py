@@ -7,9 +7,12 @@ are taken here; rounded to five digits they are beir's.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import NamedTuple
+
+from st_clp.data.checks import require_scorable_ids
 
 DEFAULT_METRICS = ("ndcg@10", "ndcg@5", "recall@100", "mrr@10")
 
@@ -103,11 +106,16 @@ def score_queries(
     Returns:
         Query id to {metric name: value}, for every query that has judgments. A query without a relevant document
         scores 0, as in trec_eval; one that the run does not answer scores 0, as with trec_eval's option ``-c``.
+
+    Raises:
+        CollectionError: An id holds half a character or a null character, which pytrec_eval cannot take.
     """
     try:
         import pytrec_eval
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("evaluating needs pytrec_eval, which comes with beir: pip install beir") from error
+    require_scorable_ids(itertools.chain(judgments, run), "query")
+    require_scorable_ids(itertools.chain.from_iterable([*judgments.values(), *run.values()]), "document")
     evaluator = pytrec_eval.RelevanceEvaluator(judgments, {metric.trec_measure for metric in metrics})
     found = evaluator.evaluate(run)
     return {

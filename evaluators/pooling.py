@@ -52,6 +52,6 @@ def pooled_collection(collection: Collection, reference: ReferenceRun | None, de
     texts = {doc_id: found[doc_id].text for doc_id in sorted(found)}
     digest = hashlib.blake2b("\n".join(texts).encode(), digest_size=4).hexdigest()
     corpus = MemoryCorpus(f"{collection.corpus_name} (pooled {digest})", texts)
-    return replace(collection, corpus=corpus).without_missing_documents(
-        texts
-    ), f"{description}: {len(texts):,} documents"
+    pool = replace(collection, corpus=corpus)
+    pool.note_absent_documents(texts)
+    return pool, f"{description}: {len(texts):,} documents"

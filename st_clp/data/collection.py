@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from st_clp.data.checks import require_grade, require_id, require_ids, require_text, shown
 from st_clp.data.corpus import Corpus, Document, MemoryCorpus
 from st_clp.data.errors import CollectionError
 
@@ -35,6 +36,8 @@ class Collection:
         judged_negatives: Whether the source names negatives on purpose (a training row's ``neg``), so that
             documents of grade 0 should be used as negatives before any mined ones.
         left_out: What reading left out, cause to count.
+        absent_documents: Documents that are judged and that the corpus does not have; None where reading did not look.
+            Their judgments stay: they count in trec_eval's figures. What trains leaves them out.
     """
 
     corpus: Corpus
@@ -47,6 +50,7 @@ class Collection:
     query_marks: dict[str, dict[str, tuple[str, float]]] = field(default_factory=dict)
     judged_negatives: bool = False
     left_out: dict[str, int] = field(default_factory=dict)
+    absent_documents: frozenset[str] | None = None
 
     @classmethod
     def load(
@@ -103,10 +107,12 @@ class Collection:
     ) -> Collection:
         """Build a collection from dictionaries: document id to text, query id to text, judgments.
 
-        Judgments that name a query or document that is not there are left out, counted in ``left_out`` and said.
+        Judgments that name a query that is not there are left out, counted in ``left_out`` and said. Those that name
+        a document that is not there stay, as for trec_eval, and are said; see ``absent_documents``.
 
         Raises:
-            CollectionError: There are no documents, or something that should be text is not.
+            CollectionError: There are no documents, something that should be text is not, an id is nothing that a run
+                file can carry, or a grade is no whole number up to 10,000.
         """
         if not documents:
             raise CollectionError(f"{name}: the corpus is empty; give at least one document")
@@ -114,9 +120,10 @@ class Collection:
             for identifier, text in texts.items():
                 if not isinstance(text, str) or not isinstance(identifier, str):
                     raise CollectionError(
-                        f"{name}: {what} {identifier!r} must be a text under an id that is a text; it is "
+                        f"{name}: {what} {shown(identifier)} must be a text under an id that is a text; it is "
                         f"{type(text).__name__} under {type(identifier).__name__}"
                     )
+                require_text(text, f"the {what} {require_id(identifier, what, name)!r}", name)
         collection = cls.checked(
             MemoryCorpus(corpus_name or name, dict(documents)),
             queries,
@@ -124,7 +131,8 @@ class Collection:
             name=name,
             language=language,
             split=split,
-        ).without_missing_documents(documents)
+        )
+        collection.note_absent_documents(documents)
         collection.say_left_out()
         return collection
 
@@ -139,7 +147,13 @@ class Collection:
         language: str | None = None,
         split: str | None = None,
     ) -> Collection:
-        """A collection with only the judged queries, counting judgments whose query is missing or blank."""
+        """A collection with only the judged queries, counting judgments whose query is missing or blank.
+
+        Raises:
+            CollectionError: An id is nothing that a run file can carry, a query's text has half a character, or a grade
+                is no whole number up to 10,000.
+        """
+        require_ids(judgments, "query", name)
         left_out: dict[str, int] = {}
         kept: dict[str, dict[str, int]] = {}
         for query_id, grades in judgments.items():
@@ -150,7 +164,12 @@ class Collection:
             elif not queries[query_id].strip():
                 _count(left_out, "judgments of a query without text", len(grades))
             else:
-                kept[query_id] = dict(grades)
+                require_text(queries[query_id], f"the query {query_id!r}", name)
+                require_ids(grades, "document", name)
+                kept[query_id] = {
+                    doc_id: require_grade(grade, f"{name}: query {query_id!r}, document {doc_id!r}")
+                    for doc_id, grade in grades.items()
+                }
         judged = {query_id: queries[query_id] for query_id in kept}
         return cls(corpus, judged, kept, name=name, language=language, split=split, left_out=left_out)
 
@@ -188,7 +207,8 @@ class Collection:
         Raises:
             CollectionError: No query has a relevant document.
         """
-        if not self.positives():
+        absent = self.absent_documents or frozenset()
+        if not any(set(doc_ids) - absent for doc_ids in self.positives().values()):
             raise CollectionError(
                 f"{self.name}: no query has a relevant document (a judgment above 0), so there is nothing to train "
                 f"on. It has {len(self.queries)} judged queries{self._left_out_text()}. Name a collection or split "
@@ -197,13 +217,19 @@ class Collection:
 
     def without_missing_documents(self, known_ids: Iterable[str]) -> Collection:
         """A copy whose judgments name only documents in ``known_ids``; the others are counted in ``left_out``."""
+        return self.without_documents(self._missing(known_ids), "judgments of a document that is not there")
+
+    def note_absent_documents(self, known_ids: Iterable[str]) -> None:
+        """Set ``absent_documents``: what is judged and not in ``known_ids``."""
+        self.absent_documents = frozenset(self._missing(known_ids))
+
+    def _missing(self, known_ids: Iterable[str]) -> set[str]:
         missing = {doc_id for grades in self.judgments.values() for doc_id in grades}
         # There may be many more documents than judgments: these are struck off, those are not collected.
         if isinstance(known_ids, (Set, Mapping)):
-            missing -= known_ids.keys() if isinstance(known_ids, Mapping) else known_ids
-        else:
-            missing.difference_update(known_ids)
-        return self.without_documents(missing, "judgments of a document that is not there")
+            return missing - (known_ids.keys() if isinstance(known_ids, Mapping) else known_ids)
+        missing.difference_update(known_ids)
+        return missing
 
     def without_documents(self, doc_ids: Set[str], cause: str) -> Collection:
         """A copy without the judgments of these documents, which are counted in ``left_out`` under ``cause``."""
@@ -254,11 +280,27 @@ class Collection:
         """Log a warning that counts what reading left out, if anything."""
         for cause, number in self.left_out.items():
             logger.warning("%s: left out %d %s", self.name, number, cause)
+        if number := self._absent_judgments():
+            logger.warning(
+                "%s: %d judgments are of documents that the corpus does not have; they count in evaluation, as for "
+                "trec_eval, and are left out of training",
+                self.name,
+                number,
+            )
+
+    def causes(self) -> str:
+        """What was left out or is not there, with counts, in words; empty where there is nothing."""
+        counts = dict(self.left_out)
+        if number := self._absent_judgments():
+            _count(counts, "judgments of a document that is not there", number)
+        return ", ".join(f"{number} {cause}" for cause, number in counts.items())
+
+    def _absent_judgments(self) -> int:
+        absent = self.absent_documents or frozenset()
+        return sum(doc_id in absent for grades in self.judgments.values() for doc_id in grades) if absent else 0
 
     def _left_out_text(self) -> str:
-        if not self.left_out:
-            return ""
-        return "; left out: " + ", ".join(f"{number} {cause}" for cause, number in self.left_out.items())
+        return f"; left out: {self.causes()}" if self.causes() else ""
 
 
 def _count(counts: dict[str, int], cause: str, number: int) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gzip
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from st_clp.data.checks import require_id, require_text
 from st_clp.data.errors import CollectionError
+from st_clp.files import parse_object
 
 
 def find_file(folder: Path, name: str) -> Path | None:
@@ -50,23 +51,15 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         CollectionError: A line that is no JSON object, named by file and line.
     """
     for number, line in read_lines(path):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise CollectionError(
-                f"{path}, line {number}: not valid JSON ({error.msg} at column {error.colno}); "
-                "each line must be one JSON object"
-            ) from error
-        if not isinstance(row, dict):
-            raise CollectionError(f"{path}, line {number}: a JSON object is expected, not {type(row).__name__}")
-        yield number, row
+        where = f"{path}, line {number}"
+        yield number, parse_object(line, where, error=CollectionError, remedy="each line must be one JSON object")
 
 
 def text_field(path: Path, number: int, row: dict[str, Any], name: str, *, default: str | None = None) -> str:
     """The string under ``name`` in a row; numbers become strings, since ids are often written as numbers.
 
     Raises:
-        CollectionError: The field is missing (and has no default) or is no text.
+        CollectionError: The field is missing (and has no default) or is no text, or holds half a character.
     """
     value = row.get(name, default)
     if isinstance(value, int) and not isinstance(value, bool):
@@ -77,6 +70,18 @@ def text_field(path: Path, number: int, row: dict[str, Any], name: str, *, defau
         raise CollectionError(
             f"{path}, line {number}: no {name!r}; the line has {', '.join(map(repr, row)) or 'nothing'}"
         )
+    return require_text(value, repr(name), f"{path}, line {number}")
+
+
+def id_field(path: Path, number: int, row: dict[str, Any], what: str) -> str:
+    """The id under ``_id`` of a row that is a ``what``: a query or a document.
+
+    Raises:
+        CollectionError: It is missing, or nothing that a run can carry.
+    """
+    value = row.get("_id")
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+        value = text_field(path, number, row, "_id")
     if not isinstance(value, str):
-        raise CollectionError(f"{path}, line {number}: {name!r} must be text, not {type(value).__name__}")
-    return value
+        raise CollectionError(f"{path}, line {number}: '_id' must be text, not {type(value).__name__}")
+    return require_id(value, what, f"{path}, line {number}")

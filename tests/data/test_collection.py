@@ -5,9 +5,12 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -98,12 +101,15 @@ def test_judgments_without_query_or_document_are_counted_and_said(
     judgments = [*JUDGMENTS, ("q9", "d1", 1), ("q1", "d9", 1), ("q3", "d8", 1)]
     with caplog.at_level(logging.WARNING):
         collection = Collection.load(write_beir(tmp_path / "c", judgments=judgments))
-    assert collection.left_out == {
-        "judgments of a query that is not there": 1,
-        "judgments of a document that is not there": 2,
-    }
-    assert "left out 2 judgments of a document that is not there" in caplog.text
-    assert set(collection.queries) == {"q1", "q2"}
+    assert collection.left_out == {"judgments of a query that is not there": 1}
+    assert "left out 1 judgments of a query that is not there" in caplog.text
+    # trec_eval counts judgments of documents that nobody can find, so they stay; training leaves them out.
+    assert collection.absent_documents == {"d8", "d9"}
+    assert "2 judgments are of documents that the corpus does not have; they count in evaluation" in caplog.text
+    assert set(collection.queries) == {"q1", "q2", "q3"}
+    trained_on = collection.without_missing_documents(["d1", "d2", "d3"])
+    assert set(trained_on.queries) == {"q1", "q2"}
+    assert trained_on.left_out["judgments of a document that is not there"] == 2
 
 
 @pytest.mark.parametrize(
@@ -236,11 +242,117 @@ def test_from_dict_refuses_an_empty_corpus_and_counts_what_is_missing() -> None:
     with pytest.raises(CollectionError, match="the corpus is empty"):
         Collection.from_dict({}, {}, {})
     collection = Collection.from_dict({"d": "text"}, {"q": "query", "b": " "}, {"q": {"d": 1, "x": 1}, "b": {"d": 1}})
-    assert collection.judgments == {"q": {"d": 1}}
-    assert collection.left_out == {
-        "judgments of a query without text": 1,
-        "judgments of a document that is not there": 1,
-    }
+    assert collection.judgments == {"q": {"d": 1, "x": 1}}
+    assert collection.absent_documents == {"x"}
+    assert collection.left_out == {"judgments of a query without text": 1}
+
+
+@pytest.mark.parametrize("grade", ["1", 0.5, float("nan"), None, 99_999_999_999, -(2**40), 10_001])
+def test_from_dict_refuses_grades_that_cannot_be_scored(grade: Any) -> None:
+    with pytest.raises(CollectionError, match=r"collection: .*query 'q', document 'd'.* grade"):
+        Collection.from_dict({"d": "text"}, {"q": "query"}, {"q": {"d": grade}})
+
+
+def test_from_dict_takes_numpys_whole_numbers() -> None:
+    collection = Collection.from_dict({"d": "text"}, {"q": "query"}, {"q": {"d": np.int64(2)}})
+    assert collection.judgments == {"q": {"d": 2}}
+    assert type(collection.judgments["q"]["d"]) is int
+
+
+BAD_IDS = ["a b", "a\tb", " a", "a\u3000b", "a\u2028b", "", "a\x00b", "a\x1bb", "a\x85b", "d\ud800"]
+
+
+@pytest.mark.parametrize("identifier", BAD_IDS)
+def test_ids_that_a_run_cannot_carry_are_refused_by_every_reader(tmp_path: Path, identifier: str) -> None:
+    with pytest.raises(CollectionError, match=r"collection: the document id .* cannot carry"):
+        Collection.from_dict({identifier: "text", "d": "text"}, {"q": "query"}, {"q": {"d": 1}})
+    with pytest.raises(CollectionError, match=r"collection: the query id .* cannot carry"):
+        Collection.from_dict({"d": "text"}, {identifier: "query"}, {identifier: {"d": 1}})
+    row = json.dumps({"_id": identifier, "text": "another"})
+    with pytest.raises(CollectionError, match=r"corpus\.jsonl, line 4: the document id .* cannot carry"):
+        Collection.load(write_beir(tmp_path / "documents", documents=[*CORPUS, row]))
+    with pytest.raises(CollectionError, match=r"queries\.jsonl, line 4: the query id .* cannot carry"):
+        Collection.load(write_beir(tmp_path / "queries", queries=[*QUERIES, row]))
+
+
+def test_half_a_character_in_a_text_is_refused_by_place(tmp_path: Path) -> None:
+    row = '{"_id": "x", "text": "a\\ud800b"}'
+    for changes, message in [
+        ({"documents": [*CORPUS, row]}, r"corpus\.jsonl, line 4: 'text' .* half a character .* at place 1"),
+        ({"queries": [*QUERIES, row]}, r"queries\.jsonl, line 4: 'text' .* half a character"),
+    ]:
+        with pytest.raises(CollectionError, match=message):
+            Collection.load(write_beir(tmp_path / "c", **changes))
+    rows = tmp_path / "rows.jsonl"
+    for field in ("pos", "neg"):
+        write_jsonl(rows, [{"query": "q", "pos": ["p"]}, json.dumps({"query": "q", "pos": ["p"], field: ["\ud800"]})])
+        with pytest.raises(CollectionError, match=rf"rows\.jsonl, line 2: '{field}' is no valid text"):
+            Collection.load(str(rows))
+    with pytest.raises(CollectionError, match="the document 'd' is no valid text: it has half a character"):
+        Collection.from_dict({"d": "\udfff"}, {"q": "query"}, {"q": {"d": 1}})
+
+
+@pytest.mark.parametrize(
+    ("grade", "message"),
+    [
+        ("--1", "a whole-number score"),
+        ("²", "a whole-number score"),
+        ("١", "a whole-number score"),
+        ("1.0", "a whole-number score"),
+        ("9" * 5000, "a whole-number score"),
+        ("99999999999", r"the grade 99999999999 is beyond 10,000"),
+        ("10001", r"the grade 10001 is beyond 10,000"),
+    ],
+)
+def test_grades_that_are_none_or_beyond_trec_eval_are_refused_by_place(
+    tmp_path: Path, grade: str, message: str
+) -> None:
+    with pytest.raises(CollectionError, match=rf"train\.tsv, line 3: .*{message}"):
+        Collection.load(write_beir(tmp_path / "c", judgments=[("q1", "d1", 1), ("q2", "d2", grade)]))
+
+
+@pytest.mark.parametrize("first", ["q1\td1\tx", "q1\td9\thigh", "q9\td1\tA", "q9\td9\t1.0"])
+def test_a_first_judgment_with_a_letter_for_its_grade_is_no_header(tmp_path: Path, first: str) -> None:
+    folder = write_beir(tmp_path / "c")
+    (tmp_path / "c" / "qrels" / "train.tsv").write_text(f"{first}\nq2\td2\t1\n")
+    with pytest.raises(CollectionError, match=r"train\.tsv, line 1: expected query-id"):
+        Collection.load(folder)
+
+
+@pytest.mark.parametrize("header", ["query-id\tcorpus-id\tscore", "qid\tdocid\trel", "질의\t문서\t점수"])
+def test_any_header_is_passed_over(tmp_path: Path, header: str) -> None:
+    folder = write_beir(tmp_path / "c")
+    (tmp_path / "c" / "qrels" / "train.tsv").write_text(f"{header}\nq2\td2\t1\n", encoding="utf-8")
+    assert Collection.load(folder).judgments == {"q2": {"d2": 1}}
+
+
+def test_a_judgment_that_comes_again_with_another_grade_is_counted_and_the_last_one_counts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    judgments = [("q1", "d1", 1), ("q1", "d1", 0), ("q2", "d2", 1), ("q2", "d2", 1)]
+    with caplog.at_level(logging.WARNING):
+        collection = Collection.load(write_beir(tmp_path / "c", judgments=judgments))
+    assert collection.judgments == {"q1": {"d1": 0}, "q2": {"d2": 1}}
+    assert collection.left_out == {"judgments that came again with another grade (the last one counts)": 1}
+    assert "1 judgments that came again with another grade" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "line", ["[" * 100_000, '{"_id": "x", "text": ' + "[" * 100_000, '{"_id": ' + "9" * 5000 + ', "text": "x"}']
+)
+def test_a_line_that_json_cannot_hold_is_refused_by_place(tmp_path: Path, line: str) -> None:
+    for name in ("documents", "queries"):
+        rows = [*(CORPUS if name == "documents" else QUERIES), line]
+        with pytest.raises(CollectionError, match=r"\.jsonl, line 4: "):
+            Collection.load(write_beir(tmp_path / name, **{name: rows}))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are UTF-8 elsewhere")
+def test_a_folder_whose_name_is_no_utf_8_is_read_under_a_name_that_can_be_written(tmp_path: Path) -> None:
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    collection = Collection.load(write_beir(Path(folder)))
+    assert collection.name == f"{tmp_path}/caf\\xe9/train"
+    assert collection.num_documents == 3
 
 
 def test_a_collection_without_positives_cannot_train() -> None:

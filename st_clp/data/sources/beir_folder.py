@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+from st_clp.data.checks import add_judgment, is_grade, readable_path, require_grade, require_id, shown
 from st_clp.data.collection import Collection
 from st_clp.data.corpus import Document, FileCorpus
 from st_clp.data.errors import CollectionError
-from st_clp.data.files import find_file, read_jsonl, read_lines, text_field
+from st_clp.data.files import find_file, id_field, read_jsonl, read_lines, text_field
 
 DEFAULT_FIELDS = ("title", "text")
 
@@ -33,20 +34,23 @@ def load(source: str, *, split: str | None, text_fields: Sequence[str] | None) -
     if corpus_file is None or queries_file is None:
         raise CollectionError(f"{folder}: a BEIR folder needs corpus.jsonl and queries.jsonl; one of them is missing")
     split, judgments_file = _choose_split(folder, split)
-    corpus = FileCorpus(str(folder), corpus_file, partial(_read_documents, fields=tuple(text_fields or DEFAULT_FIELDS)))
+    name = readable_path(folder)
+    corpus = FileCorpus(name, corpus_file, partial(_read_documents, fields=tuple(text_fields or DEFAULT_FIELDS)))
     # The user's own files are read through once, so that everything wrong in them is said before any work is done.
     known_ids = {document.doc_id for document in corpus}
     if not known_ids:
         raise CollectionError(f'{corpus_file} has no documents; each line must be {{"_id": …, "title": …, "text": …}}')
-    collection = Collection.checked(
-        corpus, _read_queries(queries_file), _read_judgments(judgments_file), name=f"{folder}/{split}", split=split
-    ).without_missing_documents(known_ids)
-    if not collection.judgments:
-        causes = ", ".join(f"{number} {cause}" for cause, number in collection.left_out.items()) or "the file is empty"
+    queries = _read_queries(queries_file)
+    judgments, repeated = _read_judgments(judgments_file, queries, known_ids)
+    collection = Collection.checked(corpus, queries, judgments, name=f"{name}/{split}", split=split)
+    collection.note_absent_documents(known_ids)
+    if not collection.without_missing_documents(known_ids).judgments:
+        causes = collection.causes() or "the file is empty"
         raise CollectionError(
             f"{judgments_file}: no judgment joins a query of {queries_file.name} to a document of {corpus_file.name} "
             f"({causes}); its lines must be query-id, corpus-id, score"
         )
+    collection.left_out |= repeated
     if corpus.repeated:
         collection.left_out["documents that came twice"] = corpus.repeated
     return collection
@@ -86,7 +90,7 @@ def _read_documents(path: Path, fields: tuple[str, ...]) -> Iterator[tuple[int, 
         yield (
             number,
             Document(
-                text_field(path, number, row, "_id"),
+                id_field(path, number, row, "document"),
                 " ".join(text for text in texts if text),
                 title.strip() if isinstance(title, str) else "",
             ),
@@ -96,7 +100,7 @@ def _read_documents(path: Path, fields: tuple[str, ...]) -> Iterator[tuple[int, 
 def _read_queries(path: Path) -> dict[str, str]:
     queries: dict[str, str] = {}
     for number, row in read_jsonl(path):
-        query_id, text = text_field(path, number, row, "_id"), text_field(path, number, row, "text")
+        query_id, text = id_field(path, number, row, "query"), text_field(path, number, row, "text")
         if queries.setdefault(query_id, text) != text:
             raise CollectionError(
                 f"{path}, line {number}: the query id {query_id!r} was there before with another text"
@@ -104,20 +108,28 @@ def _read_queries(path: Path) -> dict[str, str]:
     return queries
 
 
-def _read_judgments(path: Path) -> dict[str, dict[str, int]]:
+def _read_judgments(
+    path: Path, queries: Container[str], documents: Container[str]
+) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
+    """(judgments, what came again with another grade: cause to count)."""
     judgments: dict[str, dict[str, int]] = {}
+    repeated: dict[str, int] = {}
     for number, line in read_lines(path):
+        where = f"{path}, line {number}"
         parts = [part.strip() for part in line.split("\t")]
-        if number == 1 and len(parts) == 3 and not _is_grade(parts[2]):
-            continue  # the header
-        if len(parts) != 3 or not _is_grade(parts[2]):
+        if number == 1 and len(parts) == 3 and _is_header(parts, queries, documents):
+            continue
+        if len(parts) != 3 or not is_grade(parts[2]):
             raise CollectionError(
-                f"{path}, line {number}: expected query-id, corpus-id and a whole-number score separated by tabs, "
-                f"got {line[:80]!r}"
+                f"{where}: expected query-id, corpus-id and a whole-number score separated by tabs, got {shown(line)}"
             )
-        judgments.setdefault(parts[0], {})[parts[1]] = int(parts[2])
-    return judgments
+        query_id, doc_id = require_id(parts[0], "query", where), require_id(parts[1], "document", where)
+        add_judgment(judgments, query_id, doc_id, require_grade(int(parts[2]), where), repeated)
+    return judgments, repeated
 
 
-def _is_grade(text: str) -> bool:
-    return text.lstrip("-").isdigit()
+def _is_header(parts: list[str], queries: Container[str], documents: Container[str]) -> bool:
+    """Whether a first line names its columns; one with a query or document of ours is a judgment."""
+    if parts[0] in queries or parts[1] in documents:
+        return False
+    return len(parts[2]) > 1 and not any(letter.isnumeric() for letter in parts[2])

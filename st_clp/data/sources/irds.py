@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from st_clp.data.checks import add_judgment, require_grade
 from st_clp.data.collection import Collection
 from st_clp.data.corpus import Corpus, Document
 from st_clp.data.errors import CollectionError
@@ -112,10 +113,12 @@ def load(source: str, *, split: str | None, text_fields: Sequence[str] | None) -
         advice = f"name one of its splits: {', '.join(have)}" if have else "it has documents only"
         raise CollectionError(f"{dataset_id}: there are no queries with judgments here; {advice}")
     judgments: dict[str, dict[str, int]] = {}
+    repeated: dict[str, int] = {}
     try:
         queries = {query.query_id: query.default_text() for query in dataset.queries_iter()}
         for judgment in dataset.qrels_iter():
-            judgments.setdefault(judgment.query_id, {})[judgment.doc_id] = int(judgment.relevance)
+            grade = require_grade(int(judgment.relevance), f"{dataset_id}, query {judgment.query_id}")
+            add_judgment(judgments, judgment.query_id, judgment.doc_id, grade, repeated)
     except OSError as error:  # what a failed download raises is one too
         raise CollectionError(
             f"{dataset_id}: ir_datasets could not download or read its queries and judgments ({error}). Check the "
@@ -124,9 +127,11 @@ def load(source: str, *, split: str | None, text_fields: Sequence[str] | None) -
     language = dataset.queries_lang() or dataset.docs_lang()
     if split is None and _registered(dataset_id.rpartition("/")[0]):
         split = dataset_id.rpartition("/")[2]
-    return Collection.checked(
+    collection = Collection.checked(
         IrdsCorpus(dataset, text_fields), queries, judgments, name=dataset_id, language=language, split=split
     )
+    collection.left_out |= repeated
+    return collection
 
 
 def _registered(dataset_id: str) -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from st_clp.data.checks import readable_path, require_text
 from st_clp.data.collection import Collection
 from st_clp.data.corpus import MemoryCorpus
 from st_clp.data.errors import CollectionError
@@ -65,7 +66,8 @@ def load(source: str, *, split: str | None, text_fields: Sequence[str] | None) -
             query_marks.setdefault(text_id(text), {}).update(marked)
     if not queries:
         raise CollectionError(f'{path} is empty; each line must be {{"query": …, "pos": […]}}')
-    collection = Collection.checked(MemoryCorpus(source, documents), queries, judgments, name=source, split=SPLIT)
+    name = readable_path(source)
+    collection = Collection.checked(MemoryCorpus(name, documents), queries, judgments, name=name, split=SPLIT)
     collection.known_queries = {doc_id: known for doc_id, known in known_queries.items() if known}
     collection.query_marks = {doc_id: marked for doc_id, marked in query_marks.items() if marked}
     collection.judged_negatives = any(0 in grades.values() for grades in judgments.values())
@@ -87,6 +89,8 @@ def _texts(path: Path, number: int, row: dict[str, Any], name: str, *, required:
         return []
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise CollectionError(f"{path}, line {number}: {name!r} must be a list of texts")
+    for value in values:
+        require_text(value, repr(name), f"{path}, line {number}")
     if required and not any(value.strip() for value in values):
         raise CollectionError(f"{path}, line {number}: {name!r} has no text; give each row at least one positive")
     return values
@@ -106,6 +110,8 @@ def _negative_queries(path: Path, number: int, row: dict[str, Any], num_negative
     found = [[value] if isinstance(value, str) else value or [] for value in values]
     if not all(isinstance(entry, list) and all(isinstance(text, str) for text in entry) for entry in found):
         raise CollectionError(f"{path}, line {number}: each entry of 'neg_q' must be a text, a list of texts or null")
+    for text in (text for entry in found for text in entry):
+        require_text(text, "'neg_q'", f"{path}, line {number}")
     return [[text for text in entry if text.strip()] for entry in found]
 
 
