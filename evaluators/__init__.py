@@ -4,8 +4,9 @@ Every evaluator can be called with a model, or handed to the Trainer or ``model.
 """
 
 from evaluators.beir import BEIREvaluator
+from evaluators.beir_search import BEIRSearch
 from evaluators.benchmark import BenchmarkEvaluator
 from evaluators.collection import CollectionEvaluator
 from evaluators.miracl import MIRACLEvaluator
 
-__all__ = ["BEIREvaluator", "BenchmarkEvaluator", "CollectionEvaluator", "MIRACLEvaluator"]
+__all__ = ["BEIREvaluator", "BEIRSearch", "BenchmarkEvaluator", "CollectionEvaluator", "MIRACLEvaluator"]
