@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from st_clp.data.embedded.facts import CURRENCY_UNSURE, OFFICIAL_UNSURE, Fact, all_facts
-from st_clp.data.embedded.names import names_in
+from tools.embedded.facts import CURRENCY_UNSURE, OFFICIAL_UNSURE, Fact, all_facts
+from tools.embedded.names import names_in
 
 LANGUAGES = ("ko", "fa", "hi", "en")
 # More places than this in one sentence make a list, not a sentence.

@@ -2,7 +2,7 @@
 
 import re
 
-from st_clp.data.embedded.wording.wording import Wording, joiner
+from tools.embedded.wording.wording import Wording, joiner
 
 _PARTICLE = re.compile(r"\[(\w+)/(\w+)\]")
 _FIRST_SYLLABLE, _LAST_SYLLABLE, _FINALS, _RIEUL = 0xAC00, 0xD7A3, 28, 8

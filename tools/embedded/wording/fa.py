@@ -1,6 +1,6 @@
 """Persian. A name ends its noun phrase, so that no ezafe has to be written on it."""
 
-from st_clp.data.embedded.wording.wording import Wording, joiner
+from tools.embedded.wording.wording import Wording, joiner
 
 _DIGITS = str.maketrans("0123456789", "۰۱۲۳۴۵۶۷۸۹")
 

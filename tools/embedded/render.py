@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from st_clp.data.embedded.names import Names, names_in
-from st_clp.data.embedded.plan import PlannedDocument, chance
-from st_clp.data.embedded.questions import Question
-from st_clp.data.embedded.statements import Statement
-from st_clp.data.embedded.wording.wording import Wording
+from tools.embedded.names import Names, names_in
+from tools.embedded.plan import PlannedDocument, chance
+from tools.embedded.questions import Question
+from tools.embedded.statements import Statement
+from tools.embedded.wording.wording import Wording
 
 # The subject is named again in about one sentence of this many.
 NAMED_AGAIN = 4
@@ -24,7 +24,7 @@ class Renderer:
 
     def __init__(self, language: str) -> None:
         self.language = language
-        self.wording: Wording = import_module(f"st_clp.data.embedded.wording.{language}").WORDING
+        self.wording: Wording = import_module(f"tools.embedded.wording.{language}").WORDING
         self.names: Names = names_in(language)
         lookups: dict[str, Callable[[str], str | None]] = {
             "territory": self.names.territory,

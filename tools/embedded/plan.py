@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from st_clp.data.embedded.facts import Fact, all_facts
-from st_clp.data.embedded.questions import NAMING, Question, possible_questions
-from st_clp.data.embedded.statements import Statement, Subject, possible_statements, subjects
+from tools.embedded.facts import Fact, all_facts
+from tools.embedded.questions import NAMING, Question, possible_questions
+from tools.embedded.statements import Statement, Subject, possible_statements, subjects
 
 SPLITS = ("train", "dev")
 DEV_PERCENT = 30

@@ -2,7 +2,7 @@
 
 import re
 
-from st_clp.data.embedded.wording.wording import Wording, joiner
+from tools.embedded.wording.wording import Wording, joiner
 
 _WITH_ARTICLE = re.compile(
     r"Islands?$|Territor(y|ies)$|Republic$|^United |^Bahamas|^Gambia$|^Maldives|^Netherlands|^Philippines|^Comoros"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from st_clp.data.embedded.facts import OFFICIAL_UNSURE, Fact
-from st_clp.data.embedded.statements import Subject, nameable, records
+from tools.embedded.facts import OFFICIAL_UNSURE, Fact
+from tools.embedded.statements import Subject, nameable, records
 
 # Kinds that name the very thing their document is about: the easy ones.
 NAMING = frozenset(

@@ -2,7 +2,7 @@
 
 import re
 
-from st_clp.data.embedded.wording.wording import Wording, joiner
+from tools.embedded.wording.wording import Wording, joiner
 
 _RUPEE_BEFORE_POSTPOSITION = re.compile(r"रुपया(?=(?: \([A-Z]+\))? (?:में|का|की|के|को|से|पर) )")
 
