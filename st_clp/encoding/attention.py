@@ -42,8 +42,7 @@ def make_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     if function is bidirectional_mask_function and padding is not None and padding.ndim == 2:
         padding = padding.bool()
         # Which keys are padding is the same for every query, so a row will do where others make a square.
-        # A compiled model takes the same path for every batch, whatever is in it.
-        if not torch.compiler.is_compiling() and bool(padding.all()):
+        if bool(padding.all()):
             return None
         return padding[:, None, None, :]
     return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
@@ -82,9 +81,7 @@ def attend(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    # Compiled, the loop over parts would be another for every shape.
-    products = _opaque if torch.compiler.is_compiling() else attend_in_parts
-    return products(query, key, value, attention_mask, scaling), None
+    return attend_in_parts(query, key, value, attention_mask, scaling), None
 
 
 def attend_in_parts(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
@@ -131,17 +128,3 @@ def _by_powers(bias: Tensor | None, query: Tensor, key: Tensor, value: Tensor, s
 def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """What is added to the scores, of the mask's shape: nothing, or the least number where masked."""
     return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
-
-
-_opaque = torch.library.custom_op(
-    "st_clp::attend_in_parts",
-    attend_in_parts,
-    mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor? mask, float scaling) -> Tensor",
-)
-
-
-@_opaque.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    batch, heads, queries, width = query.shape
-    return query.new_empty(batch, queries, heads, width)

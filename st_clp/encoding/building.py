@@ -57,7 +57,6 @@ class Builder:
         show_progress_bar: bool,
         progress: Any = None,
         fingerprint: str | None = None,
-        compile: bool = False,
     ) -> None:
         self._model = model
         self._corpus = corpus
@@ -67,7 +66,6 @@ class Builder:
         self._show_progress_bar = show_progress_bar
         self._shared_progress = progress
         self._fingerprint = fingerprint
-        self._compile = compile
         self._stored_as = "float16" if self.computed_in == "bfloat16" else "float32"
         self._window = window_size(model)
 
@@ -232,9 +230,7 @@ class Builder:
                 waiting.append((window, rows))
                 yield [document.text for document, row in zip(window, rows, strict=True) if row < 0]
 
-        encoder = Encoder(
-            self._model, self._task, dtype=self.computed_in, batch_size=self._batch_size, compile=self._compile
-        )
+        encoder = Encoder(self._model, self._task, dtype=self.computed_in, batch_size=self._batch_size)
         for encoded in encoder.encode_windows(unknown_texts()):
             window, rows = waiting.popleft()
             embeddings = np.empty((len(window), encoded.shape[1]), dtype=np.float32)

@@ -66,7 +66,6 @@ def encode_documents(
     batch_size: int | None = None,
     window: int | None = None,
     dtype: ComputeDtype = "model",
-    compile: bool = False,
 ) -> Iterator[np.ndarray]:
     """Encode a stream of documents as ``model.encode_document`` does, in bounded memory.
 
@@ -78,9 +77,6 @@ def encode_documents(
         dtype: ``"model"`` computes in the model's own precision, to a cosine of 0.9999 with ``model.encode``;
             ``"bfloat16"`` runs the transformer in bfloat16, to 0.999; ``"auto"`` does so where the hardware
             multiplies bfloat16 and the model is float32.
-        compile: Compile the transformer with ``torch.compile`` first, which takes about a minute and needs a C++
-            compiler; a model that cannot be compiled encodes without, and says so. Where it was measured it did not
-            make encoding faster (``benchmarks/compiling.py``).
 
     Yields:
         float32 embeddings, (at most ``window``, dim), in the order of the texts.
@@ -89,7 +85,7 @@ def encode_documents(
         TypeError: Something among the texts is no text; the windows before it come first.
         ValueError: An option is not known or out of range.
     """
-    return encode(model, texts, "document", batch_size=batch_size, window=window, dtype=dtype, compile=compile)
+    return encode(model, texts, "document", batch_size=batch_size, window=window, dtype=dtype)
 
 
 def encode(
@@ -100,13 +96,12 @@ def encode(
     batch_size: int | None = None,
     window: int | None = None,
     dtype: ComputeDtype = "model",
-    compile: bool = False,
 ) -> Iterator[np.ndarray]:
     """As :func:`encode_documents`, for the texts of either task."""
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
     _require_several(texts)
-    encoder = Encoder(model, task, dtype=dtype, batch_size=batch_size, compile=compile)
+    encoder = Encoder(model, task, dtype=dtype, batch_size=batch_size)
     return encoder.encode_windows(_windows(iter(texts), window or window_size(model)))
 
 
@@ -143,7 +138,7 @@ class Encoder:
     """Encodes windows of texts, one after the other.
 
     Args:
-        model, task, dtype, batch_size, compile: As in :func:`encode_documents`.
+        model, task, dtype, batch_size: As in :func:`encode_documents`.
 
     Raises:
         ValueError: An option is not known or out of range.
@@ -156,12 +151,10 @@ class Encoder:
         *,
         dtype: ComputeDtype = "model",
         batch_size: int | None = None,
-        compile: bool = False,
     ) -> None:
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self._working = WorkingModel(model, task, dtype, pack=not compile)
-        self._compile = compile
+        self._working = WorkingModel(model, task, dtype)
         self._batch_size = batch_size
         self._dim = embedding_dimension(model)
         self._whole_batch = batch_size or 32
@@ -213,9 +206,6 @@ class Encoder:
         """The embeddings of a window's texts, in their order; batches shrink when memory runs out."""
         if window is None:
             return self._nothing()
-        if self._compile:
-            self._compile = False
-            self._working.compile()
         embeddings = np.empty((len(window), self._dim), dtype=np.float32)
         position = 0
         waiting: tuple[np.ndarray, Embedded] | None = None

@@ -87,7 +87,6 @@ class EmbeddingStore:
         show_progress_bar: bool = True,
         progress: tqdm | None = None,
         fingerprint: str | None = None,
-        compile: bool = False,
     ) -> EmbeddingStore:
         """Encode all documents of a collection, or open what is there.
 
@@ -107,7 +106,6 @@ class EmbeddingStore:
             show_progress_bar: Show progress, rate and remaining time.
             progress: A bar to move by each text, in place of one of its own: several stores can share it.
             fingerprint: The model's, where it is known already; otherwise it is computed from the weights.
-            compile: As in :func:`st_clp.encoding.encode_documents`.
 
         Raises:
             CollectionError: There are no texts.
@@ -117,7 +115,7 @@ class EmbeddingStore:
         from st_clp.encoding.building import Builder
 
         corpus = texts.corpus if isinstance(texts, Collection) else texts
-        builder = Builder(model, corpus, task, dtype, batch_size, show_progress_bar, progress, fingerprint, compile)
+        builder = Builder(model, corpus, task, dtype, batch_size, show_progress_bar, progress, fingerprint)
         if path is None:
             return cls(*builder.in_memory())
         builder.in_folder(Path(path))

@@ -16,7 +16,6 @@ from sentence_transformers.util import batch_to_device, truncate_embeddings
 
 from st_clp.encoding.attention import use_batched_products
 from st_clp.encoding.batches import Features
-from st_clp.encoding.compiling import compile_transformers
 from st_clp.encoding.packing import pack_linear_layers
 
 logger = logging.getLogger(__name__)
@@ -35,7 +34,6 @@ class WorkingModel:
         model: The model. It is put into evaluation mode, as its own ``encode`` does, and not changed otherwise.
         task: Whether its texts are queries or documents.
         dtype: As in :func:`st_clp.encoding.encode_documents`.
-        pack: Whether a processor's linear layers may be packed; not where they are to be compiled.
 
     Attributes:
         by_tokens: Whether the model can be run by tokens; otherwise use :meth:`encode_whole`.
@@ -44,9 +42,7 @@ class WorkingModel:
         ValueError: ``dtype`` is not known.
     """
 
-    def __init__(
-        self, model: SentenceTransformer, task: Task, dtype: ComputeDtype = "model", *, pack: bool = True
-    ) -> None:
+    def __init__(self, model: SentenceTransformer, task: Task, dtype: ComputeDtype = "model") -> None:
         if dtype not in get_args(ComputeDtype):
             raise ValueError(f"dtype must be one of {', '.join(get_args(ComputeDtype))}, got {dtype!r}")
         model.eval()
@@ -58,7 +54,7 @@ class WorkingModel:
         if not self.by_tokens:
             logger.warning("this model is not a plain text encoder: it encodes by its own encode method, more slowly")
         narrow = self.by_tokens and resolve_dtype(model, dtype) == "bfloat16"
-        self._runs = _in_bfloat16(model, pack) if narrow else model
+        self._runs = _in_bfloat16(model) if narrow else model
 
     @property
     def bytes_per_token(self) -> int:
@@ -73,25 +69,11 @@ class WorkingModel:
 
     def forward(self, features: Features) -> Embedded:
         """The embeddings of one batch, float32, (texts, dim), which a GPU may still be computing."""
-        output = self._run(self._runs, self._on_device(features))
+        output = self._runs(self._on_device(features), task=self._task)
         embeddings = output["sentence_embedding"]
         if self._model.truncate_dim is not None:
             embeddings = truncate_embeddings(embeddings, self._model.truncate_dim)
         return Embedded(embeddings.float())
-
-    def _run(self, model: SentenceTransformer, features: Features) -> Features:
-        return model(features, task=self._task)
-
-    def compile(self) -> None:
-        """Compile what :meth:`forward` runs, if that can be done."""
-        working = copy_modules(self._model, share_weights=True) if self._runs is self._model else self._runs
-
-        @torch.inference_mode()
-        def run(model: SentenceTransformer, texts: list[str]) -> None:
-            self._run(model, self._on_device(self.preprocess(texts)))
-
-        if compile_transformers(working, run):
-            self._runs = working
 
     def _on_device(self, features: Features) -> Features:
         features = dict(features)
@@ -188,7 +170,7 @@ def _is_text_encoder(model: SentenceTransformer) -> bool:
     return not any(module.can_flatten_inputs for module in inputs)
 
 
-def _in_bfloat16(model: SentenceTransformer, pack: bool) -> SentenceTransformer:
+def _in_bfloat16(model: SentenceTransformer) -> SentenceTransformer:
     """A copy whose transformers compute in bfloat16 and hand on float32."""
     working = copy_modules(model)
     for module in working.modules():
@@ -197,18 +179,16 @@ def _in_bfloat16(model: SentenceTransformer, pack: bool) -> SentenceTransformer:
             module.register_forward_hook(_hand_on_float32)
             if model.device.type == "cpu" and not _capabilities().get("amx_bf16"):
                 use_batched_products(module.model)
-            if pack and model.device.type == "cpu" and hardware_has_bf16(model.device):
+            if model.device.type == "cpu" and hardware_has_bf16(model.device):
                 pack_linear_layers(module.model)
     return working.eval()
 
 
-def copy_modules(model: SentenceTransformer, *, share_weights: bool = False) -> SentenceTransformer:
-    """A copy that may be changed, with weights of its own or the model's."""
+def copy_modules(model: SentenceTransformer) -> SentenceTransformer:
+    """A copy that may be changed."""
     # Tokenizers are only read, and the model card holds the trainer and its data: neither is to be copied.
     shared: list[Any] = [model.model_card_data]
     shared += [module.processor for module in model.modules() if isinstance(module, Transformer)]
-    if share_weights:
-        shared += [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, memo={id(item): item for item in shared})
 
 

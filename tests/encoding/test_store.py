@@ -92,8 +92,8 @@ def test_store_holds_ids_and_embeddings_in_corpus_order(
 
 def test_ids_of_any_kind_survive(tiny_model: SentenceTransformer, tmp_path: Path) -> None:
     ids = ["a b", "line\nbreak", "한국", '"quoted"', " "]
-    collection = Collection.from_dict(dict.fromkeys(ids, "fire"), {"q": "x"}, {"q": {"a b": 1}})
-    assert EmbeddingStore.build(tiny_model, collection, tmp_path / "s", show_progress_bar=False).ids == ids
+    corpus = MemoryCorpus("of any kind", dict.fromkeys(ids, "fire"))
+    assert EmbeddingStore.build(tiny_model, corpus, tmp_path / "s", show_progress_bar=False).ids == ids
 
 
 def test_store_is_reused_only_for_the_same_model_task_and_precision(
