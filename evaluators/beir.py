@@ -81,7 +81,10 @@ class BEIREvaluator(BenchmarkEvaluator):
         for dataset in self.datasets:
             key = _key(dataset)
             if key in collections:
-                raise ValueError(f"two datasets would both be called {key}: {', '.join(self.datasets)}")
+                raise ValueError(
+                    f"two datasets would both be called {key}: {', '.join(self.datasets)}; rename a folder, or give "
+                    "BenchmarkEvaluator the collections under names of your own"
+                )
             collections[key] = _load(dataset, split)
         super().__init__(collections, name, **settings)
 

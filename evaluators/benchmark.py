@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -75,6 +76,7 @@ class BenchmarkEvaluator(RetrievalEvaluator):
         super().__init__(name, metrics, write_csv=write_csv, write_json=write_json, save_runs=save_runs)
         self._parts, collections = _keys_of_parts(datasets)
         references = _references(reference_runs, collections)
+        stores = _store_names(collection.corpus_name for collection in collections.values())
         self.evaluators: dict[str, CollectionEvaluator] = {
             key: CollectionEvaluator(
                 collection,
@@ -85,7 +87,7 @@ class BenchmarkEvaluator(RetrievalEvaluator):
                 batch_size=batch_size,
                 show_progress_bar=show_progress_bar,
                 ignore_identical_ids=ignore_identical_ids,
-                store_dir=None if store_dir is None else Path(store_dir) / file_part(collection.corpus_name),
+                store_dir=None if store_dir is None else Path(store_dir) / stores[collection.corpus_name],
                 corpus=corpus,
                 reference_run=references.get(key),
                 pool_depth=pool_depth,
@@ -128,6 +130,18 @@ class BenchmarkEvaluator(RetrievalEvaluator):
     def get_config_dict(self) -> dict[str, Any]:
         """The settings that the metrics depend on, for the model card."""
         return {key: evaluator.get_config_dict() for key, evaluator in self.evaluators.items()}
+
+
+def _store_names(corpus_names: Iterable[str]) -> dict[str, str]:
+    """A folder for each corpus; what cannot stand in a folder's name may have been all that told two apart."""
+    names = dict.fromkeys(corpus_names)
+    parts = [file_part(name) for name in names]
+    return {
+        name: part
+        if parts.count(part) == 1
+        else f"{part[-90:]}_{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}"
+        for name, part in zip(names, parts, strict=True)
+    }
 
 
 def _references(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from sentence_transformers import SentenceTransformer
@@ -299,6 +300,26 @@ def default_name(collection: Collection) -> str:
     parts = collection.name.replace("\\", "/").strip("/").split("/")
     is_path = collection.name.startswith(("/", "\\", ".", "~"))
     return file_part("_".join(parts[-2:] if is_path else parts))
+
+
+def distinct_names(collections: Sequence[Collection]) -> list[str]:
+    """A name for each of these collections: the default one, and where two would have the same, more of their paths.
+
+    Raises:
+        ValueError: A collection stands there twice.
+    """
+    sources = [collection.name for collection in collections]
+    if repeated := [source for source in sources if sources.count(source) > 1]:
+        raise ValueError(f"the collection {repeated[0]} is named twice")
+    names = [default_name(collection) for collection in collections]
+    alike = [source for source, name in zip(sources, names, strict=True) if names.count(name) > 1]
+    longer = {source: file_part(source.replace("\\", "/").strip("/.~")) for source in alike}
+    taken = [*longer.values(), *(name for name in names if names.count(name) == 1)]
+    for source in alike:
+        # What cannot stand in a file's name, or is too long for one, may have been all that told them apart.
+        if taken.count(longer[source]) > 1:
+            longer[source] = f"{longer[source][-90:]}_{hashlib.blake2b(source.encode(), digest_size=4).hexdigest()}"
+    return [longer.get(source, name) for source, name in zip(sources, names, strict=True)]
 
 
 def _judged_queries(collection: Collection) -> dict[str, dict[str, int]]:

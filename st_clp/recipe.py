@@ -1,7 +1,7 @@
 """The whole method as one run: evaluate, mine, convert, train, evaluate again, save.
 
 from st_clp.recipe import run
-from st_clp.settings import RunSettings
+from st_clp.settings import RunSettings, SettingsError
 
 report = run(RunSettings(model="BAAI/bge-m3", collection=["miracl/ko"], output="bge-m3-ko"))
 """
@@ -21,16 +21,20 @@ from transformers import set_seed
 
 from evaluators import CollectionEvaluator
 from evaluators.call import EvaluationCall
+from evaluators.collection import distinct_names
+from evaluators.evaluation import MANIFEST as EVALUATION
 from evaluators.saving import save_parts
 from st_clp.data import Collection
+from st_clp.files import write_json
 from st_clp.mining import AnceCallback, MiningOptions, mine, plot_refreshes
 from st_clp.mining.negative_queries import QueryOptions, make_chain
 from st_clp.mining.rows import read_rows, to_dataset, write_rows
 from st_clp.moe import expert_usage, is_moe, load, train_only, upcycle
 from st_clp.report import METRICS, machine, print_scores, versions, write_card
-from st_clp.rundir import RunDirectory, slug, write_json
-from st_clp.settings import RunSettings
+from st_clp.rundir import RunDirectory, slug
+from st_clp.settings import RunSettings, SettingsError
 from st_clp.splits import load_collections
+from st_clp.stages import EVALUATE_AFTER, EVALUATE_BEFORE, MINE, STAGES, TRAIN
 from st_clp.terminal import new_console
 from st_clp.training import (
     check_training_arguments,
@@ -43,7 +47,6 @@ from st_clp.training import (
 logger = logging.getLogger(__name__)
 
 USAGE_QUERIES = 100  # of each collection, to see what the experts do
-STAGES = ("evaluate-before", "mine", "train", "evaluate-after")
 
 
 def run(
@@ -78,20 +81,19 @@ class _Run:
     def go(self, *, resume: bool, overwrite: bool) -> dict[str, Any]:
         # Everything that may be wrong with the input is found before the folder is made or anything is computed.
         check_training_arguments(self.settings)
+        self.directory.check(self.settings, resume=resume, overwrite=overwrite)
         self.mining_options = mining_options(self.settings)
         self.query_options = query_options(self.settings)
-        if self.directory.finished("train") is None:  # refreshing mines while training
-            make_chain(self.settings.negative_queries, self.query_options).close()
         self.collections = load_collections(self.settings)
-        if self.directory.finished("train") is None:
+        if resume:
+            self._require_outputs()
+        if not resume or self.directory.finished(TRAIN) is None:  # refreshing mines while training
+            make_chain(self.settings.negative_queries, self.query_options).close()
             self._base_model()
-        self.directory.prepare(self.settings, resume=resume, overwrite=overwrite)
-        results = {
-            name: self._stage(name, work)
-            for name, work in zip(
-                STAGES, (self._evaluate_before, self._mine, self._train, self._evaluate_after), strict=True
-            )
-        }
+        for name, (was, now) in self.directory.prepare(self.settings, resume=resume, overwrite=overwrite).items():
+            self._say(f"{name} is {now!r} from here on; it was {was!r}")
+        work = dict(zip(STAGES, (self._evaluate_before, self._mine, self._train, self._evaluate_after), strict=True))
+        results = {name: self._stage(name, work[name]) for name in STAGES}
         report = self._report(results)
         write_json(self.directory.path / "report.json", report)
         languages = [collection.language for collection in self.collections.evaluate if collection.language]
@@ -111,11 +113,50 @@ class _Run:
             result = work()
             return {**result, "seconds": round(time.perf_counter() - started, 2)}
 
-        return self.directory.stage(name, timed)
+        return self.directory.stage(name, timed, lambda: self._outputs(name))
+
+    def _outputs(self, name: str) -> list[Path]:
+        """The files that a stage writes and later ones, or the user, need."""
+        if name == MINE:
+            return [self._rows_file(collection) for collection in self.collections.train]
+        if name == TRAIN:
+            return self.directory.model_files()
+        folder = self.directory.evaluation("before" if name == EVALUATE_BEFORE else "after")
+        return [path for path in folder.rglob("*") if path.is_file()]
+
+    def _require_outputs(self) -> None:
+        """Let finished stages be done again whose files are gone or were changed since.
+
+        Raises:
+            SettingsError: The model was changed, perhaps on purpose: it is not for us to replace it.
+        """
+        records = self.directory.records
+        # By version 0.1.0 no outputs were noted: these files at least must be there.
+        needed = {
+            TRAIN: [self.directory.path / "modules.json"],
+            MINE: [self._rows_file(collection) for collection in self.collections.train],
+            EVALUATE_BEFORE: [self.directory.evaluation("before") / EVALUATION],
+            EVALUATE_AFTER: [self.directory.evaluation("after") / EVALUATION],
+        }
+        for name, files in needed.items():
+            # Mined rows have served once the model is trained.
+            if self.directory.finished(name) is None or (name == MINE and self.directory.finished(TRAIN) is not None):
+                continue
+            missing, changed = records.missing_and_changed(name, files)
+            if name == TRAIN and changed and not missing:
+                raise SettingsError(
+                    f"the model in {self.directory.path} is not as it was trained: {', '.join(changed)}. Put the files "
+                    f"back; or remove {records.file(name)} to train again, which replaces the model"
+                )
+            if missing or changed:
+                self._say(f"{name} is done again: gone or changed since is {', '.join(missing + changed)}")
+                records.forget(name)
+                if name == TRAIN:
+                    records.forget(EVALUATE_AFTER)
 
     def _say(self, text: str) -> None:
         """A line of a stage; names in it are not ours, so it holds no markup."""
-        self.console.print(f"  {text}", markup=False, emoji=False)
+        self.console.print(f"  {text}", markup=False, emoji=False, soft_wrap=True)
 
     def _base_model(self) -> SentenceTransformer:
         if self.base is None:
@@ -147,11 +188,13 @@ class _Run:
     def _evaluate(self, model: SentenceTransformer, when: str) -> dict[str, dict[str, float]]:
         parts: dict[str, CollectionEvaluator] = {}
         scores = {}
+        names = distinct_names(self.collections.evaluate)
         corpora = [collection.corpus for collection in self.collections.evaluate]
         with EvaluationCall(model, corpora, show_progress_bar=True) as call:
-            for collection in self.collections.evaluate:
+            for name, collection in zip(names, self.collections.evaluate, strict=True):
                 evaluator = CollectionEvaluator(
                     collection,
+                    name,
                     metrics=METRICS,
                     dtype=self.settings.encode_dtype,  # type: ignore[arg-type]
                     batch_size=self.settings.encode_batch_size,
@@ -160,7 +203,7 @@ class _Run:
                     write_csv=False,
                 )
                 scores[collection.name] = evaluator.evaluate_in(call)
-                parts[evaluator.name] = evaluator
+                parts[name] = evaluator
         for name, found in scores.items():
             self._say(f"{name}: nDCG@10 {found['ndcg@10']:.4f}")
         # The model after training is the one in the output folder.
@@ -227,7 +270,7 @@ class _Run:
         refresh = make_refresh(
             collections, rows, self.mining_options, settings, self.query_options, self._query_store()
         )
-        trainer = make_trainer(model, datasets, settings, self.directory.work / "checkpoints", refresh)
+        trainer = make_trainer(model, datasets, settings, self.directory.checkpoints, refresh)
         checkpoint = self.directory.last_checkpoint()
         if checkpoint is not None:
             self._say(f"going on from {checkpoint.name}")
@@ -238,7 +281,7 @@ class _Run:
                 refresh.close()
         model.save(str(self.directory.path))
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
-        shutil.rmtree(self.directory.work / "checkpoints", ignore_errors=True)
+        shutil.rmtree(self.directory.checkpoints, ignore_errors=True)
         return {
             "trainable_parameters": trainable.trainable,
             "all_parameters": trainable.total,

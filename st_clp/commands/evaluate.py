@@ -114,19 +114,18 @@ def _model_name(model: str) -> str:
 
 
 def _load(sources: list[str], split: str | None, text_field: list[str] | None) -> dict[str, Collection]:
-    from evaluators.collection import default_name
+    from evaluators.collection import distinct_names
     from st_clp.data import Collection
     from st_clp.settings import SettingsError
     from st_clp.splits import find_eval_split
 
-    found: dict[str, Collection] = {}
-    for source in sources:
-        collection = Collection.load(source, split=find_eval_split(source, split), text_fields=text_field or None)
-        key = default_name(collection)
-        if key in found:
-            raise SettingsError(f"two collections would both be called {key}: {', '.join(sources)}")
-        found[key] = collection
-    return found
+    if repeated := [source for source in sources if sources.count(source) > 1]:
+        raise SettingsError(f"the collection {repeated[0]} is named twice; name each once")
+    found = [
+        Collection.load(source, split=find_eval_split(source, split), text_fields=text_field or None)
+        for source in sources
+    ]
+    return dict(zip(distinct_names(found), found, strict=True))
 
 
 def _evaluator(collections: dict[str, Collection], metrics: list[str], options: dict[str, Any]) -> Any:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from st_clp.commands.advice import SAME_COMMAND, after_a_stop
 from st_clp.commands.options import CONFIG, Extra, given_settings, settings_command
-from st_clp.rundir import QUERY_STORE, slug, write_json
+from st_clp.files import write_json
+from st_clp.rundir import QUERY_STORE, slug
 from st_clp.settings import QUERIES, RunSettings
 from st_clp.terminal import new_console
 
@@ -146,14 +147,16 @@ def _mine_one(
     model: Any, collection: Collection, settings: RunSettings, output: Path, store: Path, chain: QueryChain
 ) -> None:
     from st_clp.mining import mine
-    from st_clp.mining.rows import write_rows
+    from st_clp.mining.rows import require_writable, write_rows
     from st_clp.recipe import query_options
     from st_clp.training import load_cross_encoder
 
     console = new_console(soft_wrap=True, markup=False)
     options, others = _arguments(settings, store)
+    base = output / slug(collection.name)
     # A folder that cannot be written is found before hours of encoding, not after.
     output.mkdir(parents=True, exist_ok=True)
+    require_writable(f"{base}.jsonl")
     mined = mine(
         model,
         collection,
@@ -163,7 +166,6 @@ def _mine_one(
         query_options=query_options(settings),
         **others,
     )
-    base = output / slug(collection.name)
     write_rows(base.with_name(base.name + ".jsonl"), mined.rows)
     write_json(base.with_name(base.name + ".account.json"), mined.account.to_dict())
     console.print(str(mined.account))

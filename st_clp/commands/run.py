@@ -10,12 +10,13 @@ from typing import Any
 
 from st_clp.commands.advice import under_way
 from st_clp.commands.options import CONFIG, given_settings, settings_command
-from st_clp.settings import RunSettings, SettingsError
+from st_clp.settings import RunSettings
 from st_clp.terminal import new_console
 
 RUN_HELP = """Evaluate, mine, fine-tune, evaluate again and save, in one go.
 
-Stopped at any point, the run goes on from what was finished with `--resume`.
+Stopped at any point, the run goes on from what was finished with `--resume`; settings that only later stages depend on
+may then be changed.
 
 Every option can stand in a YAML file too (`--config`), with underscores or dashes: `num_negatives: 4`. What the
 command line gives comes before what the file gives.
@@ -34,13 +35,13 @@ def _run(**options: Any) -> None:
     config, resume, overwrite = (options.pop(name) for name in ("config", "resume", "overwrite"))
     given = given_settings(options)
     values = RunSettings.read_yaml(config) if config else {}
-    if resume and not config and set(given) == {"output"}:
+    if resume and not config and "output" in given and not {"model", "collection"} <= set(given):
+        # What is not said again is as it was.
         from st_clp.rundir import RunDirectory
 
-        started = RunDirectory(given["output"]).settings_file
-        if not started.is_file():
-            raise SettingsError(f"{given['output']} holds no run to resume")
-        values = RunSettings.read_yaml(started)
+        values = RunDirectory(given["output"]).started_settings()
+        if "training_arg" in given and isinstance(values.get("training_arg"), dict):
+            given["training_arg"] = {**values["training_arg"], **given["training_arg"]}
     settings = RunSettings.from_dict({**values, **given}, where=str(config or "command line"))
     run_settings(settings, resume=resume, overwrite=overwrite)
 

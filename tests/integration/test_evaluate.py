@@ -205,7 +205,7 @@ def test_what_is_wrong_is_said(
         (["evaluate", tiny_model_path, "--from-run", broken, *one, *out], "not both"),
         (["evaluate", "--from-run", broken, *one, *one, *out], "2 collections and 1 --from-run: give one for each"),
         (["evaluate", "--from-run", broken, *one, *out], "broken.trec, line 1: a run's lines have 6 columns"),
-        (["evaluate", tiny_model_path, *one, *one, *out], "two collections would both be called"),
+        (["evaluate", tiny_model_path, *one, *one, *out], "is named twice; name each once"),
         (["evaluate", tiny_model_path, *one, *out, "--metric", "accuracy@1"], "unknown metric 'accuracy@1'"),
         (["evaluate", tiny_model_path, *one, *out, "--split", "nowhere"], "nowhere"),
         (["compare", two_evaluations[0]], "a comparison needs two evaluations"),

@@ -122,7 +122,7 @@ def test_negatives_are_the_best_ranked_by_the_model(tiny_model: SentenceTransfor
 
 def test_a_copy_of_the_positive_is_never_a_negative(tiny_model: SentenceTransformer) -> None:
     collection = Collection.from_dict(
-        {"a": "the river", "copy 1": "the river", "copy 2": "the river", "b": "a lake", "c": "a city", "d": "fire"},
+        {"a": "the river", "copy-1": "the river", "copy-2": "the river", "b": "a lake", "c": "a city", "d": "fire"},
         {"q": "which river?"},
         {"q": {"a": 1}},
     )
