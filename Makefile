@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 EXTRAS := demo,test,lint
 
-.PHONY: demo test lint bench mutate clean
+.PHONY: demo test lint bench mutate campaign clean
 .DEFAULT_GOAL := help
 
 help:  ## show what can be made
@@ -39,6 +39,9 @@ bench: $(VENV)/installed  ## the benchmarks, each against its peer
 
 mutate: $(VENV)/installed  ## change 40 lines of the core, one at a time: do the tests notice? (an hour)
 	$(BIN)/python tools/mutate.py --jobs 2
+
+campaign: $(VENV)/installed  ## kill the commands 200 times, and give them bad input: is anything lost or unclear? (half an hour)
+	$(BIN)/python tests/campaigns/campaign.py --summary campaign.json
 
 clean:  ## remove .venv
 	rm -rf $(VENV)
