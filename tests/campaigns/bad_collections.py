@@ -145,7 +145,7 @@ CASES = [
     _judged(
         "judgments of absent documents",
         ["q0\td0\t1", "q0\tx\t1", "q1\ty\t2", "q2\td2\t1"],
-        "2 judgments of documents that the corpus does not have",
+        "2 judgments of documents that",
     ),
     _judged("judgments of absent documents alone", ["q0\tgone\t1"], "no judgment|none of .*judg|not there", code=1),
     Case("an empty corpus", lambda place: place.evaluate(place.beir(corpus=[])), r"corpus\.jsonl has no documents"),

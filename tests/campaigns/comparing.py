@@ -62,8 +62,9 @@ def _content_of(path: Path) -> bytes | str:
     return path.read_bytes()
 
 
-def _holds_times(name: str) -> bool:
-    return name.endswith((".json", "README.md"))
+def _is_dated(name: str, record: Any) -> bool:
+    """Whether this is a stage's record of a file that tells times: its digest differs with them."""
+    return name.endswith((".json", "README.md")) and isinstance(record, dict) and "digest" in record
 
 
 def _first_difference(one: bytes | str, other: bytes | str) -> str:
@@ -74,11 +75,8 @@ def _first_difference(one: bytes | str, other: bytes | str) -> str:
 
 def _of_the_work(content: Any) -> Any:
     if isinstance(content, dict):
-        return {
-            name: _of_the_work(value)
-            for name, value in content.items()
-            if name not in OF_THE_GO and not (_holds_times(name) and "digest" in value)  # nor what such a file's is
-        }
+        left = {name: value for name, value in content.items() if name not in OF_THE_GO and not _is_dated(name, value)}
+        return {name: _of_the_work(value) for name, value in left.items()}
     return [_of_the_work(value) for value in content] if isinstance(content, list) else content
 
 
