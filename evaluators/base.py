@@ -12,10 +12,11 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.evaluation import BaseEvaluator
 
 from evaluators.evaluation import Evaluation
-from evaluators.files import append_row, file_part, require_columns, write_json
+from evaluators.files import append_row, file_part, require_columns
 from evaluators.metrics import Metric, parse_metrics
 from evaluators.runs import Run, write_run
 from evaluators.saving import save_parts
+from st_clp.files import write_json
 
 if TYPE_CHECKING:
     from evaluators.collection import CollectionEvaluator

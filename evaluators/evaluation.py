@@ -7,6 +7,7 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,12 +16,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from evaluators.files import file_part, replacing, write_json
+from evaluators.files import file_part
 from evaluators.metrics import Judgments, QueryScores
 from evaluators.runs import Run, read_run, write_run
+from st_clp.files import read_json, require_field, whole_file, write_json
 
 MANIFEST = "evaluation.json"
 FORMAT = 1
+REMEDY = "evaluate again"
 UNKNOWN_PRECISION = "unknown"
 PACKAGES = ("st-clp", "sentence-transformers", "transformers", "torch", "faiss-cpu", "pytrec-eval-terrier")
 
@@ -106,7 +109,8 @@ class Evaluation:
             EvaluationError: A file is missing or broken.
         """
         return {
-            key: _read_scores(self.path / "scores" / f"{result.file_part}.csv") for key, result in self.results.items()
+            key: _read_scores(self.path / "scores" / f"{result.file_part}.csv", self.metrics)
+            for key, result in self.results.items()
         }
 
     @property
@@ -207,39 +211,90 @@ def read_evaluation(folder: str | os.PathLike[str]) -> Evaluation:
         EvaluationError: There is none in the folder, or it is broken.
     """
     path = Path(folder)
+    file = path / MANIFEST
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            raise EvaluationError(f"{path / MANIFEST} has format {manifest['format']}, and this version reads {FORMAT}")
-        results = {key: CollectionResult(key, **values) for key, values in manifest["collections"].items()}
-        names = ("model", "fingerprint", "metrics", "created", "versions", "settings")
-        return Evaluation(path=path, results=results, **{name: manifest[name] for name in names})
-    except FileNotFoundError:
+        manifest = read_json(file, error=EvaluationError, remedy=REMEDY)
+    except (FileNotFoundError, NotADirectoryError):
         raise EvaluationError(
             f"{path} holds no evaluation; make one with: st-clp evaluate MODEL --output {path}"
         ) from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise EvaluationError(f"{path / MANIFEST} is broken ({error}); evaluate again") from error
+    if manifest.get("format") != FORMAT:
+        raise EvaluationError(f"{file} has format {manifest.get('format')!r:.60}, and this version reads {FORMAT}")
+    values = {name: _field(manifest, name, str(file), *kinds) for name, kinds in MANIFEST_FIELDS.items()}
+    for name in ("metrics", "collections"):
+        if not values[name]:
+            raise EvaluationError(f"{file}: {name!r} is empty; {REMEDY}")
+    if not all(isinstance(metric, str) for metric in values["metrics"]):
+        raise EvaluationError(f"{file}: 'metrics' must be names, not {values['metrics']!r:.60}; {REMEDY}")
+    found = values.pop("collections")
+    results = {key: _result(found, key, values["metrics"], str(file)) for key in found}
+    return Evaluation(path=path, results=results, **values)
+
+
+NO_TEXT = (str, type(None))
+MANIFEST_FIELDS: dict[str, tuple[type, ...]] = {
+    "model": (str,),
+    "fingerprint": NO_TEXT,
+    "metrics": (list,),
+    "created": (str,),
+    "versions": (dict,),
+    "settings": (dict,),
+    "collections": (dict,),
+}
+RESULT_FIELDS: dict[str, tuple[type, ...]] = {
+    "source": (str,),
+    "split": NO_TEXT,
+    "language": NO_TEXT,
+    "pooled": NO_TEXT,
+    "judgments": (str,),
+    "documents": (int, type(None)),
+    "scores": (dict,),
+    "counts": (dict,),
+}
+
+
+def _field(values: dict[str, Any], name: str, where: str, *kinds: type) -> Any:
+    return require_field(values, name, kinds, where, error=EvaluationError, remedy=REMEDY)
+
+
+def _result(found: dict[str, Any], key: str, metrics: Sequence[str], where: str) -> CollectionResult:
+    values, where = _field(found, key, where, dict), f"{where}, {key}"
+    fields = {name: _field(values, name, where, *kinds) for name, kinds in RESULT_FIELDS.items()}
+    for metric in metrics:
+        _field(fields["scores"], metric, where, float)
+    for what in fields["counts"]:
+        _field(fields["counts"], what, where, int)
+    computed_in = _field({"computed_in": None, **values}, "computed_in", where, *NO_TEXT)
+    return CollectionResult(key, **fields, computed_in=computed_in)
 
 
 def _write_scores(scores: QueryScores, path: Path) -> None:
-    with replacing(path) as file:
+    with whole_file(path) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["query", *next(iter(scores.values()))])
         for query_id, values in scores.items():
             writer.writerow([query_id, *(repr(value) for value in values.values())])
 
 
-def _read_scores(path: Path) -> QueryScores:
+def _read_scores(path: Path, metrics: Sequence[str]) -> QueryScores:
     try:
         with open(path, encoding="utf-8", newline="") as file:
             reader = csv.reader(file)
             names = next(reader)[1:]
-            return {row[0]: dict(zip(names, map(float, row[1:]), strict=True)) for row in reader}
+            if missing := set(metrics).difference(names):
+                raise ValueError(f"no column {', '.join(sorted(missing))}")
+            return {row[0]: dict(zip(names, map(_score, row[1:]), strict=True)) for row in reader}
     except FileNotFoundError:
-        raise EvaluationError(f"{path} is missing; evaluate again") from None
-    except (StopIteration, ValueError, IndexError) as error:
-        raise EvaluationError(f"{path} is broken ({error}); evaluate again") from error
+        raise EvaluationError(f"{path} is missing; {REMEDY}") from None
+    except (StopIteration, ValueError, IndexError, csv.Error) as error:
+        raise EvaluationError(f"{path} is broken ({error}); {REMEDY}") from error
+
+
+def _score(text: str) -> float:
+    score = float(text)
+    if not math.isfinite(score):
+        raise ValueError(f"a score of {text}")
+    return score
 
 
 def _versions() -> dict[str, str]:

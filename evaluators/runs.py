@@ -5,11 +5,10 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
-from evaluators.files import replacing
+from st_clp.files import whole_file
 from st_clp.search import is_own_document
 
 Run = dict[str, dict[str, float]]  # query id -> {document id: score}
@@ -73,7 +72,7 @@ def write_run(run: Mapping[str, Mapping[str, float]], path: str | os.PathLike[st
         ValueError: An id or the tag is empty or holds white space, which separates the columns of such a file.
     """
     _require_word(tag, "the tag")
-    with replacing(Path(path)) as file:
+    with whole_file(path) as file:
         for query_id, documents in run.items():
             _require_word(query_id, "the query id")
             for rank, (doc_id, score) in enumerate(ranked(documents), 1):

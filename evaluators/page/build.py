@@ -11,11 +11,11 @@ import numpy as np
 
 from evaluators.comparison import OVERALL, Comparison, compare, interval, most_changed
 from evaluators.evaluation import Evaluation, EvaluationError, pooled_label, with_distinct_names
-from evaluators.files import replacing
 from evaluators.metrics import Metric
 from evaluators.page import charts
 from evaluators.page.texts import TextReader
 from evaluators.page.training import show_run
+from st_clp.files import whole_file
 
 CHANGES = 5  # of each collection, gained and lost
 BINS = 20
@@ -74,7 +74,7 @@ def write_page(
         unread=reader.unread,
     )
     target = Path(path)
-    with replacing(target) as file:
+    with whole_file(target) as file:
         file.write(page)
     return target
 

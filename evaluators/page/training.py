@@ -6,9 +6,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from evaluators.evaluation import EvaluationError
 from evaluators.page import charts
 
 POINTS = 300  # of a curve, at most
+MADE_ANEW = "`st-clp run --output FOLDER --resume` writes it anew"
 
 # What the trainer logs -> what it is called.
 CURVES = {"loss": "loss", "learning_rate": "learning rate", "grad_norm": "gradient norm"}
@@ -44,7 +46,18 @@ def show_run(name: str, report: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         name: What to call the run.
         report: Its ``report.json``.
+
+    Raises:
+        EvaluationError: The report says what no run writes.
     """
+    try:
+        return _show_run(name, report)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        problem = f"the report.json of {name} is not as a run writes it ({error!r:.200})"
+        raise EvaluationError(f"{problem}; {MADE_ANEW}") from error
+
+
+def _show_run(name: str, report: Mapping[str, Any]) -> dict[str, Any]:
     training = report.get("training") or {}
     return {
         "name": name,
@@ -54,7 +67,7 @@ def show_run(name: str, report: Mapping[str, Any]) -> dict[str, Any]:
         "failed_refreshes": _failures(training.get("refreshes") or []),
         "experts": _experts(report.get("expert_usage")),
         "dead": (report.get("expert_usage") or {}).get("dead") or [],
-        "seconds": report.get("seconds") or {},
+        "seconds": {stage: float(taken) for stage, taken in (report.get("seconds") or {}).items()},
     }
 
 

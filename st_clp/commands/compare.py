@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from st_clp.commands.advice import with_advice
+from st_clp.files import whole_file
 from st_clp.terminal import NARROWEST, new_console, print_whole
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ def compare(
     """Compare evaluations: differences with intervals, a paired randomisation test, and what changed most."""
     from evaluators.comparison import compare as compare_two
     from evaluators.evaluation import with_distinct_names
-    from evaluators.files import replacing
     from evaluators.tables import comparisons_text
     from st_clp.rundir import evaluations_of
     from st_clp.settings import SettingsError
@@ -54,7 +54,7 @@ def compare(
     if output is None:
         print(text)
         return
-    with replacing(output) as file:
+    with whole_file(output) as file:
         file.write(text)
 
 

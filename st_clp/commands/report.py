@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from st_clp.commands.advice import with_advice
+from st_clp.files import read_json
 from st_clp.terminal import new_console
 
 
@@ -24,7 +24,9 @@ def report(
     texts: Annotated[bool, typer.Option(help="Show queries and documents, read from the collections.")] = True,
 ) -> None:
     """Write one self-contained HTML page: scores, differences, what changed most, mining, curves and experts."""
+    from evaluators.evaluation import EvaluationError
     from evaluators.page import write_page
+    from evaluators.page.training import MADE_ANEW
     from st_clp.rundir import RunDirectory, evaluations_of
 
     evaluations = [found for folder in folders for found in evaluations_of(folder)]
@@ -32,6 +34,6 @@ def report(
     for folder in folders:
         file = folder / "report.json"
         if RunDirectory(folder).settings_file.is_file() and file.is_file():
-            runs[str(folder)] = json.loads(file.read_text(encoding="utf-8"))
+            runs[str(folder)] = read_json(file, error=EvaluationError, remedy=MADE_ANEW)
     path = write_page(output, evaluations, metric=metric, runs=runs, texts=texts, title=title)
     new_console(soft_wrap=True, markup=False).print(f"Written to {path}")

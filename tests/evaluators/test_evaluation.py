@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from functools import reduce
+from operator import getitem
 from statistics import fmean
 
 import numpy as np
@@ -12,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evaluators import BenchmarkEvaluator, CollectionEvaluator
-from evaluators.evaluation import EvaluationError, judgments_fingerprint, read_evaluation
+from evaluators.comparison import compare
+from evaluators.evaluation import EvaluationError, judgments_fingerprint, read_evaluation, with_distinct_names
 from evaluators.runs import read_run, write_run
 from evaluators.tables import scores_table, to_latex
 from st_clp.data import CollectionError
@@ -66,14 +70,17 @@ def test_the_table_has_a_row_for_each_collection_and_the_mean(collection, make_e
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("evaluation.json", "{", "evaluation.json is broken .*; evaluate again"),
+        ("evaluation.json", "{", r"evaluation\.json: not valid JSON .*; evaluate again"),
+        ("evaluation.json", "[]", r"evaluation\.json: a JSON object is expected.*; evaluate again"),
+        ("evaluation.json", "[" * 100_000, r"evaluation\.json: JSON nested too deep.*; evaluate again"),
         ("evaluation.json", '{"format": 9}', "has format 9, and this version reads 1"),
-        ("evaluation.json", '{"format": 1, "collections": {"xx": {"no": 1}}}', "evaluation.json is broken"),
         ("evaluation.json", None, "holds no evaluation; make one with: st-clp evaluate"),
         ("scores/xx.csv", None, r"xx\.csv is missing; evaluate again"),
         ("scores/xx.csv", "", r"xx\.csv is broken"),
-        ("scores/xx.csv", "query,ndcg@10\nq1,high\n", r"xx\.csv is broken .*high"),
-        ("scores/xx.csv", "query,ndcg@10\nq1,0.5,0.5\n", r"xx\.csv is broken"),
+        ("scores/xx.csv", "query,ndcg@10,mrr@10\nq1,high,1\n", r"xx\.csv is broken .*high"),
+        ("scores/xx.csv", "query,ndcg@10,mrr@10\nq1,0.5,0.5,1\n", r"xx\.csv is broken"),
+        ("scores/xx.csv", "query,ndcg@10\nq1,0.5\n", r"xx\.csv is broken .*no column mrr@10"),
+        ("scores/xx.csv", "query,ndcg@10,mrr@10\nq1,nan,0.5\n", r"xx\.csv is broken .*nan"),
     ],
 )
 def test_a_broken_file_is_named(collection, make_evaluation, file, content, message) -> None:
@@ -83,6 +90,40 @@ def test_a_broken_file_is_named(collection, make_evaluation, file, content, mess
         (path / file).write_text(content)
     with pytest.raises(EvaluationError, match=message):
         _ = read_evaluation(path).query_scores
+
+
+FIELDS = [
+    *((name,) for name in ("model", "fingerprint", "metrics", "created", "versions", "settings", "collections")),
+    ("collections", "xx"),
+    *(("collections", "xx", name) for name in ("source", "split", "pooled", "documents", "scores", "counts")),
+    ("collections", "xx", "scores", "ndcg@10"),
+]
+VALUES = [[1], [], {}, {"a": 1}, {"a": "b"}, 7, -0.5, "ndcg@10", "", None, True]
+
+
+def test_a_field_of_another_kind_is_refused_or_does_no_harm(collection, make_evaluation) -> None:
+    file = make_evaluation("a", {"xx": collection}).path / "evaluation.json"
+    right = file.read_text()
+
+    @given(path=st.sampled_from(FIELDS), value=st.sampled_from(VALUES))
+    @settings(deadline=None)
+    def read_with(path: tuple[str, ...], value: object) -> None:
+        manifest = json.loads(right)
+        *parents, name = path
+        reduce(getitem, parents, manifest)[name] = value
+        file.write_text(json.dumps(manifest))
+        try:
+            saved = read_evaluation(file.parent)
+            scores_table(with_distinct_names([saved, saved])[0])
+            compare(saved, saved, saved.metrics[0])
+        except EvaluationError as error:
+            said = str(error)
+        else:
+            return
+        assert str(file.parent) in said
+        assert said.endswith("evaluate again")
+
+    read_with()
 
 
 def test_an_evaluator_that_was_not_called_is_not_saved(collection, tmp_path) -> None:

@@ -189,6 +189,23 @@ def test_what_cannot_be_shown_is_refused(page, collection, make_evaluation) -> N
         page(make_evaluation("a", {"c": collection}), metric="accuracy@5")
 
 
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        {"mining": [1]},
+        {"mining": {"c": 7}},
+        {"training": 7},
+        {"training": {"history": [7]}},
+        {"training": {"refreshes": {"a": 1}}},
+        {"seconds": {"mine": "long"}},
+        {"expert_usage": [1]},
+    ],
+)
+def test_a_report_of_another_kind_is_refused(page, collection, make_evaluation, spoilt) -> None:
+    with pytest.raises(EvaluationError, match=r"the report\.json of my run is not as a run writes it.*--resume"):
+        page(make_evaluation("a", {"c": collection}), runs={"my run": spoilt})
+
+
 def test_models_of_one_name_are_told_apart_by_their_folders(page, collection, evaluations_in, tmp_path) -> None:
     saved = [evaluations_in(tmp_path / folder)("base", {"c": collection}) for folder in ("one", "two")]
     names = [f"base ({evaluation.path})" for evaluation in saved]
