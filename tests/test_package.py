@@ -1,12 +1,19 @@
-"""What importing costs and needs."""
+"""What importing costs and needs, and which module may import which."""
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
 
 import pytest
+
+import evaluators
+import st_clp
 
 
 def in_fresh_process(code: str) -> dict:
@@ -43,7 +50,129 @@ def test_loss_and_mixture_work_where_faiss_beir_and_ir_datasets_are_missing(tiny
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
-    import st_clp
-
     with pytest.raises(AttributeError, match="no attribute 'CLPLos'"):
         _ = st_clp.CLPLos
+
+
+# The house: a room may import from itself, from the rooms named here, and from all that are below those.
+BELOW: Mapping[str, set[str]] = {
+    "commands": {"run"},
+    "run": {"refresh", "evaluators", "losses", "moe"},
+    "refresh": {"mining"},
+    "mining": {"queries"},
+    "queries": {"search"},
+    "evaluators": {"search"},
+    "search": {"encoding"},
+    "encoding": {"data"},
+    "data": {"leaves"},
+    "losses": {"leaves"},
+    "moe": {"leaves"},
+    "leaves": set(),
+}
+# What is in a room. A package stands for everything in it that is not named itself.
+ROOMS: Mapping[str, str] = {
+    "commands": "cli commands demo",
+    "run": "recipe report rundir searching splits stages training",
+    "refresh": "refresh mining.refresh",
+    "mining": "mining",
+    "queries": "mining.negative_queries",
+    "search": "search",
+    "encoding": "encoding",
+    "data": "data",
+    "losses": "losses",
+    "moe": "moe",
+    "leaves": "files pictures setting_values settings terminal yaml_files",
+}
+ROOM_OF = {
+    "st_clp": "leaves",  # the package itself: its version
+    "evaluators": "evaluators",
+    **{f"st_clp.{name}": room for room, names in ROOMS.items() for name in names.split()},
+}
+# Imports that are to go: whoever mends one strikes it out here, and nobody adds any.
+OFFENDERS = {
+    ("st_clp.mining", "st_clp.mining.refresh"),
+    ("st_clp.data.collection", "st_clp.data.sources"),  # the sources import it too
+}
+
+
+def product_modules() -> dict[str, Path]:
+    """Every module of ours, and its file."""
+    modules = {}
+    for package in (evaluators, st_clp):
+        folder = Path(package.__file__).parent
+        for file in folder.rglob("*.py"):
+            parts = file.relative_to(folder.parent).with_suffix("").parts
+            modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return modules
+
+
+def imported_by(node: ast.AST) -> Iterator[str]:
+    """The modules and names that are imported anywhere below a node, but for type checkers."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+            yield from imported_by(ast.Module(child.orelse, []))
+        elif isinstance(child, ast.Import):
+            yield from (name.name for name in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, "imports name the whole module"
+            yield from (f"{child.module}.{name.name}" for name in child.names)
+        else:
+            yield from imported_by(child)
+
+
+@pytest.fixture(scope="module")
+def imports() -> set[tuple[str, str]]:
+    """(importing module, imported module), of ours alone."""
+    modules = product_modules()
+    found = set()
+    for module, file in modules.items():
+        for name in imported_by(ast.parse(file.read_text(encoding="utf-8"))):
+            # A name that is no module is something in the module that it is imported from.
+            target = name if name in modules else name.rpartition(".")[0]
+            if target in modules and target != module:
+                found.add((module, target))
+    return found
+
+
+def room_of(module: str) -> str:
+    parts = module.split(".")
+    places = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+    place = next(place for place in places if place in ROOM_OF)
+    assert place != "st_clp" or module == "st_clp", f"say in ROOMS which room {module} is in"
+    return ROOM_OF[place]
+
+
+def rooms_below(room: str) -> set[str]:
+    return BELOW[room].union(*(rooms_below(lower) for lower in BELOW[room]))
+
+
+def upward(imports: set[tuple[str, str]]) -> set[tuple[str, str]]:
+    pairs = {(importing, imported): (room_of(importing), room_of(imported)) for importing, imported in imports}
+    return {pair for pair, (room, other) in pairs.items() if other not in rooms_below(room) | {room}}
+
+
+def circle(imports: set[tuple[str, str]]) -> list[str] | None:
+    """Modules that import one another in a circle, if there are any."""
+    graph: dict[str, set[str]] = {}
+    for importing, imported in imports:
+        graph.setdefault(importing, set()).add(imported)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return None
+
+
+def test_no_module_imports_from_a_room_above_or_beside_its_own(imports) -> None:
+    assert upward(imports - OFFENDERS) == set()
+
+
+def test_no_modules_import_one_another_in_a_circle(imports) -> None:
+    assert circle(imports - OFFENDERS) is None
+
+
+def test_offenders_that_were_mended_are_struck_out(imports) -> None:
+    for offender in OFFENDERS:
+        needed = imports - OFFENDERS | {offender}
+        assert offender in imports, f"{offender} is mended: strike it out"
+        assert upward(needed) or circle(needed), f"{offender} does no harm any more: strike it out"
