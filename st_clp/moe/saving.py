@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from st_clp.files import read_json, write_json
@@ -129,10 +129,16 @@ def load_adapters(encoder: Any, folder: str | Path, found: dict[str, Any]) -> No
     """Put the adapters that ``found`` names (from :func:`open_to_us`) around the layers of ``encoder`` again."""
     if not found.get("names"):
         return
+    from peft import set_peft_model_state_dict
+
     for name in found["names"]:
         if Path(name).name != name:
             raise ValueError(f"{folder}: config.json names an adapter {name!r}, which is no folder's name.")
         encoder.load_adapter(str(Path(folder) / name), adapter_name=name)
+        # transformers 5.17 leaves out the modules that are trained whole
+        saved = load_file(Path(folder) / name / "adapter_model.safetensors")
+        own = {key.removeprefix("base_model.model."): value for key, value in saved.items()}
+        set_peft_model_state_dict(encoder, own, adapter_name=name)
     active = found.get("active") or []
     if active:
         encoder.set_adapter(active if len(active) > 1 else active[0])

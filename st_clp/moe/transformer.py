@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from sentence_transformers.base.modules import Transformer
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from st_clp.moe.architectures import find_feed_forwards
 from st_clp.moe.context import ForwardContext, attention_mask, entered, recall_context_in_checkpoints
@@ -203,6 +203,9 @@ class MoETransformer(Transformer):
         is_peft_model: bool,
         **kwargs: Any,
     ) -> PreTrainedModel:
+        if is_peft_model and not isinstance(config, PretrainedConfig):
+            # sentence-transformers before 6.2 hands over the adapter's own configuration
+            config = AutoConfig.from_pretrained(config.base_model_name_or_path)
         adapters = open_to_us(config)
         from_reference = is_reference_config(config)
         if from_reference:

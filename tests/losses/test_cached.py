@@ -43,18 +43,19 @@ def test_equals_the_uncached_loss(
     tiny_model: SentenceTransformer,
     columns: list[list[str]],
     run_loss: Any,
+    assert_close: Any,
 ) -> None:
     tiny_model.double().train()
     columns = columns[:4] + columns[4:6]
     expected = run_loss(CLPLoss(tiny_model, **SETTINGS[name]), columns, LABELS)
     cached = run_loss(CachedCLPLoss(tiny_model, **mini_batch, **SETTINGS[name]), columns, LABELS)
-    torch.testing.assert_close(cached, expected, rtol=1e-10, atol=1e-12)
+    assert_close(cached, expected, rtol=1e-10, atol=1e-12)
     assert expected[1].abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_equals_the_uncached_loss_on_a_mixture(
-    trained: bool, tiny_model: SentenceTransformer, columns: list[list[str]], run_loss: Any
+    trained: bool, tiny_model: SentenceTransformer, columns: list[list[str]], run_loss: Any, assert_close: Any
 ) -> None:
     """The same tokens teach the router, however the batch is divided; at this scale nothing else would do."""
     model = st_clp.upcycle(tiny_model.double(), 3)
@@ -63,18 +64,18 @@ def test_equals_the_uncached_loss_on_a_mixture(
     expected = run_loss(CLPLoss(model, scale=1000.0), columns[:4] + columns[4:6])
     for size in (1, 2, 4):
         cached = run_loss(CachedCLPLoss(model, scale=1000.0, mini_batch_size=size), columns[:4] + columns[4:6])
-        torch.testing.assert_close(cached, expected, rtol=1e-6, atol=1e-6)
+        assert_close(cached, expected, rtol=1e-6, atol=1e-6)
     assert expected[1].abs().max() > 1
 
 
 def test_pairs_and_several_queries_for_each_negative(
-    tiny_model: SentenceTransformer, columns: list[list[str]], run_loss: Any
+    tiny_model: SentenceTransformer, columns: list[list[str]], run_loss: Any, assert_close: Any
 ) -> None:
     tiny_model.double().train()
     for used, queries in ((columns[:2], 1), (columns[:4], 0), (columns, 2)):
         expected = run_loss(CLPLoss(tiny_model, queries_per_negative=queries), used)
         cached = run_loss(CachedCLPLoss(tiny_model, queries_per_negative=queries, mini_batch_size=2), used)
-        torch.testing.assert_close(cached, expected, rtol=1e-10, atol=1e-12)
+        assert_close(cached, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("with_labels", [False, True])
@@ -96,20 +97,30 @@ def test_the_loss_of_embeddings_in_mini_batches(with_labels: bool, lookup_model:
 @pytest.mark.parametrize("loss_class", [CLPLoss, CachedCLPLoss])
 @pytest.mark.parametrize("penalty", ["cosine", "contrastive"])
 def test_all_weights_0_leave_the_weighted_contrastive_term(
-    penalty: str, loss_class: type[CLPLoss], tiny_model: SentenceTransformer, columns: list[list[str]], run_loss: Any
+    penalty: str,
+    loss_class: type[CLPLoss],
+    tiny_model: SentenceTransformer,
+    columns: list[list[str]],
+    run_loss: Any,
+    assert_close: Any,
 ) -> None:
     tiny_model.double().train()
     loss = loss_class(tiny_model, penalty=penalty, penalty_weight=0.25)
     value, gradients = run_loss(loss, columns[:6], torch.zeros(5, 2))
     plain_value, plain_gradients = run_loss(CLPLoss(tiny_model, queries_per_negative=0), columns[:4])
-    torch.testing.assert_close(value, 0.75 * plain_value)
-    torch.testing.assert_close(gradients, 0.75 * plain_gradients)
+    assert_close(value, 0.75 * plain_value)
+    assert_close(gradients, 0.75 * plain_gradients)
 
 
 @pytest.mark.parametrize("loss_class", [CLPLoss, CachedCLPLoss])
 @pytest.mark.parametrize("penalty", ["cosine", "contrastive"])
 def test_an_empty_text_stands_for_a_query_that_is_not_known(
-    penalty: str, loss_class: type[CLPLoss], tiny_model: SentenceTransformer, columns: list[list[str]], run_loss: Any
+    penalty: str,
+    loss_class: type[CLPLoss],
+    tiny_model: SentenceTransformer,
+    columns: list[list[str]],
+    run_loss: Any,
+    assert_close: Any,
 ) -> None:
     tiny_model.double().train()
     loss = loss_class(tiny_model, penalty=penalty, penalty_weight=0.5)
@@ -118,7 +129,7 @@ def test_an_empty_text_stands_for_a_query_that_is_not_known(
     labels = torch.tensor([[1.0], [0.0], [1.0]])
     empty = run_loss(loss, [*rows[:3], [rows[3][0], "", rows[3][2]]], labels)
     something = run_loss(loss, [*rows[:3], [rows[3][0], "which king was queen", rows[3][2]]], labels)
-    torch.testing.assert_close(empty, something, rtol=1e-10, atol=1e-12)
+    assert_close(empty, something, rtol=1e-10, atol=1e-12)
     assert empty[1].isfinite().all()
     assert run_loss(loss, [*rows[:3], [rows[3][0], "", rows[3][2]]])[0] != empty[0]
 
@@ -150,6 +161,7 @@ def test_dropout_is_the_same_in_both_passes(
     make_tiny_model: Callable[..., SentenceTransformer],
     columns: list[list[str]],
     run_loss: Any,
+    assert_close: Any,
 ) -> None:
     model = make_tiny_model(dropout=0.3).double().train()
     settings = {"penalty": "contrastive", "penalty_weight": 0.5}
@@ -169,16 +181,16 @@ def test_dropout_is_the_same_in_both_passes(
     expected = CLPLoss(model, **settings).compute_loss_from_embeddings([embeddings[index] for index in range(6)])
     expected.backward()
 
-    torch.testing.assert_close(value, expected.detach(), rtol=1e-10, atol=1e-12)
+    assert_close(value, expected.detach(), rtol=1e-10, atol=1e-12)
     expected_gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
-    torch.testing.assert_close(gradients, torch.cat([g.flatten() for g in expected_gradients]), rtol=1e-10, atol=1e-12)
+    assert_close(gradients, torch.cat([g.flatten() for g in expected_gradients]), rtol=1e-10, atol=1e-12)
     # Dropout was on: another seed gives another loss.
     torch.manual_seed(8)
     assert run_loss(CachedCLPLoss(model, mini_batch_size=mini_batch_size, **settings), columns[:6])[0] != value
 
 
 def test_whole_columns_with_dropout_equal_the_uncached_loss(
-    make_tiny_model: Callable[..., SentenceTransformer], columns: list[list[str]], run_loss: Any
+    make_tiny_model: Callable[..., SentenceTransformer], columns: list[list[str]], run_loss: Any, assert_close: Any
 ) -> None:
     model = make_tiny_model(dropout=0.3).double().train()
     torch.manual_seed(7)
@@ -186,12 +198,12 @@ def test_whole_columns_with_dropout_equal_the_uncached_loss(
     torch.manual_seed(7)
     with column_merging_disabled():
         uncached = run_loss(CLPLoss(model), columns[:6])
-    torch.testing.assert_close(cached, uncached, rtol=1e-10, atol=1e-12)
+    assert_close(cached, uncached, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("penalty", ["cosine", "contrastive"])
 def test_matryoshka_is_the_same_for_both(
-    penalty: str, tiny_model: SentenceTransformer, columns: list[list[str]], run_loss: Any
+    penalty: str, tiny_model: SentenceTransformer, columns: list[list[str]], run_loss: Any, assert_close: Any
 ) -> None:
     tiny_model.double().train()
     settings = {"penalty": penalty, "penalty_weight": 0.3}
@@ -207,8 +219,8 @@ def test_matryoshka_is_the_same_for_both(
         weight * CLPLoss(tiny_model, **settings).compute_loss_from_embeddings([e[:, :dim] for e in full], LABELS)
         for dim, weight in zip(dims, weights, strict=True)
     )
-    torch.testing.assert_close(uncached[0], by_hand)
-    torch.testing.assert_close(cached, uncached, rtol=1e-9, atol=1e-12)
+    assert_close(uncached[0], by_hand)
+    assert_close(cached, uncached, rtol=1e-9, atol=1e-12)
 
 
 def test_matryoshka_with_all_weights_0(

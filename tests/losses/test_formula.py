@@ -103,7 +103,14 @@ def by_hand(rows: Rows, table: Tensor, *, in_batch: bool, penalty: str, similari
 @given(rows=batches(), in_batch=st.booleans(), similarity=st.sampled_from([cos_sim, dot_score, euclidean_sim, "own"]))
 @few
 def test_equals_the_formula_pair_by_pair(
-    rows: Rows, in_batch: bool, similarity: Any, penalty: str, loss_class: Any, lookup_model: Any, run_loss: Any
+    rows: Rows,
+    in_batch: bool,
+    similarity: Any,
+    penalty: str,
+    loss_class: Any,
+    lookup_model: Any,
+    run_loss: Any,
+    assert_close: Any,
 ) -> None:
     if similarity == "own":  # a function that sentence-transformers does not have
 
@@ -126,8 +133,8 @@ def test_equals_the_formula_pair_by_pair(
 
     value, gradients = run_loss(loss, rows.columns, rows.labels)
 
-    torch.testing.assert_close(value, expected.detach(), rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(gradients.reshape(table.shape), table.grad, rtol=1e-8, atol=1e-10)
+    assert_close(value, expected.detach(), rtol=1e-10, atol=1e-10)
+    assert_close(gradients.reshape(table.shape), table.grad, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("penalty", PENALTIES)
@@ -166,7 +173,9 @@ def test_a_query_of_weight_0_counts_like_no_query(rows: Rows, penalty: str, look
 
 @given(rows=batches(repeats=False))
 @few
-def test_penalty_weight_0_is_multiple_negatives_ranking_loss(rows: Rows, lookup_model: Any, run_loss: Any) -> None:
+def test_penalty_weight_0_is_multiple_negatives_ranking_loss(
+    rows: Rows, lookup_model: Any, run_loss: Any, assert_close: Any
+) -> None:
     model = lookup_model(rows.table)
     documents_only = rows.columns[: 1 + len(rows.documents[0])]
 
@@ -174,11 +183,11 @@ def test_penalty_weight_0_is_multiple_negatives_ranking_loss(rows: Rows, lookup_
 
     for loss_class in (CLPLoss, CachedCLPLoss):
         loss = loss_class(model, penalty_weight=0.0, queries_per_negative=rows.m)
-        torch.testing.assert_close(run_loss(loss, rows.columns, rows.labels), expected)
+        assert_close(run_loss(loss, rows.columns, rows.labels), expected)
         without_queries = loss_class(model, penalty_weight=0.4, queries_per_negative=0)
-        torch.testing.assert_close(run_loss(without_queries, documents_only), expected)
+        assert_close(run_loss(without_queries, documents_only), expected)
         pairs = run_loss(loss_class(model, penalty_weight=0.4, queries_per_negative=rows.m), documents_only[:2])
-        torch.testing.assert_close(pairs, run_loss(MultipleNegativesRankingLoss(model, scale=50.0), documents_only[:2]))
+        assert_close(pairs, run_loss(MultipleNegativesRankingLoss(model, scale=50.0), documents_only[:2]))
 
 
 @pytest.mark.parametrize("penalty", PENALTIES)

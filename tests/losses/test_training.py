@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from packaging.version import Version
 from peft import LoraConfig
 from sentence_transformers import (
     InputExample,
     SentenceTransformer,
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
+    __version__,
 )
 from sentence_transformers.sentence_transformer.losses import (
     AdaptiveLayerLoss,
@@ -136,6 +138,9 @@ def test_ways_of_training_that_change_nothing(
     arguments: dict[str, Any], loss_class: Any, fresh: Any, rows: Dataset, train: Train, expected: Any
 ) -> None:
     model = fresh()
+    if "gradient_checkpointing" in arguments and Version(__version__) < Version("6.2"):
+        # Its own gradient_checkpointing_enable does not know what transformers' Trainer hands it from 5.17 on.
+        pytest.skip("sentence-transformers before 6.2: call model.gradient_checkpointing_enable() instead")
     start = parameters(model)
     settings = {"in_batch_negatives": False}  # so that accumulated batches of one are the batch
     assert_same(train(model, rows, loss_class(model, **settings), **arguments), expected(**settings), start)

@@ -28,7 +28,8 @@ def compute(job: dict[str, Any], case: dict[str, Any], rank: int) -> dict[str, A
     if case.get("guided"):
         case["settings"]["guide"] = SentenceTransformer(job["guide"], device="cpu").double()
     loss = getattr(st_clp.losses, case["loss"])(model, gather_across_devices=True, **case["settings"])
-    loss.model = DistributedDataParallel(model)
+    # As sentence-transformers' training arguments set it: a loss runs several forward passes before one backward pass.
+    loss.model = DistributedDataParallel(model, broadcast_buffers=False)
     columns, labels = job["columns"][: case["columns"]], case["labels"]
     size = len(columns[0]) // PROCESSES
     mine = slice(rank * size, (rank + 1) * size)

@@ -218,6 +218,7 @@ def test_mining_leaves_no_trace_in_the_training(
     change: Any, make_tiny_model: Any, tmp_path: Path, refresh_run: ModuleType
 ) -> None:
     model = change(make_tiny_model(dropout=0.1))
+    model.gradient_checkpointing_enable()
     found: dict[str, list[Any]] = {"before": [], "after": []}
 
     def look(when: str) -> Any:
@@ -235,7 +236,6 @@ def test_mining_leaves_no_trace_in_the_training(
         before=[look("before")],
         after=[look("after")],
         options={"sampling_strategy": "random"},
-        arguments={"gradient_checkpointing": True},
     )
     assert [r["status"] for r in done.ance.refreshes] == ["first", "used", "used", "used"]
     for (*before, weights_before), (*after, weights_after) in zip(found["before"], found["after"], strict=True):

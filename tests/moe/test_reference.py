@@ -46,7 +46,7 @@ def test_export_of_an_import_is_the_checkpoint(path: Path, tmp_path: Path) -> No
     assert all(torch.equal(before[name], after[name]) for name in before)
     config, written = (json.loads((folder / "config.json").read_text()) for folder in (path, tmp_path))
     changed = {key for key, value in config.items() if written.get(key) != value}
-    assert changed == {"transformers_version", "use_cache"}
+    assert changed - {"use_cache"} == {"transformers_version"}  # sentence-transformers turns the cache off from 6.2 on
     assert "st_clp_moe" not in written
     again = st_clp.MoETransformer.from_reference(tmp_path)
     golden = json.loads((path / "golden.json").read_text())

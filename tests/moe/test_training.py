@@ -88,18 +88,17 @@ def test_the_trainer_resumes_from_a_checkpoint(tiny_model_path: Path, tmp_path: 
     def fresh() -> SentenceTransformer:
         model = st_clp.upcycle(SentenceTransformer(str(tiny_model_path), device="cpu"))
         st_clp.train_only(model, "moe")
+        model.gradient_checkpointing_enable()
         return model
 
     whole = fresh()
-    trainer = run_trainer(whole, tmp_path / "whole", 4, gradient_checkpointing=True)
+    trainer = run_trainer(whole, tmp_path / "whole", 4)
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logged) == 4
     assert all(1 <= entry["expert_max_share"] <= 2 and entry["dead_experts"] >= 0 for entry in logged)
     resumed = fresh()
-    run_trainer(resumed, tmp_path / "whole", 4, gradient_checkpointing=True).train(
-        resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2")
-    )
+    run_trainer(resumed, tmp_path / "whole", 4).train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     frozen = dict(SentenceTransformer(str(tiny_model_path), device="cpu").named_parameters())
     for (name, one), other in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         torch.testing.assert_close(one, other, msg=name, atol=1e-3, rtol=0)
