@@ -31,8 +31,8 @@ class Balance:
 
     The bias of an expert moves by ``rate * spread * (1 - use)`` with ``use`` its tokens relative to an even share and
     ``spread`` the standard deviation of the logits: a step is the same whatever scale the router has learnt. The
-    tokens' mean, remembered over steps, is taken off beforehand (``Router.selection_bias``). The first training
-    batch of a router that has no balance yet sets it so that this batch is even.
+    tokens' mean, remembered over steps, is taken off beforehand (``Router.selection_bias``). The first training pass
+    of a router that has no balance yet sets it so that this pass is even.
     """
 
     def __init__(self, settings: MoESettings) -> None:
@@ -48,9 +48,10 @@ class Balance:
 
     def _clear(self) -> None:
         self._counts = [0.0] * self.settings.num_experts
-        self._passes = 0
-        self._spread: Tensor | float = 0.0
-        self._mean: Tensor | float = 0.0
+        self._tokens = 0
+        self._center: Tensor | float = 0.0
+        self._logit_mean: Tensor | float = 0.0
+        self._squares: Tensor | float = 0.0
 
     def count(
         self,
@@ -67,9 +68,23 @@ class Balance:
         self.used = [total + new for total, new in zip(self.used, counts, strict=True)]
         if router.training and self.settings.uses_bias and router.weight.requires_grad:
             self._counts = [total + new for total, new in zip(self._counts, counts, strict=True)]
-            self._spread = self._spread + _spread(logits, mask)
-            self._mean = self._mean + _mean(tokens, mask)
-            self._passes += 1
+            self._add(logits if mask is None else logits[mask], _mean(tokens, mask))
+
+    def _add(self, logits: Tensor, center: Tensor) -> None:
+        """Add one pass's tokens to the step's: the same result however the step is cut into passes.
+
+        Means and squared deviations are merged as in Chan et al. 1979: a sum of squares would lose them in float32.
+        """
+        new = len(logits)
+        if not new:
+            return
+        variance, mean = torch.var_mean(logits.float(), dim=0, correction=0)
+        share = new / (self._tokens + new)
+        shift = mean - self._logit_mean
+        self._squares = self._squares + variance * new + shift.square() * (self._tokens * share)
+        self._logit_mean = self._logit_mean + shift * share
+        self._center = self._center + (center - self._center) * share
+        self._tokens += new
 
     def adjust(self, router: Router, logits: Tensor, tokens: Tensor, mask: Tensor | None) -> None:
         """Move the balance if the optimizer has stepped since the last counted pass."""
@@ -77,7 +92,7 @@ class Balance:
             return
         if self._calibrated is None:
             self._calibrated = bool(router.balance_bias.any() or router.balance_center.any())
-        if not self._calibrated:
+        if not self._calibrated and (mask is None or mask.any()):
             self._calibrated = True
             self._calibrate(router, logits, tokens, mask)
         self._move(router)
@@ -96,15 +111,11 @@ class Balance:
         if version == self._seen_version:
             return
         self._seen_version = version
-        if not self._passes:
+        if not self._tokens:
             return
-        counted = torch.cat(
-            [
-                torch.tensor(self._counts, device=device),
-                torch.as_tensor(self._spread, device=device).reshape(1) / self._passes,
-                torch.as_tensor(self._mean, device=device) / self._passes,
-            ]
-        )
+        spread = (torch.as_tensor(self._squares, device=device) / self._tokens).sqrt().mean()
+        center = torch.as_tensor(self._center, device=device)
+        counted = torch.cat([torch.tensor(self._counts, device=device), spread.reshape(1), center])
         if _distributed():
             torch.distributed.all_reduce(counted)
             counted /= torch.distributed.get_world_size()

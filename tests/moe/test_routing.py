@@ -21,6 +21,7 @@ from torch import nn
 import st_clp
 from st_clp import CachedCLPLoss, CLPLoss
 from st_clp.moe import expert_usage, reset_usage
+from st_clp.moe.context import ForwardContext, entered
 from st_clp.moe.grouped import GroupedLinear
 from st_clp.moe.precise import PreciseLinear, inner_products
 from st_clp.moe.products import slices
@@ -286,6 +287,31 @@ def test_both_passes_of_a_cached_step_route_alike(tiny_model: SentenceTransforme
         assert all(torch.equal(a, b) for later in seen[1:] for a, b in zip(later, seen[0], strict=True))
         steps.append(seen[0])
     assert not torch.equal(steps[1][0], steps[0][0])  # it did move between steps
+
+
+@pytest.mark.parametrize("sizes", [[1] * 6, [3, 3], [0, 1, 5], [4, 0, 2]])
+def test_the_balance_moves_alike_however_a_step_is_cut(tiny_model: SentenceTransformer, sizes: list[int]) -> None:
+    """Mini-batches of a cached loss or accumulated ones, of any size: what one pass over all their tokens gives."""
+
+    def moved(sizes: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        model = st_clp.upcycle(copy.deepcopy(tiny_model), balance_rate=1.0, layers=[0], seed=1).train()
+        gate = model[0].model.encoder.layer[0].intermediate.dense.gate
+        generator = torch.Generator().manual_seed(0)
+        first, step = torch.randn(2, 6, gate.weight.shape[1], generator=generator)
+        for parts in ([first], step.split(sizes) if sizes else []):
+            for part in parts:
+                padded = torch.cat([part, torch.full((2, part.shape[1]), 7.0)])
+                mask = torch.tensor([[True] * len(part) + [False] * 2])
+                with entered(ForwardContext(mask, counts=True)):
+                    gate(padded, mask.shape)
+            with torch.no_grad():
+                gate.weight.mul_(1.0)  # as an optimizer that has stepped
+            gate.balance.settle(gate)
+        return gate.balance_bias.clone(), gate.balance_center.clone()
+
+    whole, cut = moved([6]), moved(sizes)
+    torch.testing.assert_close(cut, whole)
+    assert not torch.equal(whole[0], moved([])[0])
 
 
 def test_the_remembered_mean_token_follows_what_is_trained_on(tiny_model: SentenceTransformer) -> None:
