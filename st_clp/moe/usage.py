@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from st_clp.moe.convert import expert_layers
 from st_clp.moe.layers import ExpertLinear
 from st_clp.moe.routing import Router
-from st_clp.pictures import new_figure
+from st_clp.pictures import new_figure, save_figure
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class ExpertUsage:
             if place == 1:
                 axes.set_ylabel("layer")
         figure.colorbar(image, ax=figure.axes, label="share of tokens")
-        figure.savefig(str(path))
+        save_figure(figure, path)
 
 
 def expert_usage(
