@@ -113,7 +113,12 @@ class _Run:
             result = work()
             return {**result, "seconds": round(time.perf_counter() - started, 2)}
 
-        return self.directory.stage(name, timed, lambda: self._outputs(name))
+        result = self.directory.stage(name, timed, lambda: self._outputs(name))
+        # Not before the stage counts as finished: a run that is killed meanwhile would go on from what is left of it.
+        served = {MINE: self.directory.work / "embeddings" / "before", TRAIN: self.directory.checkpoints}
+        if name in served:
+            shutil.rmtree(served[name], ignore_errors=True)
+        return result
 
     def _outputs(self, name: str) -> list[Path]:
         """The files that a stage writes and later ones, or the user, need."""
@@ -235,8 +240,6 @@ class _Run:
                 write_rows(self._rows_file(collection), mined.rows)
                 self._say(str(mined.account))
                 accounts[collection.name] = mined.account.to_dict()
-        # The base model's embeddings have served; they can be many times as large as the model.
-        shutil.rmtree(self.directory.work / "embeddings" / "before", ignore_errors=True)
         return {"accounts": accounts}
 
     def _query_store(self) -> str | Path:
@@ -281,7 +284,6 @@ class _Run:
                 refresh.close()
         model.save(str(self.directory.path))
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
-        shutil.rmtree(self.directory.checkpoints, ignore_errors=True)
         return {
             "trainable_parameters": trainable.trainable,
             "all_parameters": trainable.total,

@@ -121,6 +121,31 @@ def test_weights_that_were_changed_are_neither_evaluated_nor_replaced(finished: 
     require_same(output, finished)
 
 
+def test_a_kill_while_checkpoints_are_removed_loses_nothing(
+    given: list[Any], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left of a checkpoint may look whole: its state is there, and its model is not."""
+    output = tmp_path / "out"
+    remove = shutil.rmtree
+
+    def remove_some(path: str | Path, *arguments: Any, **options: Any) -> None:
+        if Path(path).name != "checkpoints":
+            return remove(path, *arguments, **options)
+        for file in Path(path).glob("*/modules.json"):
+            file.unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", remove_some)
+    assert invoke(*given, "--output", output)[0] != 0
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    assert list((output / "run" / "checkpoints").glob("*/trainer_state.json"))
+    code, text = invoke("run", "--output", output, "--resume")
+    assert code == 0, text
+    assert "Train: finished before" in text
+    require_same(output, finished)
+    assert not (output / "run" / "checkpoints").exists()
+
+
 def test_a_lost_evaluation_is_made_again(finished: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     shutil.copytree(finished, output)
