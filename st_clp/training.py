@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import logging
 import os
+import pickle
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -66,17 +67,44 @@ def load_base_model(name: str, *, max_seq_length: int | None = None) -> Sentence
             model = load(str(path))
         else:
             model = SentenceTransformer(str(path) if path.is_dir() else name)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        if not path.exists():
-            reason = (
-                f"there is no folder {path}, and the Hugging Face Hub did not give a model of that name ({reason}). "
-                "Check the spelling, the network and, for a private model, `hf auth login`"
-            )
-        raise SettingsError(f"the model {name!r} cannot be loaded: {reason}") from error
+        _require_tokenizers(model)
+    except Exception as error:  # of whatever reads the files: transformers, safetensors, pickle
+        raise SettingsError(f"the model {name!r} cannot be loaded: {_why_not_loaded(path, error)}") from error
     if max_seq_length is not None:
         model.max_seq_length = max_seq_length
     return model
+
+
+def _require_tokenizers(model: SentenceTransformer) -> None:
+    """Refuse a folder without its tokenizer's files: transformers makes an empty one, which knows no word.
+
+    Raises:
+        ValueError: There is none of the files that such a tokenizer has.
+    """
+    for module in model.modules():
+        tokenizer = getattr(module, "tokenizer", None)
+        names = {"tokenizer.json", *getattr(tokenizer, "vocab_files_names", {}).values()}
+        folder = Path(getattr(tokenizer, "name_or_path", ""))
+        if len(names) > 1 and folder.is_dir() and not any((folder / name).is_file() for name in names):
+            raise ValueError(f"there is no tokenizer in {folder}: none of {', '.join(sorted(names))}; put it there")
+
+
+def _why_not_loaded(path: Path, error: Exception) -> str:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if not path.exists():
+        return (
+            f"there is no folder {path}, and the Hugging Face Hub did not give a model of that name ({reason}). "
+            "Check the spelling, the network and, for a private model, `hf auth login`"
+        )
+    if path.is_dir() and not any((path / file).is_file() for file in ("modules.json", "config.json")):
+        return "there is neither modules.json nor config.json in the folder, so it is no model's; name another one"
+    if isinstance(error, pickle.UnpicklingError):
+        return (
+            "its weights are a pickle that is damaged or holds more than tensors, and could run code when it is "
+            "opened; have them as model.safetensors"
+        )
+    known = isinstance(error, (OSError, ValueError, ImportError))
+    return reason if known else f"{reason}; if its files are damaged or incomplete, download or save it again"
 
 
 def load_cross_encoder(name: str | None) -> CrossEncoder | None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -213,3 +217,42 @@ def test_bf16_is_asked_of_the_hardware() -> None:
     assert hardware_has_bf16(torch.device("cpu")) == any(
         torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16")
     )
+
+
+def _without_tokenizer(folder: Path) -> None:
+    for file in folder.glob("*token*"):
+        file.unlink()
+    (folder / "vocab.txt").unlink(missing_ok=True)
+
+
+def _with_a_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"weight": Path()}, folder / "pytorch_model.bin")
+
+
+def _with_another_width(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 2 * config["intermediate_size"]}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_without_tokenizer, "there is no tokenizer in .*model: none of tokenizer.json"),
+        (_with_a_pickle, "its weights are a pickle .* could run code"),
+        (_with_another_width, "damaged or incomplete, download or save it again"),
+        (lambda folder: os.truncate(folder / "model.safetensors", 5000), "damaged or incomplete, download or save"),
+        (lambda folder: (folder / "modules.json").write_text("7"), "modules.json is not what a model has there"),
+        (lambda folder: (folder / "modules.json").write_text('["x"]'), "modules.json is not what a model has there"),
+        (lambda folder: (folder / "modules.json").write_text("[" * 10**5), "modules.json is not valid JSON"),
+        (lambda folder: [file.unlink() for file in folder.glob("*.json")], "neither modules.json nor config.json"),
+    ],
+)
+def test_a_folder_that_is_no_whole_model_is_refused(
+    spoil: Callable[[Path], Any], message: str, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_model_path, tmp_path / "model"))
+    load_base_model(str(folder))
+    spoil(folder)
+    with pytest.raises(SettingsError, match=f"model' cannot be loaded: .*{message}"):
+        load_base_model(str(folder))

@@ -9,6 +9,7 @@ from typing import Any
 from sentence_transformers import SentenceTransformer
 from torch import nn
 
+from st_clp.files import read_json
 from st_clp.moe.transformer import MoETransformer
 
 OWN_CLASSES: dict[str, type[nn.Module]] = {"st_clp.moe.MoETransformer": MoETransformer}
@@ -54,14 +55,19 @@ def _trusted(reference: str) -> bool:
 
 def _class_references(folder: Path) -> list[str]:
     """Return every module class that the folder names, those inside Router modules included."""
-    references = [str(module["type"]) for module in _read(folder / "modules.json")]
+    file = folder / "modules.json"
+    modules = _read(file)
+    if not isinstance(modules, list) or not all(isinstance(module, dict) and "type" in module for module in modules):
+        raise ValueError(f"{file} is not what a model has there: a list of modules, each with its type; save it again")
+    references = [str(module["type"]) for module in modules]
     for config in folder.rglob("router_config.json"):
-        references += [str(reference) for reference in _read(config).get("types", {}).values()]
+        types = read_json(config).get("types", {})
+        references += [str(reference) for reference in types.values()] if isinstance(types, dict) else []
     return references
 
 
 def _read(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from None

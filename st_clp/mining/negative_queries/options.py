@@ -162,6 +162,7 @@ def make_chain(
     for source in sources:
         if isinstance(source, GeneratingSource):
             source.prepare()
+    kept.open()  # no file is made where the sources cannot be used
     return QueryChain(sources, store=kept, show_progress_bar=show_progress_bar)
 
 

@@ -11,18 +11,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from st_clp.mining.negative_queries.interface import Usage
+
+logger = logging.getLogger(__name__)
 
 LEASE_SECONDS = 10.0  # without a sign of life for so long, a process's claims lapse
 FORMAT = 1
@@ -72,11 +75,12 @@ class QueryStore:
     """Answers of generators in a SQLite file, or in memory alone.
 
     Args:
-        path: The file; made where it is not there. None keeps everything in memory.
+        path: The file; made when something is first looked up or kept, or by :meth:`open`. None keeps everything in
+            memory.
 
-    Raises:
-        ValueError: The file is no store of queries, or of a later format.
-        OSError: The file cannot be opened or made.
+    Every method raises:
+        ValueError: The file is no store of queries, is damaged, or of a later format.
+        OSError: The file cannot be opened, made, read or written.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
@@ -86,51 +90,81 @@ class QueryStore:
         self._lock = threading.RLock()
         self._closed = threading.Event()
         self._heart: threading.Thread | None = None
+        self._connection: sqlite3.Connection | None = None
+
+    def open(self) -> QueryStore:
+        """Open the file now."""
+        with self._reading():
+            return self
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        """The open file, for this thread alone; what SQLite objects to, said so that a user can do something."""
+        with self._lock:
+            try:
+                if self._connection is None:
+                    self._connection = self._connect()
+                yield self._connection
+            except sqlite3.ProgrammingError:  # ours, such as a store that was closed
+                raise
+            except sqlite3.OperationalError as error:
+                raise OSError(f"the store of queries {self.path} cannot be used: {error}") from error
+            except sqlite3.DatabaseError as error:
+                raise ValueError(
+                    f"{self.path} is no store of queries, or a damaged one ({error}); name another file, or put a copy "
+                    "of it back"
+                ) from error
+
+    def _connect(self) -> sqlite3.Connection:
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+        connection = sqlite3.connect(
+            ":memory:" if self.path is None else self.path,
+            timeout=60,  # another process's transaction is waited for; each is short
+            isolation_level=None,
+            check_same_thread=False,
+        )
         try:
-            self._database = sqlite3.connect(
-                ":memory:" if self.path is None else self.path,
-                timeout=60,  # another process's transaction is waited for; each is short
-                isolation_level=None,
-                check_same_thread=False,
-            )
-            self._use_wal()
+            self._require_ours(connection)
+            _use_wal(connection)
             # A killed process loses nothing; the last answers before a power cut may be lost.
-            self._database.execute("PRAGMA synchronous = NORMAL")
-            with self._transaction():
-                version = self._database.execute("PRAGMA user_version").fetchone()[0]
-                if version > FORMAT:
-                    raise ValueError(f"{self.path} was written by a later version of st_clp (format {version})")
-                for statement in TABLES.split(";"):
-                    self._database.execute(statement)
-                self._database.execute(f"PRAGMA user_version = {FORMAT}")
-        except sqlite3.OperationalError as error:
-            raise OSError(f"the store of queries {self.path} cannot be opened: {error}") from error
-        except sqlite3.DatabaseError as error:
-            raise ValueError(f"{self.path} is no store of queries ({error}); name another file") from error
+            connection.execute("PRAGMA synchronous = NORMAL")
+            connection.execute("BEGIN IMMEDIATE")
+            for statement in TABLES.split(";"):
+                connection.execute(statement)
+            connection.execute(f"PRAGMA user_version = {FORMAT}")
+            connection.execute("COMMIT")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
 
-    def _use_wal(self) -> None:
-        # Of two processes that open a new file at once, SQLite refuses the second without waiting.
-        for attempt in range(50):
-            try:
-                self._database.execute("PRAGMA journal_mode = WAL")
-                return
-            except sqlite3.OperationalError as error:
-                if "locked" not in str(error) or attempt == 49:
-                    raise
-                time.sleep(0.1)
+    def _require_ours(self, connection: sqlite3.Connection) -> None:
+        """Refuse another program's file, and a damaged one, before anything in it is changed."""
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        found = _columns(connection)
+        with closing(sqlite3.connect(":memory:")) as ours:
+            ours.executescript(TABLES)
+            expected = _columns(ours)
+        if version > FORMAT and found.keys() >= expected.keys():
+            raise ValueError(f"{self.path} was written by a later version of st_clp (format {version})")
+        if found and found != expected:
+            raise ValueError(f"{self.path} is no store of queries: its tables are another program's; name another file")
+        (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+        if verdict != "ok":
+            raise sqlite3.DatabaseError(" ".join(verdict.split()))
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._lock:
-            self._database.execute("BEGIN IMMEDIATE")
+        with self._reading() as database:
+            database.execute("BEGIN IMMEDIATE")
             try:
-                yield self._database
+                yield database
             except BaseException:
-                self._database.execute("ROLLBACK")
+                if database.in_transaction:  # SQLite has ended it itself where the disk is full
+                    database.execute("ROLLBACK")
                 raise
-            self._database.execute("COMMIT")
+            database.execute("COMMIT")
 
     def get(self, keys: Sequence[Key]) -> dict[Key, StoredAnswer]:
         """The answers that are there; keys without one are absent."""
@@ -141,8 +175,8 @@ class QueryStore:
         for kind, documents in kinds.items():
             for begin in range(0, len(documents), 500):
                 some = documents[begin : begin + 500]
-                with self._lock:
-                    rows = self._database.execute(
+                with self._reading() as database:
+                    rows = database.execute(
                         "SELECT document, queries, cause, prompt_tokens, completion_tokens, cost FROM answers "
                         f"WHERE generator = ? AND prompt = ? AND document IN ({','.join('?' * len(some))})",
                         (*kind, *some),
@@ -227,13 +261,13 @@ class QueryStore:
 
     def spent(self) -> tuple[int, float]:
         """(tokens, money) that all answers of this file have cost, with what is in flight at its worst."""
-        with self._lock:
-            tokens, nano = self._database.execute("SELECT tokens, nano FROM spending").fetchone()
+        with self._reading() as database:
+            tokens, nano = database.execute("SELECT tokens, nano FROM spending").fetchone()
         return tokens, nano / NANO
 
     def __len__(self) -> int:
-        with self._lock:
-            return self._database.execute("SELECT COUNT(*) FROM answers").fetchone()[0]
+        with self._reading() as database:
+            return int(database.execute("SELECT COUNT(*) FROM answers").fetchone()[0])
 
     def _live(self) -> None:
         """Say that this process is alive, now and from now on."""
@@ -255,7 +289,7 @@ class QueryStore:
         while not self._closed.wait(LEASE_SECONDS / 5):
             with self._lock:
                 if not self._closed.is_set():
-                    self._beat()
+                    self._try(self._beat, "claims lapse until it can be written again")
 
     def close(self) -> None:
         """Let go of everything, of what killed processes have left too, and close the file."""
@@ -263,17 +297,50 @@ class QueryStore:
             if self._closed.is_set():
                 return
             self._closed.set()
-            with self._transaction() as database:
-                database.execute("DELETE FROM owners WHERE owner = ?", (self.owner,))
-                self._bury(database)
-                database.execute("DELETE FROM claims WHERE owner NOT IN (SELECT owner FROM owners)")
-            self._database.close()
+            if self._connection is not None:
+                # What is asked for may be over for another reason, which this must not hide.
+                self._try(self._let_go, "claims lapse by themselves")
+                self._connection.close()
+
+    def _let_go(self) -> None:
+        with self._transaction() as database:
+            database.execute("DELETE FROM owners WHERE owner = ?", (self.owner,))
+            self._bury(database)
+            database.execute("DELETE FROM claims WHERE owner NOT IN (SELECT owner FROM owners)")
+
+    def _try(self, work: Callable[[], None], otherwise: str) -> None:
+        try:
+            work()
+        except (OSError, ValueError) as error:
+            logger.warning("%s; %s", error, otherwise)
 
     def __enter__(self) -> QueryStore:
-        return self
+        return self.open()
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _columns(connection: sqlite3.Connection) -> dict[str, list[str]]:
+    """The tables of a file, each with the names of its columns."""
+    tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+    return {
+        name: [row[0] for row in connection.execute("SELECT name FROM pragma_table_info(?)", (name,))]
+        for name in tables
+        if not name.startswith("sqlite_")
+    }
+
+
+def _use_wal(connection: sqlite3.Connection) -> None:
+    # Of two processes that open a new file at once, SQLite refuses the second without waiting.
+    for attempt in range(50):
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or attempt == 49:
+                raise
+            time.sleep(0.1)
 
 
 def _machine() -> str:

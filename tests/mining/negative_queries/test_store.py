@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from st_clp.cli import app
-from st_clp.mining.negative_queries import QueryStore, Usage
+from st_clp.mining.negative_queries import QueryOptions, QueryStore, Usage, make_chain
 from st_clp.mining.negative_queries import store as store_module
 from st_clp.mining.negative_queries.store import Key, StoredAnswer
 
@@ -96,16 +98,59 @@ def test_two_in_one_process_at_once_pay_once_for_each_document(endpoint: Endpoin
     assert len(endpoint.billed) == 120
 
 
-def test_a_file_that_is_no_store_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_no_store_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    def refused(path: Path, error: type[Exception], message: str) -> None:
+        before = path.read_bytes() if path.is_file() else None
+        with pytest.raises(error, match=message):
+            QueryStore(path).open()
+        assert (path.read_bytes() if path.is_file() else None) == before
+        assert not [found for found in tmp_path.iterdir() if found.name.startswith(f"{path.name}-")]
+
     (tmp_path / "text").write_text("not a database, and long enough to be looked at as one" * 100)
-    with pytest.raises(ValueError, match="is no store of queries"):
-        QueryStore(tmp_path / "text")
-    with pytest.raises(OSError, match="cannot be opened"):
-        QueryStore(tmp_path)
+    refused(tmp_path / "text", ValueError, "text is no store of queries, or a damaged one")
+    refused(tmp_path, OSError, "cannot be used: unable to open")
+    for name, statement in (("other", "CREATE TABLE photographs (name)"), ("alike", "CREATE TABLE answers (name)")):
+        with closing(sqlite3.connect(tmp_path / name)) as database:
+            database.execute(statement)
+        refused(tmp_path / name, ValueError, f"{name} is no store of queries: its tables are another program's")
+    with QueryStore(tmp_path / "later") as store:
+        for number in range(200):
+            store.put(Key.of("g", "p", str(number)), ANSWER)
+    shutil.copy(tmp_path / "later", tmp_path / "damaged")
+    with closing(sqlite3.connect(tmp_path / "later")) as database:
+        database.execute("PRAGMA user_version = 99")
+    refused(tmp_path / "later", ValueError, "later version")
+    content = bytearray((tmp_path / "damaged").read_bytes())
+    content[-5000:-1000] = b"\xff" * 4000
+    (tmp_path / "damaged").write_bytes(content)
+    refused(tmp_path / "damaged", ValueError, "damaged one")
+
+
+def test_a_store_that_breaks_while_it_is_used_is_said_and_closes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "LEASE_SECONDS", 0.1)
+    died: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", died.append)
     with QueryStore(tmp_path / "q.sqlite") as store:
-        store._database.execute("PRAGMA user_version = 99")
-    with pytest.raises(ValueError, match="later version"):
-        QueryStore(tmp_path / "q.sqlite")
+        assert store.claim(Key.of("g", "p", "text"))
+        with closing(sqlite3.connect(tmp_path / "q.sqlite")) as other:
+            other.execute("DROP TABLE owners")
+        deadline = time.monotonic() + 10
+        while "claims lapse until" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.02)
+        with pytest.raises(OSError, match=r"q\.sqlite cannot be used: no such table"):
+            store.claim(Key.of("g", "p", "another"))
+    assert "claims lapse by themselves" in caplog.text
+    assert not died
+
+
+def test_no_file_is_made_for_sources_that_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "prompts.yaml").write_text("- a list")
+    for options in ({"query_prompts": str(tmp_path / "nowhere")}, {"query_prompts": str(tmp_path / "prompts.yaml")}):
+        with pytest.raises(ValueError, match="prompts"):
+            make_chain("openai:tiny", QueryOptions(**options), store=tmp_path / "made" / "q.sqlite")
+    assert not (tmp_path / "made").exists()
 
 
 def write_beir(folder: Path, documents: int) -> Path:
