@@ -291,9 +291,7 @@ CASES = [
         "has no corpus nope",
     ),
     _query_store("text as a store of queries", lambda p, s: s.write_text("text " * 2000), "is no store of queries"),
-    _query_store(
-        "a store of queries that is a folder", lambda p, s: s.mkdir(), "q.sqlite cannot be used"
-    ),
+    _query_store("a store of queries that is a folder", lambda p, s: s.mkdir(), "q.sqlite cannot be used"),
     _query_store("somebody's SQLite file as a store of queries", _foreign_database, "q.sqlite.*is no store of queries"),
     _query_store("a damaged store of queries", _damaged_database, "q.sqlite.*(damaged|no store of queries|malformed)"),
     _mined_rows("mined rows whose neg is null", r"\.jsonl, line 2\b", neg=None),
