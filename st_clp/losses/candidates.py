@@ -73,7 +73,7 @@ def score_documents(
     excluded = texts == batch.texts[column, row][:, None]
     threshold = None
     if options.margin is not None:
-        judged = similarity.detach()
+        judged = similarity
         if batch.guide is not None:
             judged = _similarity_to_documents(cos_sim, pick_queries(batch.guide), batch.guide.documents, row, options)
         threshold = judged.gather(1, target[:, None])[:, 0]

@@ -45,6 +45,11 @@ def test_with_few_queries_the_p_value_is_exact(samples) -> None:
     assert p_value(arrays, seed=0) == pytest.approx(p_by_enumeration(arrays), abs=1e-12)
 
 
+def test_ties_are_not_drawn_for() -> None:
+    """However many queries stay as they are, two that gain alike have four ways to be swapped, two of them as large."""
+    assert p_value([np.array([0.0] * 500 + [0.5, 0.5])], seed=0) == 0.5
+
+
 def test_with_many_queries_the_p_value_is_that_of_swaps_by_numpy() -> None:
     generator = np.random.default_rng(7)
     sample = generator.normal(0.0, 0.2, 400)

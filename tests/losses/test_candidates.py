@@ -69,6 +69,12 @@ def test_same_text_is_seen_through_padding(side: str, tiny_model: SentenceTransf
     assert value.item() == pytest.approx(float(first + second) / 2, rel=1e-4)
 
 
+def test_the_same_words_in_another_order_are_another_text(tiny_model: SentenceTransformer, run_loss: Any) -> None:
+    rows = [["which river"], ["the king of war"], ["the war of king"]]
+    value, _ = run_loss(CLPLoss(tiny_model, queries_per_negative=0), rows)
+    assert value.item() > 0  # with no negative left it would be 0
+
+
 def test_same_text_in_a_bag_of_tokens(run_loss: Any) -> None:
     tokenizer = Tokenizer(WordLevel({str(i): i for i in range(5)}, unk_token="0"))
     tokenizer.pre_tokenizer = Whitespace()

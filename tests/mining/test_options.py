@@ -107,6 +107,43 @@ def test_a_relative_margin_points_downwards_for_negative_scores_too() -> None:
     assert filters.refusal(Candidate("d", 0, 0.09), 0.2) is None
 
 
+def test_a_miss_is_as_far_as_the_strictest_limit_says() -> None:
+    filters = CandidateFilter(absolute_margin=0.1, max_score=0.3)
+    reason, excess = filters.refusal(Candidate("d", 0, 0.85), 0.9) or ("", 0.0)
+    assert (reason, excess) == ("within absolute_margin of the positive", pytest.approx(0.55))
+
+
+def test_of_equal_misses_the_deepest_is_relaxed_first(tiny_model: SentenceTransformer) -> None:
+    texts = {"answer": "the red river", **{f"copy{i}": "a blue lake of the king" for i in range(4)}}
+    collection = Collection.from_dict(texts, {"q": "which river is red"}, {"q": {"answer": 1}})
+    (row,) = mined(tiny_model, collection, max_score=-2.0, num_negatives=2).rows
+    assert [negative.rank for negative in row.negatives] == [3, 2]
+
+
+def test_each_query_draws_for_itself(tiny_model: SentenceTransformer) -> None:
+    """Queries with the same ranking have other negatives at random, or a batch would hold few different ones."""
+    texts = {f"d{i}": f"the {WORDS[i % 17]} of {WORDS[(i * 5 + 1) % 17]} {i}" for i in range(30)}
+    asked = {f"q{i}": "which river is red" for i in range(12)}
+    judgments = {query_id: {"d0": 1} for query_id in asked}
+    collection = Collection.from_dict(texts, asked, judgments)
+    options: dict[str, Any] = {"num_negatives": 1, "sampling_strategy": "random"}
+    drawn = [row.negatives[0].doc_id for row in mined(tiny_model, collection, **options).rows]
+    assert len(set(drawn)) > 6
+
+
+def test_a_draw_beside_preferred_documents_is_from_all_the_others_alike(tiny_model: SentenceTransformer) -> None:
+    """Of two negatives one is preferred; the other's rank is uniform, not the better of two draws."""
+    texts = {f"d{i}": f"the {WORDS[i % 17]} of {WORDS[(i * 5 + 1) % 17]} {i}" for i in range(31)}
+    asked = {f"q{i}": "which river is red" for i in range(200)}
+    judgments = {query_id: {"d0": 1} for query_id in asked}
+    collection = Collection.from_dict(texts, {**asked, "other": "which lake"}, {**judgments, "other": {"d1": 1}})
+    found = mined(tiny_model, collection, num_negatives=2, sampling_strategy="random")
+    rows = [row for row in found.rows if row.query_id != "other"]
+    assert all("d1" in {negative.doc_id for negative in row.negatives} for row in rows)
+    ranks = [negative.rank for row in rows for negative in row.negatives if negative.doc_id != "d1"]
+    assert np.mean(ranks) == pytest.approx(14.5, abs=2.0)  # the better of two would be at about 9.5 of 0 to 29
+
+
 def test_near_duplicates_of_a_positive_are_no_negatives(tiny_model: SentenceTransformer) -> None:
     documents = {"a": "the big river", "near": "the big rivers", "b": "a lake", "c": "a city", "d": "fire"}
     collection = Collection.from_dict(documents, {"q": "which river?"}, {"q": {"a": 1}})
@@ -211,6 +248,13 @@ def test_fusion_is_the_sum_of_reciprocal_ranks(first: list[int], second: list[in
     assert fused[len(expected) :] == [-1] * (k - len(expected))
 
 
+def test_fusion_counts_ranks_from_one() -> None:
+    """Place 99 leads one ranking, place 1 is 62nd in both: 1/61 = 2/122, and equal scores go by place."""
+    first, second = ([*range(100, 161), 1], [99, *range(200, 260), 1])
+    fused = fuse(np.array([first]), np.array([second]), k=3)[0].tolist()
+    assert fused == [1, 99, 100]
+
+
 @pytest.mark.parametrize("candidates", ["bm25", "mixed"])
 def test_candidates_from_words_have_the_models_scores(tiny_model: SentenceTransformer, candidates: str) -> None:
     collection = make_collection()
@@ -236,6 +280,10 @@ def test_an_approximate_index_says_its_recall(tiny_model: SentenceTransformer) -
     flat = mined(tiny_model, collection, num_negatives=3, index="Flat")
     assert flat.account.search == {"index": "Flat", "recall": 1.0, "recall_queries": 12}
     assert "recall of Flat against exact search" in str(flat.account)
+    rough = mined(tiny_model, collection, num_negatives=5, index="SQ4", prefer_known_queries=False)
+    for row in rough.rows:  # by their true scores, whatever the codes of the index say
+        scores = [negative.score for negative in row.negatives]
+        assert scores == sorted(scores, reverse=True)
     coarse = mined(tiny_model, collection, num_negatives=3, index="IVF8,Flat", nprobe=1)
     assert coarse.account.search["recall"] < 1.0
     assert all(len(row.negatives) == 3 for row in coarse.rows)

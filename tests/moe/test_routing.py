@@ -85,6 +85,33 @@ def test_the_reference_router_has_none(tiny_model: SentenceTransformer) -> None:
     assert not biases(model)
 
 
+def test_the_balance_chooses_and_does_not_weigh(tiny_model: SentenceTransformer) -> None:
+    """Where every expert is chosen anyway, a bias for choosing changes nothing."""
+    model = st_clp.upcycle(tiny_model, 3, 3)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "experts." in name:
+                value += torch.randn_like(value) * 0.1
+    before = model.encode(TEXTS, convert_to_tensor=True)
+    for name, value in model.named_buffers():
+        if name.endswith("balance_bias"):
+            value.copy_(torch.tensor([3.0, -2.0, 0.5]))
+    torch.testing.assert_close(model.encode(TEXTS, convert_to_tensor=True), before)
+
+
+def test_positions_that_query_expansion_adds_are_counted(tiny_model: SentenceTransformer) -> None:
+    """ColBERT scores them, so an expert works on them for a purpose even where attention skips them."""
+    model = st_clp.upcycle(tiny_model)
+    columns = features(model)
+    MultipleNegativesRankingLoss(model.train())([dict(column) for column in columns], None).backward()
+    assert [sum(layer) for layer in counts(model)] == [tokens_in(columns)] * len(counts(model))
+    reset_usage(model)
+    expanded = [{**column, "query_expansion_positions": column["attention_mask"] == 0} for column in columns]
+    MultipleNegativesRankingLoss(model)(expanded, None).backward()
+    every = sum(column["attention_mask"].numel() for column in columns)
+    assert [sum(layer) for layer in counts(model)] == [every] * len(counts(model))
+
+
 def test_every_expert_takes_part_in_the_backward_pass(tiny_model: SentenceTransformer) -> None:
     """Distributed training waits for a gradient of every parameter, also of an expert that had no token."""
     model = st_clp.upcycle(tiny_model, 8, balance="none", projection="feed_forward")
