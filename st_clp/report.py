@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import st_clp
+from st_clp.files import write_text
 from st_clp.settings import RunSettings
 from st_clp.terminal import NARROWEST, print_whole
 
@@ -115,9 +116,7 @@ def write_card(
     section = _card_section(settings, report)
     head, separator, rest = card.text.partition("\n## Model Details")
     card.text = f"{head.rstrip()}\n\n{section}\n{separator}{rest}"
-    beside = path.with_name("README.md.partial")
-    card.save(beside)
-    beside.replace(path)
+    write_text(path, str(card))
 
 
 def _card_section(settings: RunSettings, report: Mapping[str, Any]) -> str:

@@ -7,6 +7,10 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import json
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,3 +81,34 @@ def make_tiny_model(tmp_path: Path) -> Callable[..., SentenceTransformer]:
         return SentenceTransformer(str(build_tiny_model(folder, **settings)), device="cpu")
 
     return make
+
+
+def _snippet(folder: Path) -> str:
+    """The Python code of a folder's card, which names the folder in place of the model's name on the Hub."""
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    named = re.sub(r'SentenceTransformer\("[^"]*"', f"SentenceTransformer({str(folder)!r}", code)
+    assert str(folder) in named
+    return named
+
+
+def _run_snippets(*folders: Path) -> dict[str, list[int]]:
+    """Run them one after the other, in the order given; the shapes of the embeddings that each gets."""
+    names = ("query_embeddings", "embeddings")
+    lines = ["import json", "found = {}"]
+    for folder in folders:
+        lines += [
+            "names = {}",
+            f"exec({_snippet(folder)!r}, names)",
+            f"shape = next(names[name].shape for name in {names} if name in names)",
+            f"found[{folder.name!r}] = list(shape)",
+        ]
+    lines.append("print(json.dumps(found))")
+    result = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="session")
+def run_snippets() -> Callable[..., dict[str, list[int]]]:
+    """``run_snippets(*folders)`` runs what the model cards of these folders say, in a process of its own."""
+    return _run_snippets

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from st_clp.moe.architectures import find_feed_forwards
+from st_clp.moe.card import write_own_snippets
 from st_clp.moe.context import ForwardContext, attention_mask, entered, recall_context_in_checkpoints
 from st_clp.moe.convert import build_experts, expert_layers, merge_experts, settings_of
 from st_clp.moe.reference import (
@@ -249,6 +250,7 @@ class MoETransformer(Transformer):
         return folder
 
 
+write_own_snippets()
 MoETransformer.__module__ = "st_clp.moe"  # modules.json records this path: it stays where the code moves
 
 

@@ -54,6 +54,7 @@ def upcycle(
             )
     for parent, name, transformer in places:
         setattr(parent, name, converted[id(transformer)])
+    model._model_card_text = None  # the dense model's, which says how to open that
     return model
 
 
@@ -102,4 +103,5 @@ def to_dense(model: SentenceTransformer, how: str | int = "average") -> Sentence
     for parent, name, transformer in transformer_places(dense):
         if isinstance(transformer, MoETransformer):
             setattr(parent, name, transformer.to_dense(how))
+    dense._model_card_text = None  # the mixture's
     return dense

@@ -52,7 +52,7 @@ def finished(
 
 
 def test_a_run_leaves_a_better_model_a_card_a_report_and_runs(
-    finished: tuple[Path, dict], collection_path: Path
+    finished: tuple[Path, dict], collection_path: Path, run_snippets: Any
 ) -> None:
     output, report = finished
     name = f"{collection_path}/dev"
@@ -72,6 +72,7 @@ def test_a_run_leaves_a_better_model_a_card_a_report_and_runs(
     assert "2412.17364" in card
     assert f"{before:.3f} → {after:.3f}" in card
     assert "## Model Details" in card
+    assert run_snippets(output) == {output.name: [3, 32]}
     run_lines = [
         line.split()
         for line in next((output / "run" / "evaluations" / "after" / "runs").glob("*.trec")).read_text().splitlines()
