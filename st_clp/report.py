@@ -24,6 +24,8 @@ TITLES = {"ndcg@10": "nDCG@10", "ndcg@5": "nDCG@5", "recall@100": "Recall@100", 
 
 Scores = Mapping[str, Mapping[str, float]]
 
+HEADING = "## How it was fine-tuned"  # of our part of the model card
+
 
 def versions() -> dict[str, str]:
     """The versions of everything that the figures depend on."""
@@ -115,6 +117,7 @@ def write_card(
     ]
     section = _card_section(settings, report)
     head, separator, rest = card.text.partition("\n## Model Details")
+    head = head.partition(f"\n{HEADING}")[0]  # of a run that was stopped after it had written its card
     card.text = f"{head.rstrip()}\n\n{section}\n{separator}{rest}"
     write_text(path, str(card))
 
@@ -128,7 +131,7 @@ def _card_section(settings: RunSettings, report: Mapping[str, Any]) -> str:
         else "no mixture of experts"
     )
     lines = [
-        "## How it was fine-tuned",
+        HEADING,
         "",
         "With [st_clp](https://pypi.org/project/st-clp/), after "
         "[Contrastive Learning Penalty (CLP)](https://arxiv.org/abs/2412.17364): hard negatives that the model mined "

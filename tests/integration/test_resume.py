@@ -104,6 +104,15 @@ def test_weights_that_are_gone_are_trained_again(
     require_same(output, finished)
 
 
+def test_resuming_a_finished_run_changes_nothing(finished: Path, tmp_path: Path) -> None:
+    output = Path(shutil.copytree(finished, tmp_path / finished.name))
+    code, text = invoke("run", "--output", output, "--resume")
+    assert code == 0, text
+    names = ["README.md", "report.json"]
+    before, after = ([(folder / name).read_text() for name in names] for folder in (finished, output))
+    assert after == [content.replace(str(finished), str(output)) for content in before]
+
+
 def test_weights_that_were_changed_are_neither_evaluated_nor_replaced(finished: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     shutil.copytree(finished, output)
