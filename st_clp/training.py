@@ -333,7 +333,7 @@ def check_training_arguments(settings: RunSettings) -> None:
                 train_dataset=Dataset.from_dict({name: ["a"] * settings.batch_size for name in columns}),
                 loss=make_loss(model, trial),
             )
-            trainer.get_train_dataloader()
+            next(iter(trainer.get_train_dataloader()))
             trainer.create_optimizer_and_scheduler(100)
         except Exception as error:  # of whatever reads the argument: transformers, accelerate, torch
             raise _unusable_arguments(error) from error
