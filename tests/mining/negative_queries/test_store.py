@@ -23,7 +23,7 @@ from st_clp.mining.negative_queries import QueryOptions, QueryStore, Usage, make
 from st_clp.mining.negative_queries import store as store_module
 from st_clp.mining.negative_queries.store import Key, StoredAnswer
 
-from .conftest import Endpoint
+from .conftest import KEY, Endpoint
 from .test_endpoint import chain_for, make_documents
 
 ANSWER = StoredAnswer(("which river?", "어느 강?"), None, Usage(10, 5, 0.25))
@@ -160,6 +160,22 @@ def write_beir(folder: Path, documents: int) -> Path:
     (folder / "queries.jsonl").write_text('{"_id": "q", "text": "which river?"}\n')
     (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\nq\td0\t1\n")
     return folder
+
+
+def test_no_file_and_no_line_holds_the_key(endpoint: Endpoint, tiny_model_path: Path, tmp_path: Path) -> None:
+    """Neither of what is generated nor of a run that fails half-way, whose endpoint repeats what it was sent."""
+    collection = write_beir(tmp_path / "collection", 20)
+    asked = ["--negative-queries", "openai:tiny", "--query-base-url", endpoint.base_url]
+    mined = ["mine", "--model", str(tiny_model_path), "--num-negatives", "1", "--range-max", "5"]
+    for number, fault in enumerate((None, lambda document, before: "500" if before < 1 else "401")):
+        endpoint.fault = fault
+        command = [*mined, "--collection", str(collection), *asked, "--output", str(tmp_path / f"out{number}")]
+        result = CliRunner().invoke(app, command)
+        assert (result.exit_code == 0) is (fault is None), result.output
+        assert KEY not in result.output
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert {"queries.sqlite"} <= {file.name for file in files}
+    assert not [file for file in files if KEY.encode() in file.read_bytes()]
 
 
 def test_a_killed_process_loses_what_was_in_flight_and_another_finishes_its_work(
