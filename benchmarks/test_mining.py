@@ -254,7 +254,7 @@ def test_the_candidates_are_the_same(
     _, rows = search_rows(model, asked, store, 50)
     FIGURES["top-50 overlap of st_clp in bfloat16 with float32 brute force"] = overlap(rows, expected)
     exact = EmbeddingStore.build(model, collection, dtype="model", show_progress_bar=False)
-    _, rows = search_rows(model, encode_queries(model, queries), exact, 50)
+    _, rows = search_rows(model, encode_queries(model, queries, dtype="model"), exact, 50)
     FIGURES["the same in float32"] = overlap(rows, expected)
     FIGURES["queries with the very same top 50 in the same order in float32"] = float((rows == expected).all(1).mean())
 

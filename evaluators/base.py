@@ -17,6 +17,7 @@ from evaluators.metrics import Metric, parse_metrics
 from evaluators.runs import Run, write_run
 from evaluators.saving import save_parts
 from st_clp.files import write_json
+from st_clp.options import EvaluationOptions
 
 if TYPE_CHECKING:
     from evaluators.collection import CollectionEvaluator
@@ -30,23 +31,18 @@ class RetrievalEvaluator(BaseEvaluator):
     Args:
         name: Goes before every metric, with an underscore; with ``""`` nothing does.
         metrics: Names such as ``"ndcg@10"``. The first one is the primary metric.
-        write_csv: Add a line to a CSV file in the ``output_path`` of each call.
-        write_json: Write the last call's metrics and counts as JSON to its ``output_path``.
-        save_runs: Write each collection's run as a TREC run file to the ``output_path`` of each call.
+        options: How to evaluate, and what to write.
 
     Raises:
         ValueError: A metric is unknown, or its cut-off is missing or below 1.
     """
 
-    def __init__(
-        self, name: str, metrics: Iterable[str], *, write_csv: bool, write_json: bool, save_runs: bool
-    ) -> None:
+    def __init__(self, name: str, metrics: Iterable[str], options: EvaluationOptions) -> None:
         super().__init__()
         self.name = name
         self.metrics: tuple[Metric, ...] = parse_metrics(metrics)
-        self.write_csv = write_csv
-        self.write_json = write_json
-        self.save_runs = save_runs
+        self.options = options
+        self.write_csv, self.write_json, self.save_runs = options.write_csv, options.write_json, options.save_runs
         stem = "_".join(filter(None, ["retrieval_evaluation", file_part(name)]))
         self.csv_file = f"{stem}_results.csv"
         self.json_file = f"{stem}_results.json"

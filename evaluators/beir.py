@@ -62,8 +62,7 @@ class BEIREvaluator(BenchmarkEvaluator):
         split: Which split's judgments to use, for the datasets that do not name one. None: those that BEIR reports, and
             of a folder ``test`` or its only one.
         name: Goes before every metric. None: ``beir``, and ``beir_train`` where ``split`` is train.
-        **settings: ``metrics``, ``run_depth``, ``batch_size``, ``show_progress_bar``, ``ignore_identical_ids``,
-            ``store_dir``, ``write_csv``, ``write_json``, ``save_runs``, as in :class:`BenchmarkEvaluator`.
+        **settings: All other arguments of :class:`BenchmarkEvaluator`.
 
     Raises:
         CollectionError: A dataset is not known, does not have the split, or cannot be read.

@@ -19,9 +19,11 @@ from sentence_transformers import SentenceTransformer
 from evaluators.runs import Run, make_run, without_identical_ids
 from st_clp.data import CollectionError, Corpus, Document, MemoryCorpus
 from st_clp.data.checks import require_ids
-from st_clp.encoding import ComputeDtype, EmbeddingStore
+from st_clp.declaring import takes
+from st_clp.encoding import EmbeddingStore
 from st_clp.encoding.records import MANIFEST
 from st_clp.encoding.working_model import Task
+from st_clp.options import Encoding
 from st_clp.search import search
 
 Texts = Mapping[str, Mapping[str, str]]  # document id -> {"title", "text"}
@@ -40,9 +42,7 @@ class BEIRSearch(BaseSearch):
         store_dir: The folder to keep the documents' embeddings in, and beside it the queries'. They are used again as
             long as model and texts stay the same, and a search that was stopped goes on where it was. None: a temporary
             folder, for one search.
-        batch_size: No more texts than this in one forward pass. None: as many as fill it with tokens.
-        dtype: What the model computes in, as in :class:`evaluators.CollectionEvaluator`.
-        show_progress_bar: Show progress, rate and remaining time while encoding.
+        encoding
 
     Example:
         ::
@@ -59,20 +59,17 @@ class BEIRSearch(BaseSearch):
             ndcg, mean_average_precision, recall, precision = retrieval.evaluate(qrels, results, retrieval.k_values)
     """
 
+    @takes(encoding=Encoding)
     def __init__(
         self,
         model: SentenceTransformer,
         store_dir: str | os.PathLike[str] | None = None,
         *,
-        batch_size: int | None = None,
-        dtype: ComputeDtype = "auto",
-        show_progress_bar: bool = True,
+        encoding: Encoding,
     ) -> None:
         self.model = model
         self.store_dir = store_dir
-        self.batch_size = batch_size
-        self.dtype: ComputeDtype = dtype
-        self.show_progress_bar = show_progress_bar
+        self.encoding = encoding
         self.results: Run = {}
 
     def search(
@@ -188,9 +185,7 @@ class BEIRSearch(BaseSearch):
             corpus,
             folder,
             task=task,
-            dtype=self.dtype,
-            batch_size=self.batch_size,
-            show_progress_bar=self.show_progress_bar,
+            encoding=self.encoding,
         )
 
     def _similarity(self, score_function: str | None) -> SentenceTransformer:

@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from sentence_transformers import SentenceTransformer
 
@@ -18,7 +18,8 @@ from evaluators.metrics import DEFAULT_METRICS, QueryScores, mean_scores
 from evaluators.pooling import ReferenceRun
 from evaluators.runs import Run
 from st_clp.data import Collection
-from st_clp.encoding import ComputeDtype
+from st_clp.declaring import takes
+from st_clp.options import EvaluationOptions
 
 Datasets = Mapping[str, "Collection | Mapping[str, Collection]"]
 
@@ -37,8 +38,8 @@ class BenchmarkEvaluator(RetrievalEvaluator):
             memory, those of one corpus at a time.
         reference_runs: For ``corpus="pooled"``, {key: TREC run file or run}, or a folder with a file ``KEY.trec`` for
             each collection, as ``write_runs`` leaves one.
-        metrics, run_depth, dtype, batch_size, show_progress_bar, ignore_identical_ids, corpus, pool_depth, write_csv,
-        write_json, save_runs: As in :class:`CollectionEvaluator`.
+        metrics: As in :class:`CollectionEvaluator`.
+        options
 
     Attributes:
         evaluators: The :class:`CollectionEvaluator` of each collection, by its key.
@@ -50,30 +51,21 @@ class BenchmarkEvaluator(RetrievalEvaluator):
         ValueError: There are no datasets, or one has a reserved or repeated name; or a setting is wrong.
     """
 
+    @takes(options=EvaluationOptions)
     def __init__(
         self,
         datasets: Datasets,
         name: str,
         metrics: Iterable[str] = DEFAULT_METRICS,
         *,
-        run_depth: int | None = None,
-        dtype: ComputeDtype = "auto",
-        batch_size: int | None = None,
-        show_progress_bar: bool = False,
-        ignore_identical_ids: bool = True,
         store_dir: str | os.PathLike[str] | None = None,
-        corpus: Literal["full", "pooled"] = "full",
         reference_runs: Mapping[str, ReferenceRun] | str | os.PathLike[str] | None = None,
-        pool_depth: int = 100,
-        write_csv: bool = True,
-        write_json: bool = True,
-        save_runs: bool = False,
+        options: EvaluationOptions,
     ) -> None:
         plain_name = name
-        self.show_progress_bar = show_progress_bar
-        if corpus == "pooled":
+        if options.corpus == "pooled":
             name = "_".join(filter(None, [name, "pooled"]))
-        super().__init__(name, metrics, write_csv=write_csv, write_json=write_json, save_runs=save_runs)
+        super().__init__(name, metrics, options)
         self._parts, collections = _keys_of_parts(datasets)
         references = _references(reference_runs, collections)
         stores = _store_names(collection.corpus_name for collection in collections.values())
@@ -82,15 +74,9 @@ class BenchmarkEvaluator(RetrievalEvaluator):
                 collection,
                 name="_".join(filter(None, [plain_name, key])),
                 metrics=[metric.name for metric in self.metrics],
-                run_depth=run_depth,
-                dtype=dtype,
-                batch_size=batch_size,
-                show_progress_bar=show_progress_bar,
-                ignore_identical_ids=ignore_identical_ids,
                 store_dir=None if store_dir is None else Path(store_dir) / stores[collection.corpus_name],
-                corpus=corpus,
                 reference_run=references.get(key),
-                pool_depth=pool_depth,
+                options=options,
             )
             for key, collection in collections.items()
         }
@@ -104,7 +90,7 @@ class BenchmarkEvaluator(RetrievalEvaluator):
 
     def evaluate(self, model: SentenceTransformer) -> dict[str, float]:
         corpora = [evaluator.collection.corpus for evaluator in self.evaluators.values()]
-        with EvaluationCall(model, corpora, show_progress_bar=self.show_progress_bar) as call:
+        with EvaluationCall(model, corpora, show_progress_bar=self.options.show_progress_bar) as call:
             scores = {key: evaluator.evaluate_in(call) for key, evaluator in self.evaluators.items()}
         datasets = {dataset: mean_scores(scores[key] for key in keys) for dataset, keys in self._parts.items()}
         rows = {"mean": mean_scores(datasets.values()), **datasets, **scores}

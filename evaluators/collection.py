@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from sentence_transformers import SentenceTransformer
 
@@ -17,8 +17,10 @@ from evaluators.metrics import DEFAULT_METRICS, QueryScores, mean_scores, score_
 from evaluators.pooling import ReferenceRun, pooled_collection
 from evaluators.runs import Run, cut_run, make_run, without_identical_ids, write_run
 from st_clp.data import Collection, CollectionError, Corpus, MemoryCorpus
-from st_clp.encoding import ComputeDtype, EmbeddingStore, computed_precision
+from st_clp.declaring import takes
+from st_clp.encoding import EmbeddingStore, computed_precision
 from st_clp.encoding.working_model import Task
+from st_clp.options import Encoding, EvaluationOptions
 from st_clp.search import search
 
 logger = logging.getLogger(__name__)
@@ -37,25 +39,13 @@ class CollectionEvaluator(RetrievalEvaluator):
         name: Goes before every metric, with an underscore. None: the collection's name, as in ``miracl_ko_dev``.
         metrics: ``ndcg``, ``recall``, ``map``, ``precision`` (or ``p``) or ``mrr``, each cut at any rank, as in
             ``"ndcg@10"``. The first one is the primary metric, by which the Trainer may choose the best model.
-        run_depth: How many documents a query's run holds. None: the largest cut-off of ``metrics``.
-        dtype: What the model computes in: ``"auto"`` bfloat16 where the hardware multiplies it, faster, for a figure
-            that may differ in the third digit; ``"model"`` the model's own precision; ``"bfloat16"``. The default is
-            the miner's, so that both use one store.
-        batch_size: No more texts than this in one forward pass. None: as many as fill it with tokens.
-        show_progress_bar: Show progress, rate and remaining time while encoding.
-        ignore_identical_ids: Leave out a document whose id is the query's own, as BEIR does. Switch it off where
-            queries and documents are numbered independently of each other.
         store_dir: The folder to keep the documents' embeddings in, and beside it the queries'. It is reused while model
             and documents stay the same, by the miner too (with the same ``dtype``), and overwritten otherwise; an
             evaluation that was stopped goes on where it was. None: in memory, during the call only.
-        corpus: ``"full"`` searches the whole corpus; ``"pooled"`` only the judged documents and the best of
-            ``reference_run``, for evaluation in the middle of training. ``_pooled`` then goes behind the name: such a
-            figure comes out higher, and is not to be compared with one over the whole corpus.
         reference_run: For a pool, a TREC run file or {query id: {document id: score}}; None: judged documents alone.
-        pool_depth: For a pool, how many of each query's documents to take from the reference run.
-        write_csv: Add a line to ``csv_file`` in the ``output_path`` of each call.
-        write_json: Write the last call's metrics and counts to ``json_file`` in its ``output_path``.
-        save_runs: Write a TREC run file to the ``output_path`` of each call.
+        options
+
+    In bfloat16 a figure may differ in the third digit. The default is the miner's, so that both use one store.
 
     Attributes:
         run: What the last call retrieved, {query id: {document id: score}}, best first.
@@ -82,48 +72,34 @@ class CollectionEvaluator(RetrievalEvaluator):
             evaluator.write_run("ko.trec")
     """
 
+    @takes(options=EvaluationOptions)
     def __init__(
         self,
         collection: Collection,
         name: str | None = None,
         metrics: Iterable[str] = DEFAULT_METRICS,
         *,
-        run_depth: int | None = None,
-        dtype: ComputeDtype = "auto",
-        batch_size: int | None = None,
-        show_progress_bar: bool = False,
-        ignore_identical_ids: bool = True,
         store_dir: str | os.PathLike[str] | None = None,
-        corpus: Literal["full", "pooled"] = "full",
         reference_run: ReferenceRun | None = None,
-        pool_depth: int = 100,
-        write_csv: bool = True,
-        write_json: bool = True,
-        save_runs: bool = False,
+        options: EvaluationOptions,
     ) -> None:
         name = default_name(collection) if name is None else name
-        if corpus not in ("full", "pooled"):
-            raise ValueError(f"corpus must be 'full' or 'pooled', got {corpus!r}")
-        if corpus == "full" and reference_run is not None:
+        if options.corpus == "full" and reference_run is not None:
             raise ValueError("a reference_run is for a pool; give corpus='pooled' too")
         self.pooled: str | None = None
-        if corpus == "pooled":
-            collection, self.pooled = pooled_collection(collection, reference_run, pool_depth)
+        if options.corpus == "pooled":
+            collection, self.pooled = pooled_collection(collection, reference_run, options.pool_depth)
             name = "_".join(filter(None, [name, "pooled"]))
             # Beside the whole corpus's embeddings, not in their place.
             store_dir = None if store_dir is None else f"{os.fspath(store_dir)}.pooled"
-        super().__init__(name, metrics, write_csv=write_csv, write_json=write_json, save_runs=save_runs)
+        super().__init__(name, metrics, options)
         deepest = max(metric.k for metric in self.metrics)
-        self.run_depth = deepest if run_depth is None else run_depth
+        self.run_depth = options.run_depth or deepest
         if self.run_depth < deepest:
             raise ValueError(f"run_depth {self.run_depth} is too small for a metric cut at {deepest}")
         self.collection = collection
         self.num_documents: int | None = None  # known once they are encoded
         self.computed_in: str | None = None
-        self.dtype: ComputeDtype = dtype
-        self.batch_size = batch_size
-        self.show_progress_bar = show_progress_bar
-        self.ignore_identical_ids = ignore_identical_ids
         self.store_dir = store_dir
         self.judgments = _judged_queries(collection)
         self._run: Run | None = None
@@ -137,7 +113,7 @@ class CollectionEvaluator(RetrievalEvaluator):
         return [metric.name for metric in self.metrics]
 
     def evaluate(self, model: SentenceTransformer) -> dict[str, float]:
-        with EvaluationCall(model, [self.collection.corpus], show_progress_bar=self.show_progress_bar) as call:
+        with EvaluationCall(model, [self.collection.corpus], show_progress_bar=self.options.show_progress_bar) as call:
             return self.evaluate_in(call)
 
     def evaluate_in(self, call: EvaluationCall) -> dict[str, float]:
@@ -152,7 +128,7 @@ class CollectionEvaluator(RetrievalEvaluator):
         # Under the collection's name: the miner keeps the embeddings of other queries beside the same store.
         folder = f"{os.fspath(self.store_dir)}.{default_name(self.collection)}.queries" if self.store_dir else None
         queries = self._store(call, MemoryCorpus(f"{self.collection.name} queries", asked), folder, "query")
-        ignored = self.ignore_identical_ids and not set(query_ids).isdisjoint(store.ids)
+        ignored = self.options.ignore_identical_ids and not set(query_ids).isdisjoint(store.ids)
         # One document more makes up for the query's own.
         run = make_run(
             query_ids, *search(call.model, queries.rows(range(len(queries))), store, self.run_depth + ignored)
@@ -161,7 +137,7 @@ class CollectionEvaluator(RetrievalEvaluator):
             run = cut_run(run, self.run_depth)
         call.finish(len(store))
         scores = self.score(run)
-        self.computed_in = computed_precision(call.model, self.dtype)
+        self.computed_in = computed_precision(call.model, self.options.encode_dtype)
         return scores
 
     def _store(
@@ -172,9 +148,7 @@ class CollectionEvaluator(RetrievalEvaluator):
             corpus,
             folder,
             task=task,
-            dtype=self.dtype,
-            batch_size=self.batch_size,
-            show_progress_bar=False,
+            encoding=Encoding.of(self.options, show_progress_bar=False),
             progress=call.bar if task == "document" else None,
             fingerprint=call.fingerprint if folder else None,
         )
@@ -193,7 +167,7 @@ class CollectionEvaluator(RetrievalEvaluator):
             )
         self.computed_in = None
         self._counts = self._count_queries()
-        if self.ignore_identical_ids:
+        if self.options.ignore_identical_ids:
             answered, own = without_identical_ids(answered)
             if own:
                 self._counts["documents with the query's own id, left out"] = own
@@ -242,7 +216,7 @@ class CollectionEvaluator(RetrievalEvaluator):
         return {
             "collection": self.collection.name,
             "queries": len(self.judgments),
-            "ignore_identical_ids": self.ignore_identical_ids,
+            "ignore_identical_ids": self.options.ignore_identical_ids,
             **({"pooled": self.pooled} if self.pooled else {}),
         }
 
@@ -284,7 +258,7 @@ class CollectionEvaluator(RetrievalEvaluator):
                 next(unanswerable),
             )
         own = [query_id for query_id, grades in self.judgments.items() if grades.get(query_id, 0) > 0]
-        if own and self.ignore_identical_ids:
+        if own and self.options.ignore_identical_ids:
             logger.warning(
                 "%s: for %d queries (such as %s) a document with the query's own id is judged relevant, but such "
                 "documents are left out as in BEIR; if queries and documents merely share their numbering, set "

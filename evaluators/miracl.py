@@ -26,8 +26,7 @@ class MIRACLEvaluator(BenchmarkEvaluator):
         languages: Two-letter codes, or ``"all"``: every language that has the split (18 have dev, 16 have train).
         split: ``"dev"`` or ``"train"``; the answers to test-a and test-b are not public.
         name: Goes before every metric. None: ``miracl``, and ``miracl_train`` for the train split.
-        **settings: ``metrics``, ``run_depth``, ``batch_size``, ``show_progress_bar``, ``ignore_identical_ids``,
-            ``store_dir``, ``write_csv``, ``write_json``, ``save_runs``, as in :class:`BenchmarkEvaluator`.
+        **settings: All other arguments of :class:`BenchmarkEvaluator`.
 
     Raises:
         CollectionError: A language is not in MIRACL, or does not have the split; the message names those that do.

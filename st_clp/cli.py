@@ -24,7 +24,7 @@ app = typer.Typer(
 app.command("run", help=run.RUN_HELP, no_args_is_help=True)(run.run_command())
 app.command("mine", help=mine.MINE_HELP, no_args_is_help=True)(mine.mine_command())
 app.command("queries", help=queries.QUERIES_HELP, no_args_is_help=True)(queries.queries_command())
-app.command("evaluate", help=evaluate.EVALUATE_HELP, no_args_is_help=True)(evaluate.evaluate)
+app.command("evaluate", help=evaluate.EVALUATE_HELP, no_args_is_help=True)(evaluate.evaluate_command())
 app.command(no_args_is_help=True)(compare.compare)
 app.command(no_args_is_help=True)(report.report)
 app.command()(search.search)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,11 @@ from evaluators.evaluation import MANIFEST as EVALUATION
 from evaluators.saving import save_parts
 from st_clp.data import Collection
 from st_clp.files import write_json
-from st_clp.mining import AnceCallback, MiningOptions, mine, plot_refreshes
-from st_clp.mining.negative_queries import QueryOptions, make_chain
+from st_clp.mining import AnceCallback, mine, plot_refreshes
+from st_clp.mining.negative_queries import make_chain
 from st_clp.mining.rows import read_rows, to_dataset, write_rows
 from st_clp.moe import expert_usage, is_moe, load, train_only, upcycle
+from st_clp.options import Encoding, EvaluationOptions, MiningOptions, QueryOptions
 from st_clp.report import METRICS, machine, print_scores, versions, write_card
 from st_clp.rundir import RunDirectory, slug
 from st_clp.settings import RunSettings, SettingsError
@@ -82,8 +82,9 @@ class _Run:
         # Everything that may be wrong with the input is found before the folder is made or anything is computed.
         check_training_arguments(self.settings)
         self.directory.check(self.settings, resume=resume, overwrite=overwrite)
-        self.mining_options = mining_options(self.settings)
-        self.query_options = query_options(self.settings)
+        self.mining_options = MiningOptions.of(self.settings)
+        self.query_options = QueryOptions.for_negatives(self.settings)
+        self.encoding = Encoding.of(self.settings)
         self.collections = load_collections(self.settings)
         if resume:
             self._require_outputs()
@@ -201,11 +202,8 @@ class _Run:
                     collection,
                     name,
                     metrics=METRICS,
-                    dtype=self.settings.encode_dtype,  # type: ignore[arg-type]
-                    batch_size=self.settings.encode_batch_size,
                     store_dir=self.directory.store(when, collection.corpus_name),
-                    ignore_identical_ids=self.settings.ignore_identical_ids,
-                    write_csv=False,
+                    options=EvaluationOptions.of(self.settings, write_csv=False),
                 )
                 scores[collection.name] = evaluator.evaluate_in(call)
                 parts[name] = evaluator
@@ -233,8 +231,7 @@ class _Run:
                     cross_encoder=cross_encoder,
                     negative_queries=chain,
                     query_options=self.query_options,
-                    dtype=settings.encode_dtype,  # type: ignore[arg-type]
-                    batch_size=settings.encode_batch_size,
+                    encoding=self.encoding,
                     store_dir=self.directory.store("before", collection.corpus_name),
                 )
                 write_rows(self._rows_file(collection), mined.rows)
@@ -319,25 +316,3 @@ class _Run:
             "expert_usage": results["evaluate-after"]["expert_usage"],
             "seconds": {name: result["seconds"] for name, result in results.items()},
         }
-
-
-def mining_options(settings: RunSettings) -> MiningOptions:
-    """The settings that are about mining.
-
-    Raises:
-        ValueError: A value that cannot be meant.
-    """
-    values = {item.name: getattr(settings, item.name) for item in fields(MiningOptions) if hasattr(settings, item.name)}
-    return MiningOptions(**values)
-
-
-def query_options(settings: RunSettings) -> QueryOptions:
-    """The settings that are about making queries of negatives.
-
-    Raises:
-        ValueError: A value that cannot be meant.
-    """
-    names = [item.name for item in fields(QueryOptions) if item.name.startswith("query_")]
-    values = {name: getattr(settings, name) for name in names}
-    values["query_samples"] = settings.query_samples or max(1, settings.queries_per_negative)
-    return QueryOptions(**values, seed=settings.seed)

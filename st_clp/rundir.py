@@ -9,12 +9,14 @@ import shlex
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from evaluators.evaluation import Evaluation, read_evaluation
 from st_clp.files import UNFINISHED
 from st_clp.settings import RunSettings, SettingsError
 from st_clp.stages import STAGES, TRAIN, StageRecords, first_stage
+
+if TYPE_CHECKING:
+    from evaluators.evaluation import Evaluation
 
 logger = logging.getLogger(__name__)
 
@@ -217,6 +219,8 @@ def evaluations_of(folder: str | Path) -> list[Evaluation]:
     Raises:
         EvaluationError: There are none, or one is broken.
     """
+    from evaluators.evaluation import read_evaluation  # which the command line need not wait for
+
     directory = RunDirectory(folder)
     if not directory.settings_file.is_file():
         return [read_evaluation(folder)]

@@ -8,6 +8,7 @@ from pathlib import Path
 from st_clp.data import Collection
 from st_clp.encoding import EmbeddingStore, encode_queries
 from st_clp.moe import load
+from st_clp.options import Encoding
 from st_clp.rundir import RunDirectory
 from st_clp.search import search
 from st_clp.settings import RunSettings, SettingsError
@@ -49,6 +50,7 @@ class RunSearcher:
         if not found:
             raise SettingsError(f"{path} has no corpus {' or '.join(corpora or [])}")
         self.model = load(str(path))
+        self._encoding = Encoding.of(settings)
         # Embeddings that are not there any more, or not of this model, are made again.
         self._corpora = [
             (
@@ -57,8 +59,7 @@ class RunSearcher:
                     self.model,
                     collection,
                     directory.store("after", name),
-                    dtype=settings.encode_dtype,  # type: ignore[arg-type]
-                    batch_size=settings.encode_batch_size,
+                    encoding=self._encoding,
                 ),
             )
             for name, collection in found.items()
@@ -66,7 +67,7 @@ class RunSearcher:
 
     def search(self, query: str, k: int = 5) -> list[Answer]:
         """The k best documents of all corpora, best first."""
-        embedding = encode_queries(self.model, [query])
+        embedding = encode_queries(self.model, [query], encoding=self._encoding)
         answers = []
         for collection, store in self._corpora:
             scores, doc_ids = search(self.model, embedding, store, k)

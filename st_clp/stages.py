@@ -7,38 +7,38 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from st_clp.declaring import Options, names_of
 from st_clp.files import content_digest, read_json, require_field, write_json
-from st_clp.settings import DATA, LOSS, MINING, MODEL, QUERIES, REFRESH, TRAINING, RunSettings
+from st_clp.options import (
+    DataOptions,
+    EncodingOptions,
+    ExpertOptions,
+    LossOptions,
+    MiningSettings,
+    QuerySettings,
+    RefreshOptions,
+    TrainingOptions,
+)
+from st_clp.settings import RunSettings
 
 logger = logging.getLogger(__name__)
 
 EVALUATE_BEFORE, MINE, TRAIN, EVALUATE_AFTER = STAGES = ("evaluate-before", "mine", "train", "evaluate-after")
 
-# The first stage whose result depends on a setting; None where none does.
-_OF_A_GROUP = {DATA: EVALUATE_BEFORE, MINING: MINE, QUERIES: MINE} | dict.fromkeys(
-    (LOSS, MODEL, TRAINING, REFRESH), TRAIN
-)
-_OF_A_SETTING: dict[str, str | None] = {
+# The first stage whose result depends on the options of a class; a few have another than the rest of theirs.
+_OF_A_CLASS: dict[type[Options], str] = {
+    DataOptions: EVALUATE_BEFORE,
+    EncodingOptions: EVALUATE_BEFORE,
+    MiningSettings: MINE,
+    QuerySettings: MINE,
+    LossOptions: TRAIN,
+    ExpertOptions: TRAIN,
+    TrainingOptions: TRAIN,
+    RefreshOptions: TRAIN,
+}
+_OF_A_SETTING = {
     "seed": EVALUATE_BEFORE,  # it draws the queries that are held out
-    "max_train_queries": MINE,
-    **dict.fromkeys(
-        (
-            "output",
-            "encode_batch_size",
-            "query_store",
-            "query_key_variable",
-            "query_concurrency",
-            "query_rate",
-            "query_timeout",
-            "query_retries",
-            "query_budget",
-            "query_budget_tokens",
-            "query_price_prompt",
-            "query_price_completion",
-            "refresh_threads",
-            "refresh_device",
-        )
-    ),
+    **dict.fromkeys(("max_train_queries", "cross_encoder", "negative_queries"), MINE),
 }
 
 SCORES = {"scores": dict}
@@ -61,9 +61,11 @@ _FIELDS: dict[str, dict[str, Any]] = {
 
 def first_stage(setting: str) -> str | None:
     """The first stage whose result depends on this setting; None where no result does."""
+    if not RunSettings.__dataclass_fields__[setting].metadata["changes_results"]:
+        return None
     if setting in _OF_A_SETTING:
         return _OF_A_SETTING[setting]
-    return _OF_A_GROUP[RunSettings.__dataclass_fields__[setting].metadata["group"]]
+    return next(stage for cls, stage in _OF_A_CLASS.items() if setting in names_of(cls))
 
 
 class StageRecords:

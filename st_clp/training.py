@@ -24,9 +24,10 @@ from transformers import ProgressCallback, TrainerCallback
 
 from st_clp.encoding import hardware_has_bf16
 from st_clp.losses import CachedCLPLoss, CLPLoss
-from st_clp.mining import AnceCallback, MiningOptions, TrainingRow
+from st_clp.mining import AnceCallback, TrainingRow
 from st_clp.mining.rows import to_dataset
-from st_clp.setting_values import read_number, shown
+from st_clp.option_values import read_number, shown
+from st_clp.options import MiningOptions, RefreshOptions
 from st_clp.settings import RunSettings, SettingsError
 
 if TYPE_CHECKING:
@@ -208,12 +209,8 @@ def make_refresh(
     return AnceCallback(
         collections,
         datasets,
-        every=settings.steps_between_refreshes,
         options=options,
-        asynchronous=settings.refresh_async,
-        lag=settings.refresh_lag,
-        threads=settings.refresh_threads,
-        device=settings.refresh_device,
+        refresh=RefreshOptions.of(settings),
         dtype=settings.encode_dtype,
         batch_size=settings.encode_batch_size,
         cross_encoder=load_cross_encoder(settings.cross_encoder),

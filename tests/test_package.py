@@ -81,7 +81,7 @@ ROOMS: Mapping[str, str] = {
     "data": "data",
     "losses": "losses",
     "moe": "moe",
-    "leaves": "files pictures setting_values settings terminal yaml_files",
+    "leaves": "address declaring files option_values options pictures settings terminal yaml_files",
 }
 ROOM_OF = {
     "st_clp": "leaves",  # the package itself: its version
@@ -176,3 +176,18 @@ def test_offenders_that_were_mended_are_struck_out(imports) -> None:
         needed = imports - OFFENDERS | {offender}
         assert offender in imports, f"{offender} is mended: strike it out"
         assert upward(needed) or circle(needed), f"{offender} does no harm any more: strike it out"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["evaluate", "--help"], ["run", "--epoch", "1"]])
+def test_help_and_wrong_options_wait_for_no_library(arguments: list[str]) -> None:
+    found = in_fresh_process(
+        "import json, sys; from st_clp import cli\n"
+        f"sys.argv = ['st-clp', *{arguments!r}]\n"
+        "try: cli.main()\n"
+        "except SystemExit as ending: status = ending.code\n"
+        "print(json.dumps({'status': status, 'modules': sorted(sys.modules)}))"
+    )
+    assert found["status"] == (0 if "--help" in arguments else 2)
+    heavy = {"torch", "transformers", "sentence_transformers", "numpy", "pandas", "datasets", "faiss", "beir", "scipy"}
+    assert not heavy & set(found["modules"])
+    assert len(found["modules"]) < 400

@@ -15,7 +15,7 @@ import typer
 from rich.markup import escape
 
 from st_clp.data.errors import CollectionError
-from st_clp.setting_values import is_unicode
+from st_clp.option_values import is_unicode
 from st_clp.settings import SettingsError
 from st_clp.terminal import new_console
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from st_clp.commands.advice import SAME_COMMAND, after_a_stop, with_advice
+from st_clp.commands.advice import SAME_COMMAND, after_a_stop
+from st_clp.commands.options import Extra, settings_command
+from st_clp.declaring import names_of
+from st_clp.options import DataOptions, EncodingOptions, EvaluationOptions, OwnDocumentOption
 from st_clp.terminal import NARROWEST, new_console, print_whole
 
 if TYPE_CHECKING:
@@ -32,41 +37,57 @@ The output folder gets the runs as TREC run files, every query's scores, and wha
 """
 
 
-@with_advice
-def evaluate(
-    model: Annotated[
-        str, typer.Argument(help="A model: a folder or a name on the Hub. Left out with --from-run.")
-    ] = "",
-    collection: Annotated[
+@dataclass(frozen=True)
+class EvaluateSettings(EvaluationOptions, DataOptions):
+    """The settings of the command that other stages have too."""
+
+
+SETTINGS = [*names_of(EncodingOptions, OwnDocumentOption), "pool_depth", "max_seq_length", "text_field"]
+MODEL = typer.Argument(help="A model: a folder or a name on the Hub. Left out with --from-run.")
+EXTRAS: dict[str, Extra] = {
+    "model": (Annotated[str, MODEL], "", ""),
+    "collection": (
         list[str] | None,
-        typer.Option(help="What to evaluate on: an ir_datasets id or a BEIR folder; may be repeated."),
-    ] = None,
-    output: Annotated[str, typer.Option(help="The folder for runs, scores and embeddings.")] = "",
-    split: Annotated[str | None, typer.Option(help="The split. By default dev, validation or test.")] = None,
-    metric: Annotated[
-        list[str] | None, typer.Option(help=f"Metrics, the main one first. [default: {' '.join(DEFAULT_METRICS)}]")
-    ] = None,
-    from_run: Annotated[
-        list[Path] | None, typer.Option(help="Score this TREC run file in place of a model's; one for each collection.")
-    ] = None,
-    name: Annotated[str | None, typer.Option(help="What to call the model. By default as it is given.")] = None,
-    dtype: Annotated[Literal["model", "auto", "bfloat16"], typer.Option(help="What the model computes in.")] = "auto",
-    pool: Annotated[
+        None,
+        "What to evaluate on: an ir_datasets id or a BEIR folder; may be repeated.",
+    ),
+    "output": (str, "", "The folder for runs, scores and embeddings."),
+    "split": (str | None, None, "The split. By default dev, validation or test."),
+    "metric": (list[str] | None, None, f"Metrics, the main one first. [default: {' '.join(DEFAULT_METRICS)}]"),
+    "from_run": (
         list[Path] | None,
-        typer.Option(help="Search only judged documents and the best of this run; one for each collection."),
-    ] = None,
-    pool_depth: Annotated[int, typer.Option(min=1, help="How many of each query's documents to pool.")] = 100,
-    max_seq_length: Annotated[int | None, typer.Option(min=1, help="Tokens of a text to read.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="No more texts than this in one pass.")] = None,
-    text_field: Annotated[list[str] | None, typer.Option(help="A document's fields to join as its text.")] = None,
-    ignore_identical_ids: Annotated[
-        bool, typer.Option(help="Leave out a document with the query's own id, as BEIR does.")
-    ] = True,
-    store: Annotated[
-        Path | None, typer.Option(help="The folder for the embeddings. [default: embeddings in the output folder]")
-    ] = None,
+        None,
+        "Score this TREC run file in place of a model's; one for each collection.",
+    ),
+    "name": (str | None, None, "What to call the model. By default as it is given."),
+    "pool": (
+        list[Path] | None,
+        None,
+        "Search only judged documents and the best of this run; one for each collection.",
+    ),
+    "store": (Path | None, None, "The folder for the embeddings. [default: embeddings in the output folder]"),
+}
+
+
+def evaluate_command() -> Callable[..., None]:
+    """The command."""
+    return settings_command(_evaluate, "evaluate", SETTINGS, EXTRAS, of=EvaluateSettings)
+
+
+def _evaluate(
+    model: str,
+    collection: list[str] | None,
+    output: str,
+    split: str | None,
+    metric: list[str] | None,
+    from_run: list[Path] | None,
+    name: str | None,
+    pool: list[Path] | None,
+    store: Path | None,
+    max_seq_length: int | None,
+    text_field: list[str] | None,
+    **given: Any,
 ) -> None:
-    """Evaluate a model's retrieval, language by language."""
     from st_clp.settings import SettingsError
 
     if not collection or not output:
@@ -80,18 +101,14 @@ def evaluate(
             raise SettingsError(f"{len(collection)} collections and {len(files)} {flag}: give one for each, in order")
     collections = _load(collection, split, text_field)
     options: dict[str, Any] = {
-        "dtype": dtype,
-        "batch_size": batch_size,
-        "ignore_identical_ids": ignore_identical_ids,
+        **{key: value for key, value in given.items() if value is not None},
         "store_dir": store or Path(output) / "embeddings",
         "show_progress_bar": True,
+        "write_csv": False,
+        "write_json": False,
     }
     if pool:
-        options |= {
-            "corpus": "pooled",
-            "reference_runs": dict(zip(collections, pool, strict=True)),
-            "pool_depth": pool_depth,
-        }
+        options |= {"corpus": "pooled", "reference_runs": dict(zip(collections, pool, strict=True))}
     evaluator = _evaluator(collections, metric or DEFAULT_METRICS, options)
     loaded = None
     if from_run:
@@ -104,8 +121,8 @@ def evaluate(
         after_a_stop.append(SAME_COMMAND)
         evaluator(loaded)
         after_a_stop.clear()
-    given = name or _model_name(model) or ", ".join(file.stem for file in from_run or [])
-    found = evaluator.save(output, model_name=given, model=loaded, dtype=dtype)
+    called = name or _model_name(model) or ", ".join(file.stem for file in from_run or [])
+    found = evaluator.save(output, model_name=called, model=loaded, dtype=evaluator.options.encode_dtype)
     print_evaluation(new_console(), found)
 
 
@@ -131,7 +148,7 @@ def _load(sources: list[str], split: str | None, text_field: list[str] | None) -
 def _evaluator(collections: dict[str, Collection], metrics: list[str], options: dict[str, Any]) -> Any:
     from evaluators import BenchmarkEvaluator
 
-    return BenchmarkEvaluator(collections, "", metrics, write_csv=False, write_json=False, **options)
+    return BenchmarkEvaluator(collections, "", metrics, **options)
 
 
 def _read_run(path: Path) -> Any:

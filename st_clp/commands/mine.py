@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from st_clp.commands.advice import SAME_COMMAND, after_a_stop
 from st_clp.commands.options import CONFIG, Extra, given_settings, settings_command
+from st_clp.declaring import names_of
 from st_clp.files import write_json
+from st_clp.options import (
+    Encoding,
+    EncodingOptions,
+    MiningOptions,
+    MiningSettings,
+    QueryOptions,
+    QuerySettings,
+    SeedOption,
+)
 from st_clp.rundir import QUERY_STORE, slug
-from st_clp.settings import QUERIES, RunSettings
+from st_clp.settings import RunSettings
 from st_clp.terminal import new_console
 
 if TYPE_CHECKING:
@@ -34,39 +43,12 @@ kept: mining again with other options encodes nothing, and a run that was stoppe
 `st-clp mine --model BAAI/bge-m3 --collection miracl/ko --output negatives --negative-queries judgments,title`
 """
 
-# Every setting that is about queries of negatives.
-QUERY_SETTINGS = [item.name for item in fields(RunSettings) if item.metadata["group"] == QUERIES]
+QUERY_SETTINGS = [*names_of(QuerySettings), "negative_queries", "query_store"]
 SETTINGS = [
-    "model",
-    "collection",
-    "output",
-    "train_split",
-    "max_train_queries",
-    "text_field",
-    "max_seq_length",
-    "encode_batch_size",
-    "encode_dtype",
-    "num_negatives",
-    "queries_per_negative",
-    "range_min",
-    "range_max",
-    "absolute_margin",
-    "relative_margin",
-    "max_score",
-    "min_score",
-    "sampling_strategy",
-    "judged_negatives",
-    "prefer_known_queries",
-    "duplicate_threshold",
-    "ignore_identical_ids",
-    "on_shortage",
-    "candidates",
+    *("model", "collection", "output", "train_split", "max_train_queries", "text_field", "max_seq_length"),
+    *names_of(EncodingOptions, MiningSettings, SeedOption),
     "cross_encoder",
-    "index",
-    "nprobe",
-    "max_positives_per_query",
     *QUERY_SETTINGS,
-    "seed",
 ]
 
 EXTRAS: dict[str, Extra] = {
@@ -109,24 +91,15 @@ def _mine(**options: Any) -> None:
 def open_chain(settings: RunSettings, default: Path | None) -> QueryChain:
     """The sources of queries that the settings name, with their store in ``query_store`` or else in ``default``."""
     from st_clp.mining.negative_queries import make_chain
-    from st_clp.recipe import query_options
 
     store = settings.query_store if settings.query_store and default else default
-    return make_chain(settings.negative_queries, query_options(settings), store=store)
+    return make_chain(settings.negative_queries, QueryOptions.for_negatives(settings), store=store)
 
 
-def _arguments(settings: RunSettings, store: Path) -> tuple[Any, dict[str, Any]]:
+def _arguments(settings: RunSettings, store: Path) -> tuple[MiningOptions, dict[str, Any]]:
     """(the options, the other arguments) that mining and its estimate share."""
-    import dataclasses
-
-    from st_clp.recipe import mining_options
-
-    options = dataclasses.replace(mining_options(settings), max_queries=settings.max_train_queries)
-    return options, {
-        "dtype": settings.encode_dtype,
-        "batch_size": settings.encode_batch_size,
-        "store_dir": store,
-    }
+    options = MiningOptions.of(settings, max_queries=settings.max_train_queries)
+    return options, {"encoding": Encoding.of(settings), "store_dir": store}
 
 
 def _estimate(
@@ -148,7 +121,6 @@ def _mine_one(
 ) -> None:
     from st_clp.mining import mine
     from st_clp.mining.rows import require_writable, write_rows
-    from st_clp.recipe import query_options
     from st_clp.training import load_cross_encoder
 
     console = new_console(soft_wrap=True, markup=False)
@@ -163,7 +135,7 @@ def _mine_one(
         options,
         cross_encoder=load_cross_encoder(settings.cross_encoder),
         negative_queries=chain,
-        query_options=query_options(settings),
+        query_options=QueryOptions.for_negatives(settings),
         **others,
     )
     write_rows(base.with_name(base.name + ".jsonl"), mined.rows)

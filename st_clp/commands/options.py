@@ -3,43 +3,54 @@
 from __future__ import annotations
 
 import inspect
-import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import Field, fields
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_origin
 
 import typer
 
 from st_clp.commands.advice import with_advice
+from st_clp.declaring import Options, declared, group_of
+from st_clp.option_values import kind_of
 from st_clp.settings import RunSettings, SettingsError
 from st_clp.yaml_files import parse
 
-# An option that is no setting: its kind, its default and its help.
+# An option that is no setting: its kind, its default and its help; or its kind with what typer is to make of it.
 Extra = tuple[Any, Any, str]
 
 CONFIG: Extra = (Path | None, None, "A YAML file with settings.")
 
 
 def settings_command(
-    work: Callable[..., None], name: str, settings: Sequence[str], extras: Mapping[str, Extra]
+    work: Callable[..., None],
+    name: str,
+    settings: Sequence[str],
+    extras: Mapping[str, Extra],
+    *,
+    of: type[Options] = RunSettings,
 ) -> Callable[..., None]:
     """A command with an option for each of these settings and for each extra.
 
     Args:
         work: Called with all options by name; a setting that was not given is None.
         name: The command's name.
-        settings: Names of fields of :class:`st_clp.settings.RunSettings`.
+        settings: Names of fields of ``of``; a setting of a run is called by its name, another by its keyword.
         extras: Further options, by name with underscores.
+        of: What the settings are of.
     """
-    kinds = get_type_hints(RunSettings)
-    parameters = [_parameter(item, kinds[item.name]) for item in fields(RunSettings) if item.name in settings]
+    parameters = []
     for extra, (kind, default, text) in extras.items():
         flag = "--" + extra.replace("_", "-")
-        annotation = Annotated[kind, typer.Option(flag, help=text, show_default=False)]  # type: ignore[valid-type]
+        option = typer.Option(flag, help=text, show_default=False)
+        annotation = kind if get_origin(kind) is Annotated else Annotated[kind, option]
         parameters.append(
             inspect.Parameter(extra, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
         )
+
+    shared = [_parameter(item, of) for item in fields(of) if item.name in settings]
+    # Where most options are settings, those are what the command is about.
+    parameters = [*shared, *parameters] if of is RunSettings else [*parameters, *shared]
 
     @with_advice
     def command(**options: Any) -> None:
@@ -74,22 +85,20 @@ def _name_values(pairs: list[str]) -> dict[str, Any]:
     return found
 
 
-def _parameter(item: Field[Any], kind: Any) -> inspect.Parameter:
+def _parameter(item: Field[Any], of: type[Options]) -> inspect.Parameter:
     """A setting as a command-line option. None stands for "not given", so that a file's value is not covered."""
-    flag = "--" + item.name.replace("_", "-")
-    flags = [f"{flag}/--no-{flag[2:]}"] if bool in getattr(kind, "__args__", (kind,)) else [flag]
-    default = item.default_factory() if callable(item.default_factory) else item.default
-    shown = "" if default in (None, "", [], {}) else f" [default: {default}]"
+    kind, choices, _ = kind_of(declared(of)[item.name])
+    name = item.name if of is RunSettings else item.metadata["keyword"] or item.name
+    flag = "--" + name.replace("_", "-")
+    flags = [f"{flag}/--no-{flag[2:]}"] if kind is bool else [flag]
+    shown = "" if item.default in (None, "", MISSING) else f" [default: {item.default}]"
     option = typer.Option(
         *flags,
         help=item.metadata["help"] + shown,
-        rich_help_panel=item.metadata["group"],
+        rich_help_panel=group_of(of, item.name) if of is RunSettings else None,
         show_default=False,
     )
-    if choices := item.metadata["choices"]:
-        kind = Literal[choices]
-    elif isinstance(kind, types.GenericAlias):
-        kind = list[str]
+    given: Any = Literal[tuple(choices)] if choices else list[str] if kind in (list, dict) else kind
     return inspect.Parameter(
-        item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[given | None, option]
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from st_clp.commands.mine import QUERY_SETTINGS
 from st_clp.commands.options import CONFIG, Extra, given_settings, settings_command
+from st_clp.options import QueryOptions
 from st_clp.rundir import QUERY_STORE
 from st_clp.settings import RunSettings
 from st_clp.terminal import new_console
@@ -60,7 +61,6 @@ def _queries(**options: Any) -> None:
     from transformers.utils import logging as transformers_logging
 
     from st_clp.mining.negative_queries import make_chain
-    from st_clp.recipe import query_options
     from st_clp.splits import load_training_collections
 
     config, rows, dry_run = (options.pop(name) for name in EXTRAS)
@@ -73,7 +73,7 @@ def _queries(**options: Any) -> None:
     file = Path(settings.query_store or QUERY_STORE)
     # A dry run makes no file.
     store = file if file.exists() or not dry_run else None
-    with make_chain(settings.negative_queries, query_options(settings), store=store) as chain:
+    with make_chain(settings.negative_queries, QueryOptions.for_negatives(settings), store=store) as chain:
         for collection in load_training_collections(settings):
             documents = _documents(collection, rows)
             if dry_run:

@@ -8,6 +8,7 @@ import logging
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ from st_clp.encoding.shards import (
     start,
     text_key,
 )
-from st_clp.encoding.working_model import ComputeDtype, Task, resolve_dtype
+from st_clp.encoding.working_model import Task, resolve_dtype
+from st_clp.options import ComputeDtype, Encoding
 
 logger = logging.getLogger(__name__)
 
@@ -52,18 +54,15 @@ class Builder:
         model: SentenceTransformer,
         corpus: Corpus,
         task: Task,
-        dtype: ComputeDtype,
-        batch_size: int | None,
-        show_progress_bar: bool,
+        encoding: Encoding,
         progress: Any = None,
         fingerprint: str | None = None,
     ) -> None:
         self._model = model
         self._corpus = corpus
         self._task: Task = task
-        self.computed_in: ComputeDtype = resolve_dtype(model, dtype)
-        self._batch_size = batch_size
-        self._show_progress_bar = show_progress_bar
+        self.computed_in: ComputeDtype = resolve_dtype(model, encoding.encode_dtype)
+        self._encoding = encoding
         self._shared_progress = progress
         self._fingerprint = fingerprint
         self._stored_as = "float16" if self.computed_in == "bfloat16" else "float32"
@@ -230,7 +229,7 @@ class Builder:
                 waiting.append((window, rows))
                 yield [document.text for document, row in zip(window, rows, strict=True) if row < 0]
 
-        encoder = Encoder(self._model, self._task, dtype=self.computed_in, batch_size=self._batch_size)
+        encoder = Encoder(self._model, self._task, replace(self._encoding, encode_dtype=self.computed_in))
         for encoded in encoder.encode_windows(unknown_texts()):
             window, rows = waiting.popleft()
             embeddings = np.empty((len(window), encoded.shape[1]), dtype=np.float32)
@@ -289,7 +288,7 @@ class Builder:
             total=self._corpus.expected_size(),
             desc=f"Encoding {self._corpus.name}",
             unit=f" {'queries' if self._task == 'query' else 'documents'}",
-            disable=not self._show_progress_bar,
+            disable=not self._encoding.show_progress_bar,
         )
 
     def _empty(self) -> CollectionError:

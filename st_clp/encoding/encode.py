@@ -18,9 +18,11 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
+from st_clp.declaring import takes
 from st_clp.encoding.batches import Window, batch_at, tokenise
 from st_clp.encoding.memory import keep_freed_memory
-from st_clp.encoding.working_model import ComputeDtype, Embedded, Task, WorkingModel
+from st_clp.encoding.working_model import Embedded, Task, WorkingModel
+from st_clp.options import EncodingOptions
 
 logger = logging.getLogger(__name__)
 
@@ -31,20 +33,14 @@ CPU_TOKENS, ACCELERATOR_TOKENS = 2048, 65_536
 CPU_BLOCK = 12 << 20  # bytes of a batch's widest states: several of them have to fit into what stays when it is freed
 
 
-def encode_queries(
-    model: SentenceTransformer,
-    texts: Sequence[str],
-    *,
-    batch_size: int | None = None,
-    dtype: ComputeDtype = "model",
-) -> np.ndarray:
+@takes(encoding=EncodingOptions)
+def encode_queries(model: SentenceTransformer, texts: Sequence[str], *, encoding: EncodingOptions) -> np.ndarray:
     """Encode queries as ``model.encode_query`` does.
 
     Args:
         model: Any SentenceTransformer.
         texts: The queries.
-        batch_size: As in :func:`encode_documents`.
-        dtype: As in :func:`encode_documents`.
+        encoding
 
     Returns:
         float32 embeddings, (number of texts, dim), in the order of the texts.
@@ -56,27 +52,22 @@ def encode_queries(
     _require_several(texts)
     if not len(texts):
         return np.zeros((0, embedding_dimension(model)), dtype=np.float32)
-    return np.concatenate(list(encode(model, texts, "query", batch_size=batch_size, dtype=dtype)))
+    return np.concatenate(list(encode(model, texts, "query", encoding=encoding)))
 
 
+@takes(encoding=EncodingOptions)
 def encode_documents(
-    model: SentenceTransformer,
-    texts: Iterable[str],
-    *,
-    batch_size: int | None = None,
-    window: int | None = None,
-    dtype: ComputeDtype = "model",
+    model: SentenceTransformer, texts: Iterable[str], *, window: int | None = None, encoding: EncodingOptions
 ) -> Iterator[np.ndarray]:
     """Encode a stream of documents as ``model.encode_document`` does, in bounded memory.
 
     Args:
         model: Any SentenceTransformer.
         texts: The documents' texts; read as they are needed.
-        batch_size: No more texts than this in one forward pass. None: as many as fill it with tokens.
         window: Texts that are read and sorted by length together. None: 512 on a processor, 8,192 otherwise.
-        dtype: ``"model"`` computes in the model's own precision, to a cosine of 0.9999 with ``model.encode``;
-            ``"bfloat16"`` runs the transformer in bfloat16, to 0.999; ``"auto"`` does so where the hardware
-            multiplies bfloat16 and the model is float32.
+        encoding
+
+    In the model's own precision embeddings have a cosine of 0.9999 with those of ``model.encode``, in bfloat16 0.999.
 
     Yields:
         float32 embeddings, (at most ``window``, dim), in the order of the texts.
@@ -85,7 +76,7 @@ def encode_documents(
         TypeError: Something among the texts is no text; the windows before it come first.
         ValueError: An option is not known or out of range.
     """
-    return encode(model, texts, "document", batch_size=batch_size, window=window, dtype=dtype)
+    return encode(model, texts, "document", window=window, encoding=encoding)
 
 
 def encode(
@@ -93,15 +84,14 @@ def encode(
     texts: Iterable[str],
     task: Task,
     *,
-    batch_size: int | None = None,
     window: int | None = None,
-    dtype: ComputeDtype = "model",
+    encoding: EncodingOptions,
 ) -> Iterator[np.ndarray]:
     """As :func:`encode_documents`, for the texts of either task."""
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
     _require_several(texts)
-    encoder = Encoder(model, task, dtype=dtype, batch_size=batch_size)
+    encoder = Encoder(model, task, encoding)
     return encoder.encode_windows(_windows(iter(texts), window or window_size(model)))
 
 
@@ -138,26 +128,15 @@ class Encoder:
     """Encodes windows of texts, one after the other.
 
     Args:
-        model, task, dtype, batch_size: As in :func:`encode_documents`.
-
-    Raises:
-        ValueError: An option is not known or out of range.
+        model, task: As in :func:`encode_documents`.
+        encoding: How.
     """
 
-    def __init__(
-        self,
-        model: SentenceTransformer,
-        task: Task,
-        *,
-        dtype: ComputeDtype = "model",
-        batch_size: int | None = None,
-    ) -> None:
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self._working = WorkingModel(model, task, dtype)
-        self._batch_size = batch_size
+    def __init__(self, model: SentenceTransformer, task: Task, encoding: EncodingOptions) -> None:
+        self._working = WorkingModel(model, task, encoding.encode_dtype)
+        self._batch_size = encoding.encode_batch_size
         self._dim = embedding_dimension(model)
-        self._whole_batch = batch_size or 32
+        self._whole_batch = self._batch_size or 32
         self._tokens = ACCELERATOR_TOKENS
         if model.device.type == "cpu":
             keep_freed_memory()

@@ -13,9 +13,11 @@ from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
 from st_clp.data import Collection, Corpus
+from st_clp.declaring import takes
 from st_clp.encoding.records import REMEDY, StoreError, read_manifest
 from st_clp.encoding.shards import ShardFiles, read_ids
-from st_clp.encoding.working_model import ComputeDtype, Task
+from st_clp.encoding.working_model import Task
+from st_clp.options import Encoding
 
 SHARD_ROWS = 65_536  # read together when searching
 
@@ -75,6 +77,7 @@ class EmbeddingStore:
         return {doc_id: row for row, doc_id in enumerate(self.ids) if doc_id in wanted}
 
     @classmethod
+    @takes(encoding=Encoding)
     def build(
         cls,
         model: SentenceTransformer,
@@ -82,11 +85,9 @@ class EmbeddingStore:
         path: str | os.PathLike[str] | None = None,
         *,
         task: Task = "document",
-        dtype: ComputeDtype = "model",
-        batch_size: int | None = None,
-        show_progress_bar: bool = True,
         progress: tqdm | None = None,
         fingerprint: str | None = None,
+        encoding: Encoding,
     ) -> EmbeddingStore:
         """Encode all documents of a collection, or open what is there.
 
@@ -100,12 +101,11 @@ class EmbeddingStore:
             path: The folder to keep the embeddings in; one of another model is encoded anew and then replaced. None
                 keeps them in memory.
             task: Whether the texts are encoded as documents or as queries.
-            dtype: As in :func:`st_clp.encoding.encode_documents`. What is computed in bfloat16 is kept as float16,
-                half as large and still finer.
-            batch_size: No more texts than this in one forward pass. None: as many as fill it with tokens.
-            show_progress_bar: Show progress, rate and remaining time.
             progress: A bar to move by each text, in place of one of its own: several stores can share it.
             fingerprint: The model's, where it is known already; otherwise it is computed from the weights.
+            encoding
+
+        What is computed in bfloat16 is kept as float16, half as large and still finer.
 
         Raises:
             CollectionError: There are no texts.
@@ -115,7 +115,7 @@ class EmbeddingStore:
         from st_clp.encoding.building import Builder
 
         corpus = texts.corpus if isinstance(texts, Collection) else texts
-        builder = Builder(model, corpus, task, dtype, batch_size, show_progress_bar, progress, fingerprint)
+        builder = Builder(model, corpus, task, encoding, progress, fingerprint)
         if path is None:
             return cls(*builder.in_memory())
         builder.in_folder(Path(path))

@@ -6,7 +6,7 @@ import copy
 import logging
 import platform
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,10 +17,10 @@ from sentence_transformers.util import batch_to_device, truncate_embeddings
 from st_clp.encoding.attention import use_batched_products
 from st_clp.encoding.batches import Features
 from st_clp.encoding.packing import pack_linear_layers
+from st_clp.options import ComputeDtype
 
 logger = logging.getLogger(__name__)
 
-ComputeDtype = Literal["auto", "model", "bfloat16"]
 Task = Literal["query", "document"]
 
 # The names that sentence-transformers looks for when it encodes queries or documents.
@@ -33,18 +33,13 @@ class WorkingModel:
     Args:
         model: The model. It is put into evaluation mode, as its own ``encode`` does, and not changed otherwise.
         task: Whether its texts are queries or documents.
-        dtype: As in :func:`st_clp.encoding.encode_documents`.
+        dtype: What it computes in.
 
     Attributes:
         by_tokens: Whether the model can be run by tokens; otherwise use :meth:`encode_whole`.
-
-    Raises:
-        ValueError: ``dtype`` is not known.
     """
 
-    def __init__(self, model: SentenceTransformer, task: Task, dtype: ComputeDtype = "model") -> None:
-        if dtype not in get_args(ComputeDtype):
-            raise ValueError(f"dtype must be one of {', '.join(get_args(ComputeDtype))}, got {dtype!r}")
+    def __init__(self, model: SentenceTransformer, task: Task, dtype: ComputeDtype) -> None:
         model.eval()
         self._model = model
         self._task = task

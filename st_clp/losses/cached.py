@@ -13,37 +13,22 @@ from sentence_transformers.base.losses.gradcache import (
     _validate_mini_batch_num_tokens,
     has_static_embedding_input,
 )
-from sentence_transformers.util import cos_sim
 from torch import Tensor
 
+from st_clp.declaring import with_parameters_of
 from st_clp.losses.batch import Batch, Inputs
 from st_clp.losses.clp import CLPLoss
-from st_clp.losses.options import Direction, HardnessMode, MarginStrategy, PartitionMode, Similarity
 
 
 class CachedCLPLoss(CachedLossMixin, CLPLoss):
     def __init__(
         self,
         model: SentenceTransformer,
-        scale: float = 50.0,
-        penalty_weight: float = 0.1,
-        *,
+        *args: Any,
         mini_batch_size: int = 32,
         mini_batch_num_tokens: int | None = None,
         show_progress_bar: bool = False,
-        penalty: str = "cosine",
-        queries_per_negative: int = 1,
-        in_batch_negatives: bool = True,
-        similarity_fct: Similarity = cos_sim,
-        gather_across_devices: bool = False,
-        directions: tuple[Direction, ...] = ("query_to_doc",),
-        partition_mode: PartitionMode = "joint",
-        hardness_mode: HardnessMode | None = None,
-        hardness_strength: float = 0.0,
-        guide: SentenceTransformer | None = None,
-        margin: float | None = None,
-        margin_strategy: MarginStrategy = "absolute",
-        check_finite: bool = False,
+        **settings: Any,
     ) -> None:
         """
         CLPLoss with gradient caching (GradCache): the same loss and gradients, with batches of any size in the memory
@@ -61,7 +46,7 @@ class CachedCLPLoss(CachedLossMixin, CLPLoss):
                 only counts the rows whose loss is computed at a time.
             show_progress_bar: Show a progress bar for the mini-batches.
 
-        All other arguments, the inputs and the labels are those of :class:`CLPLoss`.
+            *args, **settings: All others are those of :class:`CLPLoss`, as are the inputs and the labels.
 
         References:
             - Yu, J. (2024). Contrastive Learning Penalty (CLP). https://arxiv.org/abs/2412.17364
@@ -105,24 +90,7 @@ class CachedCLPLoss(CachedLossMixin, CLPLoss):
                 trainer = SentenceTransformerTrainer(model=model, train_dataset=train_dataset, loss=loss)
                 trainer.train()
         """
-        super().__init__(
-            model,
-            scale,
-            penalty_weight,
-            penalty=penalty,
-            queries_per_negative=queries_per_negative,
-            in_batch_negatives=in_batch_negatives,
-            similarity_fct=similarity_fct,
-            gather_across_devices=gather_across_devices,
-            directions=directions,
-            partition_mode=partition_mode,
-            hardness_mode=hardness_mode,
-            hardness_strength=hardness_strength,
-            guide=guide,
-            margin=margin,
-            margin_strategy=margin_strategy,
-            check_finite=check_finite,
-        )
+        super().__init__(model, *args, **settings)
         if has_static_embedding_input(model):
             raise ValueError(
                 "CachedCLPLoss splits a batch into mini-batches, which the inputs of a StaticEmbedding cannot be split "
@@ -134,6 +102,8 @@ class CachedCLPLoss(CachedLossMixin, CLPLoss):
         self.mini_batch_size = mini_batch_size
         self.mini_batch_num_tokens = mini_batch_num_tokens
         self.show_progress_bar = show_progress_bar
+
+    __init__.__signature__ = with_parameters_of(CLPLoss.__init__, __init__)  # type: ignore[attr-defined]
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
         columns, inputs = self._prepare(sentence_features, labels)

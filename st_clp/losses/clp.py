@@ -20,18 +20,19 @@ from st_clp.losses.guide import Guide
 from st_clp.losses.objective import objective
 from st_clp.losses.options import Direction, HardnessMode, MarginStrategy, Options, PartitionMode, Similarity
 from st_clp.losses.texts import text_codes
+from st_clp.options import LossOptions, MiningSettings
 
 
 class CLPLoss(nn.Module):
     def __init__(
         self,
         model: SentenceTransformer,
-        scale: float = 50.0,
-        penalty_weight: float = 0.1,
+        scale: float = LossOptions.scale,
+        penalty_weight: float = LossOptions.penalty_weight,
         *,
-        penalty: str = "cosine",
-        queries_per_negative: int = 1,
-        in_batch_negatives: bool = True,
+        penalty: str = LossOptions.penalty,
+        queries_per_negative: int = MiningSettings.queries_per_negative,
+        in_batch_negatives: bool = LossOptions.in_batch_negatives,
         similarity_fct: Similarity = cos_sim,
         gather_across_devices: bool = False,
         directions: tuple[Direction, ...] = ("query_to_doc",),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
+
+from st_clp.options import MiningOptions
 
 
 @dataclass(frozen=True)
@@ -29,59 +30,23 @@ class Refusal(NamedTuple):
     excess: float
 
 
-@dataclass(frozen=True)
-class CandidateFilter:
-    """What a candidate must satisfy. The meanings are those of ``sentence_transformers.util.mine_hard_negatives``.
+def refusal(candidate: Candidate, positive_score: float, options: MiningOptions) -> Refusal | None:
+    """Why this candidate may not be a negative for its score; None where it may.
 
-    Attributes:
-        range_min: Skip this many of the best candidates that pass the other limits.
-        range_max: Look no further than this rank.
-        absolute_margin: A negative must score at least this much below the query's lowest-scoring positive.
-        relative_margin: A negative must score below that positive by at least this share of its score's size.
-        max_score: A negative must score at most this.
-        min_score: A negative must score at least this.
+    The limits have the meanings of ``sentence_transformers.util.mine_hard_negatives``.
     """
-
-    range_min: int = 0
-    range_max: int = 100
-    absolute_margin: float | None = None
-    relative_margin: float | None = None
-    max_score: float | None = None
-    min_score: float | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.range_min < self.range_max:
-            raise ValueError(
-                f"range_min must be at least 0 and below range_max, got range_min={self.range_min} "
-                f"and range_max={self.range_max}"
-            )
-        for name in ("absolute_margin", "relative_margin"):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ValueError(f"{name} must be at least 0, got {value}")
-        for name in ("max_score", "min_score"):
-            value = getattr(self, name)
-            if value is not None and math.isnan(value):
-                raise ValueError(f"{name} must be a number, got {value}")
-        if self.max_score is not None and self.min_score is not None and self.min_score > self.max_score:
-            raise ValueError(
-                f"min_score must not be above max_score, got min_score={self.min_score} and max_score={self.max_score}"
-            )
-
-    def refusal(self, candidate: Candidate, positive_score: float) -> Refusal | None:
-        """Why this candidate may not be a negative for its score; None where it may."""
-        limits: list[tuple[str, float]] = []
-        if self.absolute_margin is not None:
-            limits.append(("within absolute_margin of the positive", positive_score - self.absolute_margin))
-        if self.relative_margin is not None:
-            # The margin is a share of the positive's size, so that it points downwards for negative scores too.
-            margin = self.relative_margin * abs(positive_score)
-            limits.append(("within relative_margin of the positive", positive_score - margin))
-        if self.max_score is not None:
-            limits.append(("above max_score", self.max_score))
-        for reason, limit in limits:
-            if candidate.score > limit:
-                return Refusal(reason, candidate.score - min(limit for _, limit in limits))
-        if self.min_score is not None and candidate.score < self.min_score:
-            return Refusal("below min_score", self.min_score - candidate.score)
-        return None
+    limits: list[tuple[str, float]] = []
+    if options.absolute_margin is not None:
+        limits.append(("within absolute_margin of the positive", positive_score - options.absolute_margin))
+    if options.relative_margin is not None:
+        # The margin is a share of the positive's size, so that it points downwards for negative scores too.
+        margin = options.relative_margin * abs(positive_score)
+        limits.append(("within relative_margin of the positive", positive_score - margin))
+    if options.max_score is not None:
+        limits.append(("above max_score", options.max_score))
+    for reason, limit in limits:
+        if candidate.score > limit:
+            return Refusal(reason, candidate.score - min(limit for _, limit in limits))
+    if options.min_score is not None and candidate.score < options.min_score:
+        return Refusal("below min_score", options.min_score - candidate.score)
+    return None

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from st_clp.data import Collection, CollectionError
-from st_clp.mining.candidates import Candidate
+from st_clp.mining.candidates import Candidate, refusal
 from st_clp.mining.negative_queries import JudgedQueries
-from st_clp.mining.options import JudgedNegatives, MiningOptions
 from st_clp.mining.ranking import Ranking
+from st_clp.options import JudgedNegatives, MiningOptions
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,6 @@ class Chooser:
         self._collection = collection
         self._corpus_ids = corpus_ids
         self._options = options
-        self._filter = options.candidate_filter
         self._number = options.num_negatives
         self._judged_negatives: JudgedNegatives = options.judged_negatives or (
             "first" if collection.judged_negatives else "rank"
@@ -130,31 +129,31 @@ class Chooser:
         self, query_id: str, candidates: list[Candidate], judged: set[str], positive_score: float, *, by_score: bool
     ) -> tuple[list[Candidate], list[Candidate]]:
         """(candidates that may be negatives, best first; those within range that were refused, nearest miss first)."""
-        filters = self._filter
+        options = self._options
         passed: list[Candidate] = []
         refused: list[tuple[float, Candidate]] = []
         reasons: Counter[str] = Counter()
         # A margin guards against unjudged answers; a document that was judged needs no guard.
         trusted = judged if self._judged_negatives != "ignore" else set()
         for candidate in candidates:
-            if candidate.rank >= filters.range_max:
+            if candidate.rank >= options.range_max:
                 continue
-            refusal = None if candidate.doc_id in trusted else filters.refusal(candidate, positive_score)
-            if refusal is None:
+            found = None if candidate.doc_id in trusted else refusal(candidate, positive_score, options)
+            if found is None:
                 passed.append(candidate)
             else:
-                reasons[refusal.reason] += 1
-                refused.append((refusal.excess, candidate))
+                reasons[found.reason] += 1
+                refused.append((found.excess, candidate))
         if by_score:
             passed.sort(key=lambda candidate: (-candidate.score, candidate.rank))
         # As in sentence-transformers, what is skipped is the best of what passes.
-        if filters.range_min and passed:
-            reasons["among the best range_min"] = min(filters.range_min, len(passed))
-        self.skipped[query_id] = {candidate.doc_id for candidate in passed[: filters.range_min]}
+        if options.range_min and passed:
+            reasons["among the best range_min"] = min(options.range_min, len(passed))
+        self.skipped[query_id] = {candidate.doc_id for candidate in passed[: options.range_min]}
         self.refused[query_id] = reasons
         # The nearest miss is the least likely to be what the filter guards against; of equals, the deepest.
         refused.sort(key=lambda pair: (pair[0], -pair[1].rank))
-        return passed[filters.range_min :], [candidate for _, candidate in refused]
+        return passed[options.range_min :], [candidate for _, candidate in refused]
 
     def _fill(
         self,

@@ -16,15 +16,16 @@ from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
 from st_clp.data import Collection
-from st_clp.encoding import ComputeDtype, EmbeddingStore
+from st_clp.declaring import takes
+from st_clp.encoding import EmbeddingStore
 from st_clp.encoding.batches import tokenise
 from st_clp.encoding.building import Builder
 from st_clp.encoding.encode import encode
 from st_clp.encoding.shards import KEY_BYTES
 from st_clp.encoding.working_model import Task, WorkingModel
-from st_clp.mining.options import MiningOptions
 from st_clp.mining.ranking import query_store_dir
 from st_clp.mining.rescoring import PAIRS_A_BATCH, require_one_score
+from st_clp.options import Encoding, MiningOptions
 from st_clp.search import search_rows
 
 if TYPE_CHECKING:
@@ -99,16 +100,15 @@ class MiningEstimate:
         return "\n".join(lines)
 
 
+@takes(encoding=Encoding)
 def estimate(
     model: SentenceTransformer,
     collection: Collection,
     options: MiningOptions | None = None,
     *,
     cross_encoder: CrossEncoder | None = None,
-    dtype: ComputeDtype = "auto",
-    batch_size: int | None = None,
     store_dir: str | os.PathLike[str] | None = None,
-    show_progress_bar: bool = True,
+    encoding: Encoding,
 ) -> MiningEstimate:
     """Estimate what :func:`st_clp.mining.mine` with the same arguments would cost. Nothing is written.
 
@@ -126,12 +126,12 @@ def estimate(
         total=collection.corpus.expected_size(),
         desc=f"Reading {collection.corpus_name}",
         unit=" documents",
-        disable=not show_progress_bar,
+        disable=not encoding.show_progress_bar,
     )
     documents, number = _sample(seen, options.seed)
     queries = [collection.queries[query_id] for query_id in collection.positives()][: options.max_queries]
-    builder = Builder(model, collection.corpus, "document", dtype, batch_size, show_progress_bar=False)
-    tokens_a_second = _tokens_a_second(model, documents, dtype, batch_size)
+    builder = Builder(model, collection.corpus, "document", encoding)
+    tokens_a_second = _tokens_a_second(model, documents, encoding)
 
     def cost(task: Task, sample: Sequence[str], number: int, already: int) -> TextCost:
         tokens = _mean_tokens(model, sample, task)
@@ -144,11 +144,11 @@ def estimate(
     if cross_encoder is not None:
         depth = options.range_max + max(map(len, collection.positives().values()))
         rescored = len(queries) * min(number, depth)
-        rescoring = rescored * _seconds_a_pair(cross_encoder, queries[:SAMPLE], documents, batch_size)
+        rescoring = rescored * _seconds_a_pair(cross_encoder, queries[:SAMPLE], documents, encoding)
     encoded = {"document": 0, "query": 0}
     if store_dir is not None:
         encoded["document"] = builder.already_encoded(Path(store_dir))
-        asking = Builder(model, collection.corpus, "query", dtype, batch_size, show_progress_bar=False)
+        asking = Builder(model, collection.corpus, "query", encoding)
         encoded["query"] = asking.already_encoded(Path(query_store_dir(store_dir)))
     return MiningEstimate(
         collection.name,
@@ -185,19 +185,17 @@ def _sample(texts: Iterable[str], seed: int) -> tuple[list[str], int]:
 
 
 def _mean_tokens(model: SentenceTransformer, texts: Sequence[str], task: Task) -> float:
-    working = WorkingModel(model, task)
+    working = WorkingModel(model, task, "model")
     if not working.by_tokens:
         return float(np.mean([len(text.split()) for text in texts]))
     window = tokenise(working.preprocess, list(texts))
     return window.tokens / len(window)
 
 
-def _tokens_a_second(
-    model: SentenceTransformer, texts: Sequence[str], dtype: ComputeDtype, batch_size: int | None
-) -> float:
+def _tokens_a_second(model: SentenceTransformer, texts: Sequence[str], encoding: Encoding) -> float:
     def seconds(chosen: Sequence[str]) -> float:
         started = time.perf_counter()
-        for _ in encode(model, chosen, "document", dtype=dtype, batch_size=batch_size):
+        for _ in encode(model, chosen, "document", encoding=encoding):
             pass
         return time.perf_counter() - started
 
@@ -209,14 +207,15 @@ def _tokens_a_second(
 
 
 def _seconds_a_pair(
-    cross_encoder: CrossEncoder, queries: Sequence[str], documents: Sequence[str], batch_size: int | None
+    cross_encoder: CrossEncoder, queries: Sequence[str], documents: Sequence[str], encoding: Encoding
 ) -> float:
     require_one_score(cross_encoder)
+    batch_size = encoding.encode_batch_size or PAIRS_A_BATCH
     pairs = [(queries[place % len(queries)], document) for place, document in enumerate(documents)]
 
     def seconds(number: int) -> float:
         started = time.perf_counter()
-        cross_encoder.predict(pairs[:number], batch_size=batch_size or PAIRS_A_BATCH, show_progress_bar=False)
+        cross_encoder.predict(pairs[:number], batch_size=batch_size, show_progress_bar=False)
         return time.perf_counter() - started
 
     few = min(len(pairs), WARM_UP)

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 from sentence_transformers import SentenceTransformer
 
 from st_clp.data import Collection
-from st_clp.encoding import ComputeDtype, EmbeddingStore
+from st_clp.declaring import takes
+from st_clp.encoding import EmbeddingStore
 from st_clp.mining.account import MiningAccount
 from st_clp.mining.assembly import choose_negatives, make_rows, needs_of, positives_of, usable_part
 from st_clp.mining.bm25 import require_bm25
@@ -28,16 +29,10 @@ from st_clp.mining.negative_queries import (
     RoundTrip,
     make_chain,
 )
-from st_clp.mining.options import (
-    CandidateSource,
-    JudgedNegatives,
-    MiningOptions,
-    OnShortage,
-    SamplingStrategy,
-)
 from st_clp.mining.ranking import Ranker, Ranking
 from st_clp.mining.rescoring import require_one_score, rescore
 from st_clp.mining.rows import TrainingRow, require_writable, to_dataset, write_rows
+from st_clp.options import Encoding, MiningOptions
 from st_clp.search import require_index
 
 if TYPE_CHECKING:
@@ -58,89 +53,34 @@ class MinedNegatives:
     account: MiningAccount
 
 
+@takes(options=MiningOptions, encoding=Encoding)
 def mine_hard_negatives(
     model: SentenceTransformer,
     collection: Collection,
     *,
-    num_negatives: int = 4,
-    queries_per_negative: int = 1,
-    range_min: int = 0,
-    range_max: int = 100,
-    absolute_margin: float | None = None,
-    relative_margin: float | None = None,
-    max_score: float | None = None,
-    min_score: float | None = None,
-    sampling_strategy: SamplingStrategy = "top",
-    judged_negatives: JudgedNegatives | None = None,
-    prefer_known_queries: bool = True,
-    duplicate_threshold: float | None = None,
-    ignore_identical_ids: bool = True,
-    on_shortage: OnShortage = "relax",
-    candidates: CandidateSource = "model",
+    options: MiningOptions,
     cross_encoder: CrossEncoder | None = None,
-    index: str | None = None,
-    nprobe: int | None = None,
-    max_queries: int | None = None,
-    max_positives_per_query: int | None = None,
-    dtype: ComputeDtype = "auto",
-    batch_size: int | None = None,
-    seed: int = 0,
     negative_queries: str | QueryChain = JUDGMENTS,
     query_options: QueryOptions | None = None,
     query_store: str | os.PathLike[str] | None = None,
     store_dir: str | os.PathLike[str] | None = None,
     output_file: str | os.PathLike[str] | None = None,
     output_details: bool = False,
-    show_progress_bar: bool = True,
     verbose: bool = True,
+    encoding: Encoding,
 ) -> Dataset:
     """Mine hard negatives with the model itself, and the queries that they answer, ready for CLPLoss.
 
     Every query with a relevant document comes back, unless ``on_shortage`` says otherwise, and the account says what
-    became of each.
+    became of each. Negatives that ``on_shortage`` has found are marked in the rows; where a query is left with fewer,
+    their columns hold the positive, which CLPLoss never takes for the row's negative.
 
     Args:
         model: The model that is about to be trained; its own similarity function ranks.
         collection: Documents, training queries and judgments.
-        num_negatives: Negatives for each query.
-        queries_per_negative: Queries for each negative; 0 for none.
-        range_min: Skip this many of the best candidates that pass the margins and the score limits.
-        range_max: Take candidates from no further down than this rank.
-        absolute_margin: A negative must score at least this much below the query's lowest-scoring positive.
-        relative_margin: The same, as a share of that positive's score.
-        max_score: A negative must score at most this.
-        min_score: A negative must score at least this.
-        sampling_strategy: ``"top"`` takes the best-ranked, ``"random"`` draws from all candidates that are left.
-        judged_negatives: What to do with documents that are judged not relevant (grade 0): ``"rank"`` leaves
-            them in the ranking, where the margins do not apply to them; ``"first"`` takes them before all others;
-            ``"ignore"`` treats them as not judged. None: ``"first"`` for training rows that name their negatives,
-            ``"rank"`` otherwise.
-        prefer_known_queries: Take candidates for which the judgments know a query before those without one, so
-            that the penalty holds as many negatives as can be. In a small corpus this also keeps documents that
-            no training query asks for from being pushed away by every query and pulled by none.
-        duplicate_threshold: Candidates whose embedding has at least this cosine with that of a relevant document are
-            no negatives: most are the same passage in other words. A document with the very text of a relevant one
-            never is, nor one with the query's own text, whatever this says. None: there is no threshold.
-        ignore_identical_ids: A document with the query's own id is the query itself and no negative, as in evaluators
-            and BEIR. False where queries and documents are numbered independently of each other.
-        on_shortage: What to do for a query that the filters leave with too few negatives. ``"relax"`` takes the
-            candidates that failed a filter by least, then random documents; ``"random"`` takes random documents
-            alone; ``"fewer"`` leaves it with fewer (their columns hold the positive, which CLPLoss never
-            takes for the row's negative); ``"drop"`` leaves out the query. All are counted in the account and marked
-            in the rows.
-        candidates: What ranks: the ``"model"``; ``"bm25"`` (which needs bm25s); or both ``"mixed"`` by reciprocal
-            rank. The scores, and so the margins, are the model's in any case.
+        options
         cross_encoder: Scores the candidates anew; margins and the order of the negatives go by its scores, ranks by
             the ranking's.
-        index: Search approximately by this FAISS factory, such as ``"IVF4096,PQ64"`` or ``"HNSW32"``; its recall is
-            in the account. None searches exactly.
-        nprobe: How many lists an IVF index looks through for a query.
-        max_queries: Use no more than this many of the collection's queries (so of its language), drawn at random.
-        max_positives_per_query: Make no more than this many rows of a query, with its best-judged positives.
-        dtype: What the model computes in: ``"model"`` its own precision, ``"bfloat16"``, or ``"auto"``: bfloat16 where
-            the hardware multiplies it, which is faster.
-        batch_size: No more texts than this in one forward pass. None: as many as fill it with tokens.
-        seed: Of everything random.
         negative_queries: Where the queries of negatives come from, in order: ``"judgments"``, ``"local:MODEL"``,
             ``"openai:MODEL"``, ``"title"``, with commas between; the first that knows one for a negative, wins. Or a
             :class:`st_clp.mining.negative_queries.QueryChain` of sources.
@@ -152,8 +92,8 @@ def mine_hard_negatives(
         output_file: Write the rows here too, as JSON lines in the format of the paper's code.
         output_details: Add columns with ids, ranks, scores and how each negative was chosen
             (``st_clp.mining.DETAIL_COLUMNS``); take them out before training.
-        show_progress_bar: Show progress.
         verbose: Print the account.
+        encoding
 
     Returns:
         Columns ``anchor``, ``positive``, ``negative_1`` …, ``negative_query_1`` …, ``label`` (the weight of each
@@ -167,28 +107,6 @@ def mine_hard_negatives(
         OSError: The disk is full or cannot be written; the embeddings that are finished are kept.
         ValueError: An option is out of range, or an embedding is not finite (with the document's id).
     """
-    options = MiningOptions(
-        num_negatives=num_negatives,
-        queries_per_negative=queries_per_negative,
-        range_min=range_min,
-        range_max=range_max,
-        absolute_margin=absolute_margin,
-        relative_margin=relative_margin,
-        max_score=max_score,
-        min_score=min_score,
-        sampling_strategy=sampling_strategy,
-        judged_negatives=judged_negatives,
-        prefer_known_queries=prefer_known_queries,
-        duplicate_threshold=duplicate_threshold,
-        ignore_identical_ids=ignore_identical_ids,
-        on_shortage=on_shortage,
-        candidates=candidates,
-        index=index,
-        nprobe=nprobe,
-        max_queries=max_queries,
-        max_positives_per_query=max_positives_per_query,
-        seed=seed,
-    )
     if output_file is not None:
         require_writable(output_file)
     mined = mine(
@@ -199,10 +117,8 @@ def mine_hard_negatives(
         negative_queries=negative_queries,
         query_options=query_options,
         query_store=query_store,
-        dtype=dtype,
-        batch_size=batch_size,
         store_dir=store_dir,
-        show_progress_bar=show_progress_bar,
+        encoding=encoding,
     )
     if output_file is not None:
         write_rows(output_file, mined.rows)
@@ -210,13 +126,14 @@ def mine_hard_negatives(
         print(mined.account)
     return to_dataset(
         mined.rows,
-        num_negatives=num_negatives,
-        queries_per_negative=queries_per_negative,
+        num_negatives=options.num_negatives,
+        queries_per_negative=options.queries_per_negative,
         details=output_details,
         description=str(mined.account),
     )
 
 
+@takes(encoding=Encoding)
 def mine(
     model: SentenceTransformer,
     collection: Collection,
@@ -226,19 +143,17 @@ def mine(
     negative_queries: str | QueryChain = JUDGMENTS,
     query_options: QueryOptions | None = None,
     query_store: str | os.PathLike[str] | None = None,
-    dtype: ComputeDtype = "auto",
-    batch_size: int | None = None,
     store_dir: str | os.PathLike[str] | None = None,
-    show_progress_bar: bool = True,
+    encoding: Encoding,
 ) -> MinedNegatives:
     """As :func:`mine_hard_negatives`, but returns the rows with ids, ranks, scores and the account."""
     options = options or MiningOptions()
     _require_possible(model, collection, options, cross_encoder)
-    query_options = query_options or QueryOptions(query_samples=max(1, options.queries_per_negative), seed=options.seed)
+    query_options = (query_options or QueryOptions(seed=options.seed)).with_samples(options.queries_per_negative)
     if isinstance(negative_queries, str):
         # What is wrong with a source is said before anything is encoded.
         with make_chain(
-            negative_queries, query_options, store=query_store, show_progress_bar=show_progress_bar
+            negative_queries, query_options, store=query_store, show_progress_bar=encoding.show_progress_bar
         ) as chain:
             return mine(
                 model,
@@ -247,34 +162,21 @@ def mine(
                 cross_encoder=cross_encoder,
                 negative_queries=chain,
                 query_options=query_options,
-                dtype=dtype,
-                batch_size=batch_size,
                 store_dir=store_dir,
-                show_progress_bar=show_progress_bar,
+                encoding=encoding,
             )
     chain = negative_queries
     clock = _Clock()
-    store = EmbeddingStore.build(
-        model, collection, store_dir, dtype=dtype, batch_size=batch_size, show_progress_bar=show_progress_bar
-    )
+    store = EmbeddingStore.build(model, collection, store_dir, encoding=encoding)
     clock.lap("documents")
     usable = usable_part(collection, store)
     drawn = usable if options.max_queries is None else _draw_queries(usable, options.max_queries, options.seed)
-    ranker = Ranker(
-        model,
-        drawn,
-        store,
-        options,
-        store_dir=store_dir,
-        dtype=dtype,
-        batch_size=batch_size,
-        show_progress_bar=show_progress_bar,
-    )
+    ranker = Ranker(model, drawn, store, options, encoding, store_dir=store_dir)
     clock.lap("queries")
     ranking = ranker.rank()
     clock.lap("search")
     if cross_encoder is not None:
-        rescore(ranking, drawn, cross_encoder, batch_size=batch_size, show_progress_bar=show_progress_bar)
+        rescore(ranking, drawn, cross_encoder, encoding)
         clock.lap("rescoring")
     # Whether a document answers another query is known from all judgments, drawn or not.
     known = JudgedQueries(usable, seed=options.seed)
@@ -293,7 +195,7 @@ def mine(
         documents,
         number=options.queries_per_negative,
         language=collection.language,
-        round_trip=_round_trip(model, store, query_options, dtype, batch_size),
+        round_trip=_round_trip(model, store, query_options, encoding),
     )
     rows = make_rows(drawn, chosen, positives, documents, found)
     clock.lap("queries of negatives")
@@ -354,14 +256,9 @@ def _refused(chooser: Chooser, ranking: Ranking, passed_over: Counter[str]) -> d
 
 
 def _round_trip(
-    model: SentenceTransformer,
-    store: EmbeddingStore,
-    options: QueryOptions,
-    dtype: ComputeDtype,
-    batch_size: int | None,
+    model: SentenceTransformer, store: EmbeddingStore, options: QueryOptions, encoding: Encoding
 ) -> RoundTrip | None:
     """The check of what is generated; None where there is to be none."""
     if options.query_round_trip == "off":
         return None
-    k, action = options.query_round_trip_k, options.query_round_trip
-    return RoundTrip(model, store, k=k, action=action, dtype=dtype, batch_size=batch_size)
+    return RoundTrip(model, store, k=options.query_round_trip_k, action=options.query_round_trip, encoding=encoding)

@@ -10,10 +10,10 @@ import numpy as np
 from sentence_transformers import SentenceTransformer
 
 from st_clp.data import Collection, MemoryCorpus
-from st_clp.encoding import ComputeDtype, EmbeddingStore
+from st_clp.encoding import EmbeddingStore
 from st_clp.mining.bm25 import BM25, fuse
 from st_clp.mining.candidates import Candidate
-from st_clp.mining.options import MiningOptions
+from st_clp.options import Encoding, MiningOptions
 from st_clp.search import ApproximateIndex, is_own_document, pair_scores, search_rows
 
 QUERIES_TOGETHER = 1024  # whose candidates' embeddings are held at once
@@ -109,9 +109,7 @@ class Ranker:
         store: The documents' embeddings by the same model.
         options: How many candidates, from where, and which of them are near-duplicates.
         store_dir: The documents' folder, beside which the queries' embeddings are kept; None keeps them in memory.
-        dtype: As in :func:`st_clp.encoding.encode_documents`.
-        batch_size: No more texts than this in one forward pass. None: as many as fill it with tokens.
-        show_progress_bar: Show progress.
+        encoding: How the queries are encoded.
     """
 
     def __init__(
@@ -120,14 +118,12 @@ class Ranker:
         collection: Collection,
         store: EmbeddingStore,
         options: MiningOptions,
+        encoding: Encoding,
         *,
         store_dir: str | os.PathLike[str] | None = None,
-        dtype: ComputeDtype = "model",
-        batch_size: int | None = None,
-        show_progress_bar: bool = True,
     ) -> None:
         self._model, self._collection, self._store, self._options = model, collection, store, options
-        self._show_progress_bar = show_progress_bar
+        self._show_progress_bar = encoding.show_progress_bar
         self._positives = collection.positives()
         query_ids = list(self._positives)
         self._texts = [collection.queries[query_id] for query_id in query_ids]
@@ -137,9 +133,7 @@ class Ranker:
             asked,
             None if store_dir is None else query_store_dir(store_dir),
             task="query",
-            dtype=dtype,
-            batch_size=batch_size,
-            show_progress_bar=show_progress_bar,
+            encoding=encoding,
         ).rows(range(len(query_ids)))
         relevant = {doc_id for doc_ids in self._positives.values() for doc_id in doc_ids}
         self._position = store.positions(relevant | self._positives.keys())

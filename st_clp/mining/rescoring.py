@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 
 from st_clp.data import Collection
 from st_clp.mining.ranking import Ranking
+from st_clp.options import Encoding
 
 if TYPE_CHECKING:
     from sentence_transformers import CrossEncoder
@@ -22,9 +23,7 @@ def rescore(
     ranking: Ranking,
     collection: Collection,
     cross_encoder: CrossEncoder,
-    *,
-    batch_size: int | None = None,
-    show_progress_bar: bool = True,
+    encoding: Encoding,
 ) -> None:
     """Let a cross-encoder score every candidate and every relevant document of each query.
 
@@ -32,19 +31,18 @@ def rescore(
         ranking: Its scores are replaced; its ranks stay.
         collection: Where the texts are.
         cross_encoder: Scores (query, document) pairs, one number each.
-        batch_size: Pairs in one forward pass. None: 32.
-        show_progress_bar: Show progress.
+        encoding: How many pairs in one forward pass (by default 32), and whether progress is shown.
 
     Raises:
         ValueError: The cross-encoder gives more than one number for a pair, or one that is not finite.
     """
     require_one_score(cross_encoder)
     with tqdm(
-        total=len(ranking.query_ids), desc="Rescoring", unit=" queries", disable=not show_progress_bar
+        total=len(ranking.query_ids), desc="Rescoring", unit=" queries", disable=not encoding.show_progress_bar
     ) as progress:
         for begin in range(0, len(ranking.query_ids), QUERIES_TOGETHER):
             block = ranking.query_ids[begin : begin + QUERIES_TOGETHER]
-            _rescore_block(ranking, collection, cross_encoder, block, batch_size or PAIRS_A_BATCH)
+            _rescore_block(ranking, collection, cross_encoder, block, encoding.encode_batch_size or PAIRS_A_BATCH)
             progress.update(len(block))
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, get_args
 
-PROJECTIONS = ("intermediate", "output", "feed_forward")
+from st_clp.options import ExpertOptions, Projection
+
+PROJECTIONS = get_args(Projection)
 ROUTINGS = ("learned", "reference")
 BALANCES = ("bias", "loss", "none")
 CONFIG_KEY = "st_clp_moe"
@@ -37,9 +39,9 @@ class MoESettings:
         ValueError: If a setting is out of its range; the message names it.
     """
 
-    num_experts: int = 2
-    num_experts_per_tok: int = 1
-    projection: str = "intermediate"
+    num_experts: int = ExpertOptions.experts
+    num_experts_per_tok: int = ExpertOptions.experts_per_token
+    projection: str = ExpertOptions.projection
     layers: tuple[int, ...] = ()
     routing: str = "learned"
     balance: str = "bias"

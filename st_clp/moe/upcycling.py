@@ -12,14 +12,15 @@ from sentence_transformers.base.modules import Transformer
 from torch import nn
 
 from st_clp.moe.convert import expert_layers
+from st_clp.moe.settings import MoESettings
 from st_clp.moe.transformer import MoETransformer, is_moe
 
 
 def upcycle(
     model: SentenceTransformer,
-    num_experts: int = 2,
-    num_experts_per_tok: int = 1,
-    projection: str = "intermediate",
+    num_experts: int = MoESettings.num_experts,
+    num_experts_per_tok: int = MoESettings.num_experts_per_tok,
+    projection: str = MoESettings.projection,
     layers: str | Sequence[int] = "all",
     **settings: Any,
 ) -> SentenceTransformer:

@@ -49,7 +49,7 @@ def test_a_stream_gives_the_models_own_embeddings_in_order(
     texts = [" ".join(TEXTS[: 1 + i % 6]) + f" {i}" for i in order]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encode, "reads_ahead", lambda device: ahead)
-        chunks = list(encode_documents(tiny_model, iter(texts), batch_size=batch_size, window=window))
+        chunks = list(encode_documents(tiny_model, iter(texts), batch_size=batch_size, window=window, dtype="model"))
     assert [len(chunk) for chunk in chunks[:-1]] == [window] * (len(chunks) - 1)
     np.testing.assert_allclose(np.concatenate(chunks), tiny_model.encode_document(texts), atol=1e-5)
 
@@ -57,10 +57,12 @@ def test_a_stream_gives_the_models_own_embeddings_in_order(
 def test_prompts_are_used(tiny_model: SentenceTransformer) -> None:
     tiny_model.prompts = {"query": "who was ", "document": "the book of "}
     np.testing.assert_allclose(
-        encode_queries(tiny_model, ["king"]), tiny_model.encode(["who was king"], show_progress_bar=False), atol=1e-6
+        encode_queries(tiny_model, ["king"], dtype="model"),
+        tiny_model.encode(["who was king"], show_progress_bar=False),
+        atol=1e-6,
     )
     np.testing.assert_allclose(
-        next(encode_documents(tiny_model, ["king"])), tiny_model.encode(["the book of king"]), atol=1e-6
+        next(encode_documents(tiny_model, ["king"], dtype="model")), tiny_model.encode(["the book of king"]), atol=1e-6
     )
 
 
@@ -196,7 +198,7 @@ def test_running_out_of_memory_shrinks_the_batches(
     expected = tiny_model.encode_document(LONG)
     monkeypatch.setattr(tiny_model, "forward", forward)
     with caplog.at_level(logging.WARNING, logger="st_clp"):
-        found = np.concatenate(list(encode_documents(tiny_model, LONG)))
+        found = np.concatenate(list(encode_documents(tiny_model, LONG, dtype="model")))
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert max(sizes) <= 100
     assert "going on with batches of" in caplog.text
@@ -219,7 +221,7 @@ def test_running_out_of_memory_in_a_models_own_encode_shrinks_the_batches_too(
         return original(features, **options)
 
     monkeypatch.setattr(model, "forward", forward)
-    found = np.concatenate(list(encode_documents(model, LONG, window=20)))
+    found = np.concatenate(list(encode_documents(model, LONG, window=20, dtype="model")))
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert max(sizes) == 4
 

@@ -25,7 +25,7 @@ def folder(tiny_model: SentenceTransformer, tmp_path: Path, monkeypatch: pytest.
         collection = Collection.from_dict(
             {f"d{i}": f"a {name} text {i}" for i in range(10)}, {"q": "x"}, {"q": {"d0": 1}}, name=name
         )
-        EmbeddingStore.build(tiny_model, collection, tmp_path / "stores" / name, show_progress_bar=False)
+        EmbeddingStore.build(tiny_model, collection, tmp_path / "stores" / name, dtype="model", show_progress_bar=False)
     return tmp_path / "stores"
 
 

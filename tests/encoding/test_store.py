@@ -58,7 +58,8 @@ class Builds:
 
     def __call__(self, collection: Collection, **options: object) -> list[str]:
         self._encoded = []
-        self.store = EmbeddingStore.build(self._model, collection, self._path, show_progress_bar=False, **options)
+        options = {"dtype": "model", "show_progress_bar": False, **options}
+        self.store = EmbeddingStore.build(self._model, collection, self._path, **options)
         return sorted(self._encoded)
 
 
@@ -122,7 +123,7 @@ def test_only_texts_that_are_new_are_encoded(builds: Builds, before: list[str], 
     builds(from_texts(before))
     encoded = builds(from_texts(after))
     assert set(encoded) == set(after) - set(before)
-    fresh = EmbeddingStore.build(builds._model, from_texts(after), show_progress_bar=False)
+    fresh = EmbeddingStore.build(builds._model, from_texts(after), dtype="model", show_progress_bar=False)
     assert builds.store.ids == fresh.ids
     np.testing.assert_allclose(builds.store.rows(range(len(after))), fresh.rows(range(len(after))), atol=1e-5)
 
@@ -234,7 +235,7 @@ def test_a_stopped_build_goes_on_with_the_unfinished_shard(
         EmbeddingStore.open(tmp_path / "store")
     monkeypatch.setattr(shards.ShardFiles, "add", original)
     assert len(builds(collection)) == 14 - 8
-    fresh = EmbeddingStore.build(builds._model, collection, tmp_path / "fresh", show_progress_bar=False)
+    fresh = EmbeddingStore.build(builds._model, collection, tmp_path / "fresh", dtype="model", show_progress_bar=False)
     assert builds.store.ids == fresh.ids
     for file in FILES:
         assert (tmp_path / "store" / file).read_bytes() == (tmp_path / "fresh" / file).read_bytes()
@@ -268,7 +269,7 @@ def test_what_was_begun_is_of_use_to_the_store_of_a_collection_that_changed(
         with pytest.raises(OSError, match="No space left"):
             builds(from_texts(changed))
     assert set(builds(from_texts(changed))) == set(changed) - set(texts[:8]) - {"fire"}
-    fresh = EmbeddingStore.build(builds._model, from_texts(changed), show_progress_bar=False)
+    fresh = EmbeddingStore.build(builds._model, from_texts(changed), dtype="model", show_progress_bar=False)
     assert builds.store.ids == fresh.ids
     np.testing.assert_allclose(builds.store.rows(range(15)), fresh.rows(range(15)), atol=1e-5)
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("store")) in (
@@ -456,7 +457,7 @@ def test_embeddings_too_large_for_float16_are_refused(
     build = EmbeddingStore.build
     with pytest.raises(ValueError, match=r"'d0' is too large for float16; encode with dtype=\"model\""):
         build(model, make_collection(6), tmp_path / "store", dtype="bfloat16", show_progress_bar=False)
-    assert len(build(model, make_collection(6), tmp_path / "store", show_progress_bar=False)) == 6
+    assert len(build(model, make_collection(6), tmp_path / "store", dtype="model", show_progress_bar=False)) == 6
 
 
 def test_the_manifest_says_what_the_store_is_of(builds: Builds, tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def test_saved_runs_of_a_benchmark_are_the_reference_of_the_next(tiny_model, col
 
 
 def test_a_pool_that_cannot_be_made_is_refused(collection, tmp_path) -> None:
-    with pytest.raises(ValueError, match="corpus must be 'full' or 'pooled', got 'half'"):
+    with pytest.raises(ValueError, match="corpus must be one of full, pooled, got 'half'"):
         CollectionEvaluator(collection, corpus="half")
     with pytest.raises(ValueError, match="a reference_run is for a pool; give corpus='pooled' too"):
         CollectionEvaluator(collection, reference_run={"q0": {"d0": 1.0}})

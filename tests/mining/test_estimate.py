@@ -11,7 +11,7 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from st_clp import Collection
 from st_clp.mining import mine
 from st_clp.mining.estimate import estimate
-from st_clp.mining.options import MiningOptions
+from st_clp.options import MiningOptions
 
 
 def make_collection() -> Collection:

@@ -18,7 +18,7 @@ from st_clp import CLPLoss, Collection, mine_hard_negatives
 from st_clp.data import CollectionError
 from st_clp.mining import DETAIL_COLUMNS, MinedNegatives, MiningOptions, mine
 from st_clp.mining.bm25 import BM25, Words, fuse
-from st_clp.mining.candidates import Candidate, CandidateFilter
+from st_clp.mining.candidates import Candidate, refusal
 
 WORDS = "river lake mountain city country money bank language people capital red blue green old new big small".split()
 
@@ -94,22 +94,22 @@ def test_a_row_with_fewer_negatives_has_its_positive_in_their_place(tiny_model: 
 
 
 def test_a_relative_margin_points_downwards_for_negative_scores_too() -> None:
-    filters = CandidateFilter(relative_margin=0.5)
-    assert filters.refusal(Candidate("d", 0, -0.25), -0.2) == (
+    options = MiningOptions(relative_margin=0.5)
+    assert refusal(Candidate("d", 0, -0.25), -0.2, options) == (
         "within relative_margin of the positive",
         pytest.approx(0.05),
     )
-    assert filters.refusal(Candidate("d", 0, -0.31), -0.2) is None
-    assert filters.refusal(Candidate("d", 0, 0.11), 0.2) == (
+    assert refusal(Candidate("d", 0, -0.31), -0.2, options) is None
+    assert refusal(Candidate("d", 0, 0.11), 0.2, options) == (
         "within relative_margin of the positive",
         pytest.approx(0.01),
     )
-    assert filters.refusal(Candidate("d", 0, 0.09), 0.2) is None
+    assert refusal(Candidate("d", 0, 0.09), 0.2, options) is None
 
 
 def test_a_miss_is_as_far_as_the_strictest_limit_says() -> None:
-    filters = CandidateFilter(absolute_margin=0.1, max_score=0.3)
-    reason, excess = filters.refusal(Candidate("d", 0, 0.85), 0.9) or ("", 0.0)
+    options = MiningOptions(absolute_margin=0.1, max_score=0.3)
+    reason, excess = refusal(Candidate("d", 0, 0.85), 0.9, options) or ("", 0.0)
     assert (reason, excess) == ("within absolute_margin of the positive", pytest.approx(0.55))
 
 
@@ -321,16 +321,16 @@ def test_the_account_knows_how_scores_lie_and_draws_them(tiny_model: SentenceTra
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"on_shortage": "lose"}, "on_shortage must be one of 'relax', 'random', 'fewer', 'drop', got 'lose'"),
-        ({"candidates": "luck"}, "candidates must be one of 'model', 'bm25', 'mixed', got 'luck'"),
-        ({"duplicate_threshold": 1.5}, "duplicate_threshold is a cosine, -1 to 1, got 1.5"),
+        ({"on_shortage": "lose"}, "on_shortage must be one of relax, random, fewer, drop, got 'lose'"),
+        ({"candidates": "luck"}, "candidates must be one of model, bm25, mixed, got 'luck'"),
+        ({"duplicate_threshold": 1.5}, "duplicate_threshold must be at least -1 and at most 1, got 1.5"),
         ({"nprobe": 3}, "nprobe is for an approximate index"),
         ({"max_queries": 0}, "max_queries must be at least 1, got 0"),
         ({"index": "HNSW32", "candidates": "bm25"}, "BM25 ranks by itself"),
-        ({"max_score": float("nan")}, "max_score must be a number, got nan"),
+        ({"max_score": float("nan")}, "max_score must be a finite number, got nan"),
         ({"min_score": 0.9, "max_score": 0.1}, "min_score must not be above max_score"),
-        ({"num_negatives": 2.5}, "num_negatives must be a whole number, got 2.5"),
-        ({"range_max": True}, "range_max must be a whole number, got True"),
+        ({"num_negatives": 2.5}, "num_negatives must be of the kind int, got 2.5"),
+        ({"range_max": True}, "range_max must be of the kind int, got True"),
         ({"queries_per_negative": -1}, "queries_per_negative must be at least 0, got -1"),
     ],
 )

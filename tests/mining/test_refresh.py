@@ -378,7 +378,7 @@ def test_a_row_is_found_by_its_number_whatever_collections_there_are(sizes: list
     ("change", "message"),
     [
         ({"every": 0}, "at least 1"),
-        ({"every": "week"}, '"epoch"'),
+        ({"every": "week"}, "every must be a number of steps, at least 1, or epoch"),
         ({"lag": -1}, "at least 0"),
         ({"threads": 0}, "at least 1"),
         ({"batchsize": 3}, "knows no 'batchsize'"),

@@ -19,11 +19,12 @@ from st_clp.mining.negative_queries.interface import (
 from st_clp.mining.negative_queries.judgments import JudgedQueries
 from st_clp.mining.negative_queries.lead import TitleOrLead
 from st_clp.mining.negative_queries.local import LocalQueries
-from st_clp.mining.negative_queries.options import QueryOptions, make_chain, parse_sources
+from st_clp.mining.negative_queries.making import make_chain, parse_sources
 from st_clp.mining.negative_queries.outlook import SourceOutlook, outlook
 from st_clp.mining.negative_queries.prompts import Prompts
 from st_clp.mining.negative_queries.roundtrip import RoundTrip
 from st_clp.mining.negative_queries.store import QueryStore
+from st_clp.options import QueryOptions
 
 __all__ = [
     "JUDGMENTS",

@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from st_clp.mining.negative_queries.address import read_key, require_address, require_key_variable
+from st_clp.address import read_key, require_address, require_key_variable
 from st_clp.mining.negative_queries.interface import Usage
 from st_clp.mining.negative_queries.pace import retry_after
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 
 import numpy as np
 from sentence_transformers import SentenceTransformer
 
-from st_clp.encoding import ComputeDtype, EmbeddingStore, encode_queries
+from st_clp.declaring import takes
+from st_clp.encoding import EmbeddingStore, encode_queries
 from st_clp.mining.negative_queries.interface import DocumentQueries
+from st_clp.options import EncodingOptions, RoundTripAction
 from st_clp.search import pair_scores, search_rows
-
-RoundTripAction = Literal["off", "drop", "weight"]
 
 FAILED = "does not find its document"
 LOWER_WEIGHT = 0.5  # what the weight of a query is multiplied by that does not find its document
@@ -33,10 +32,10 @@ class RoundTrip:
         store: The embeddings of the corpus by the same model.
         k: How far down the document may be, from 1.
         action: ``"drop"`` a query that fails, or give it half its ``"weight"``.
-        dtype: As in :func:`st_clp.encoding.encode_queries`.
-        batch_size: No more queries than this in one forward pass.
+        encoding: How queries are encoded.
     """
 
+    @takes(encoding=EncodingOptions)
     def __init__(
         self,
         model: SentenceTransformer,
@@ -44,15 +43,13 @@ class RoundTrip:
         *,
         k: int = 10,
         action: RoundTripAction = "drop",
-        dtype: ComputeDtype = "auto",
-        batch_size: int | None = None,
+        encoding: EncodingOptions,
     ) -> None:
         self._model = model
         self._store = store
         self._k = min(k, len(store))
         self._action = action
-        self._dtype = dtype
-        self._batch_size = batch_size
+        self._encoding = encoding
 
     def check(self, answers: Sequence[DocumentQueries]) -> tuple[list[DocumentQueries], Counter[str]]:
         """(the answers, without or with a lower weight for queries that fail; how many did what)."""
@@ -79,9 +76,7 @@ class RoundTrip:
         found: list[bool] = []
         for begin in range(0, len(pairs), QUERIES_TOGETHER):
             some = pairs[begin : begin + QUERIES_TOGETHER]
-            queries = encode_queries(
-                self._model, [text for _, text in some], batch_size=self._batch_size, dtype=self._dtype
-            )
+            queries = encode_queries(self._model, [text for _, text in some], encoding=self._encoding)
             own = np.array([positions[doc_id] for doc_id, _ in some])
             scores, rows = search_rows(self._model, queries, self._store, self._k)
             # Another document with the same embedding may stand in its place.

@@ -11,15 +11,15 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sentence_transformers import SentenceTransformer
 from transformers import TrainerCallback
 
 from st_clp.data import Collection
+from st_clp.declaring import takes
 from st_clp.mining.miner import mine
-from st_clp.mining.options import MiningOptions
 from st_clp.mining.refresh.account import MEASURES
 from st_clp.mining.refresh.collating import Negatives, RefreshingCollator
 from st_clp.mining.refresh.dataset import columns_to_refresh, mining_options_of, named, to_train_on
@@ -29,6 +29,7 @@ from st_clp.mining.refresh.layout import Layout
 from st_clp.mining.refresh.miners import Miner, MinerBeside, MinerHere, What, free_device
 from st_clp.mining.refresh.processes import Processes
 from st_clp.mining.refresh.refresher import Refresher
+from st_clp.options import MiningOptions, RefreshOptions
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -64,17 +65,11 @@ class AnceCallback(TrainerCallback):
         collections: The collection that the rows were mined from; or a mapping of names to collections.
         rows: The rows that training begins with, from :func:`st_clp.mine_hard_negatives` with
             ``output_details=True``; or a mapping with the same names as ``collections``.
-        every: Steps between two refreshes; or ``"epoch"``.
         options: What to mine. None: as many negatives and queries as the rows have, and the defaults otherwise. Give
             the options that the rows were mined with.
-        asynchronous: Mine in another process while training goes on.
-        lag: Asynchronous: after how many steps the negatives are used. None: as many as lie between refreshes.
-            0: as soon as they are there, which no other run will repeat.
-        threads: Asynchronous on a processor: threads to mine with. While training on a processor, it has as many
-            fewer, from its first step to its last, so that the two do not disturb each other.
-        device: Asynchronous: what to mine on. None: a GPU that training does not use, or else what it uses.
         folder: Where negatives, snapshots and embeddings are kept while they are needed. None: ``ance`` in the
             Trainer's ``output_dir``.
+        refresh
         **mining: Further arguments of :func:`st_clp.mining.mine`: ``dtype``, ``batch_size``, ``cross_encoder`` …
 
     Attributes:
@@ -102,31 +97,25 @@ class AnceCallback(TrainerCallback):
         trainer.train()
     """
 
+    @takes(refresh=RefreshOptions)
     def __init__(
         self,
         collections: Collection | Mapping[str, Collection],
         rows: Dataset | Mapping[str, Dataset],
         *,
-        every: int | Literal["epoch"] = "epoch",
         options: MiningOptions | None = None,
-        asynchronous: bool = False,
-        lag: int | None = None,
-        threads: int = 1,
-        device: str | None = None,
         folder: str | Path | None = None,
+        refresh: RefreshOptions,
         **mining: Any,
     ) -> None:
-        if every != "epoch" and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
-            raise ValueError(f'every must be a number of steps, at least 1, or "epoch", got {every!r}')
-        if (lag is not None and lag < 0) or threads < 1:
-            raise ValueError(f"lag must be at least 0 and threads at least 1, got lag={lag} and threads={threads}")
         known = inspect.signature(mine).parameters.keys() - {"model", "collection", "options", "store_dir"}
         for name in mining.keys() - known:
             raise ValueError(f"AnceCallback knows no {name!r}, and mine takes {', '.join(sorted(known))}")
         self._collections, self._rows = named(collections, rows)
         self._options = mining_options_of(self._rows, options)
-        self._every, self._asynchronous, self._lag = every, asynchronous, lag
-        self._threads, self._device = threads, device
+        self._every = refresh.steps_between_refreshes or "epoch"
+        self._asynchronous, self._lag = refresh.refresh_async, refresh.refresh_lag
+        self._threads, self._device = refresh.refresh_threads, refresh.refresh_device
         self._folder = Path(folder) if folder is not None else None
         self._mining = mining
         self._refresher: Refresher | None = None

@@ -117,5 +117,5 @@ def test_a_budget_that_cannot_be_meant_is_refused() -> None:
         QueryOptions(query_budget=1.0)
     with pytest.raises(ValueError, match="give both prices"):
         QueryOptions(query_price_prompt=1.0)
-    with pytest.raises(ValueError, match="max_tokens must be at least 0 and finite, got -1"):
+    with pytest.raises(ValueError, match="query_budget_tokens must be at least 0, got -1"):
         QueryOptions(query_budget_tokens=-1)

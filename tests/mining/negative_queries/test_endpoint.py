@@ -20,7 +20,7 @@ from st_clp.mining.negative_queries import (
     QueryStore,
     make_chain,
 )
-from st_clp.mining.negative_queries.options import QueryOptions
+from st_clp.options import QueryOptions
 
 from .conftest import KEY, Endpoint, make_documents
 

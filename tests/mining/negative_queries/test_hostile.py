@@ -182,11 +182,11 @@ def test_a_key_in_an_address_is_never_said(address: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"query_temperature": float("inf")}, "query_temperature must be at least 0 and finite"),
-        ({"query_temperature": float("nan")}, "query_temperature must be at least 0 and finite"),
-        ({"query_timeout": float("inf")}, "query_timeout must be above 0 and finite"),
-        ({"query_timeout": 1e9}, "query_timeout is in seconds, at most 86,400"),
-        ({"query_rate": float("nan")}, "query_rate must be above 0"),
+        ({"query_temperature": float("inf")}, "query_temperature must be a finite number"),
+        ({"query_temperature": float("nan")}, "query_temperature must be a finite number"),
+        ({"query_timeout": float("inf")}, "query_timeout must be a finite number"),
+        ({"query_timeout": 1e9}, "query_timeout must be above 0 and at most 86,400"),
+        ({"query_rate": float("nan")}, "query_rate must be a finite number"),
         ({"query_budget": float("inf"), "query_price_prompt": 1.0, "query_price_completion": 1.0}, "finite"),
         ({"query_price_prompt": float("inf"), "query_price_completion": 1.0}, "finite"),
         ({"query_price_prompt": 1e30, "query_price_completion": 1.0}, "at most 1,000,000"),
