@@ -21,11 +21,13 @@ _PUBLIC = {
     "to_dense": "st_clp.moe",
     "load": "st_clp.moe",
     "Collection": "st_clp.data",
+    "average": "st_clp.averaging",
     "mine_hard_negatives": "st_clp.mining",
     "AnceCallback": "st_clp.mining",
 }
 
 if TYPE_CHECKING:
+    from st_clp.averaging import average
     from st_clp.data import Collection
     from st_clp.losses import CachedCLPLoss, CLPLoss
     from st_clp.mining import AnceCallback, mine_hard_negatives
@@ -38,6 +40,7 @@ __all__ = [
     "Collection",
     "MoETransformer",
     "__version__",
+    "average",
     "load",
     "mine_hard_negatives",
     "to_dense",

@@ -347,9 +347,36 @@ class TrainingOptions(SeedOption):
     )
     warmup: float = option(0.1, "Steps of warm-up: a share of all steps, or a number from 1.", least=0)
     bf16: bool | None = option(None, "Train in bfloat16. By default where the hardware has it.")
+    average_with_base: str | None = option(
+        None,
+        "Give the trained weights this share, from 0 to 1, and the base model's the rest, which is often better than "
+        "either; auto tries several shares on training queries held out. By default all.",
+    )
     training_arg: dict[str, Any] = option(
         {}, "Any other argument of SentenceTransformerTrainingArguments, as NAME=VALUE."
     )
+
+    def __post_init__(self) -> None:
+        share = self.average_with_base
+        if isinstance(share, (int, float)) and not isinstance(share, bool):  # as YAML and Python give it
+            object.__setattr__(self, "average_with_base", f"{share:g}")
+        super().__post_init__()
+
+    def _check(self) -> None:
+        share = self.share_of_trained
+        if isinstance(share, float) and not 0 <= share <= 1:
+            raise SettingsError(f"average_with_base must be a share from 0 to 1, or auto, got {share:g}")
+
+    @property
+    def share_of_trained(self) -> float | Literal["auto"]:
+        """``average_with_base`` as a number or ``"auto"``; 1 where nothing is averaged."""
+        share = self.average_with_base
+        if share == "auto":
+            return "auto"
+        try:
+            return 1.0 if share is None else float(share)
+        except ValueError:
+            raise SettingsError(f"average_with_base must be a share from 0 to 1, or auto, got {share!r}") from None
 
 
 @dataclass(frozen=True)

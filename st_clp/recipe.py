@@ -23,11 +23,12 @@ from evaluators.call import EvaluationCall
 from evaluators.collection import distinct_names
 from evaluators.evaluation import MANIFEST as EVALUATION
 from evaluators.saving import save_parts
+from st_clp.averaging import ChosenShare, WeightAverage, choose_share, hold_out
 from st_clp.data import Collection
 from st_clp.files import write_json
 from st_clp.mining import AnceCallback, mine, plot_refreshes
 from st_clp.mining.negative_queries import make_chain
-from st_clp.mining.rows import read_rows, to_dataset, write_rows
+from st_clp.mining.rows import TrainingRow, read_rows, to_dataset, write_rows
 from st_clp.moe import expert_usage, is_moe, load, train_only, upcycle
 from st_clp.options import Encoding, EvaluationOptions, MiningOptions, QueryOptions
 from st_clp.report import METRICS, machine, print_scores, versions, write_card
@@ -261,6 +262,10 @@ class _Run:
         self._say(str(trainable))
         collections = {slug(collection.name): collection for collection in self.collections.train}
         rows = {name: read_rows(self._rows_file(collection)) for name, collection in collections.items()}
+        held_out: dict[str, list[TrainingRow]] = {}
+        if settings.share_of_trained == "auto":
+            parts = {name: hold_out(found, settings.seed) for name, found in rows.items()}
+            rows, held_out = ({name: part[which] for name, part in parts.items()} for which in (0, 1))
         datasets = {
             name: to_dataset(
                 found, num_negatives=settings.num_negatives, queries_per_negative=settings.queries_per_negative
@@ -279,6 +284,7 @@ class _Run:
         finally:
             if refresh is not None:
                 refresh.close()
+        averaged = self._average(model, held_out, rows)
         model.save(str(self.directory.path))
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
         return {
@@ -289,7 +295,25 @@ class _Run:
             "bf16": trainer.args.bf16,
             "history": history,
             "refreshes": self._refreshes(refresh),
+            "averaged": averaged,
         }
+
+    def _average(
+        self, model: SentenceTransformer, held_out: dict[str, list[TrainingRow]], rows: dict[str, list[TrainingRow]]
+    ) -> dict[str, Any] | None:
+        """Average the weights with the base's as the settings have it; what was chosen and why, None where nothing."""
+        share = self.settings.share_of_trained
+        if share == 1:
+            return None
+        averaging = WeightAverage(model, self._base_model())
+        if share == "auto":
+            options = EvaluationOptions.of(self.settings, write_csv=False)
+            chosen = choose_share(model, averaging, held_out, rows, options)
+        else:
+            averaging.set(share)
+            chosen = ChosenShare(share, {}, 0)
+        self._say(str(chosen))
+        return chosen.to_dict()
 
     def _refreshes(self, refresh: AnceCallback | None) -> list[dict[str, Any]]:
         """The account of each refresh, drawn too; empty where negatives were mined once."""

@@ -122,6 +122,13 @@ def write_card(
     write_text(path, str(card))
 
 
+def _averaged_line(averaged: Mapping[str, Any] | None) -> list[str]:
+    if averaged is None:
+        return []
+    chosen = f", the best on {averaged['queries']} training queries held out" if averaged["scores"] else ""
+    return [f"- Weights: {averaged['share']:.0%} the trained ones, the rest the base model's{chosen}"]
+
+
 def _card_section(settings: RunSettings, report: Mapping[str, Any]) -> str:
     trained = report["training"]
     mixture = (
@@ -144,6 +151,7 @@ def _card_section(settings: RunSettings, report: Mapping[str, Any]) -> str:
         f"(`{settings.what_trains}`)",
         f"- Epochs {settings.epochs:g}, batch size {settings.batch_size}, learning rate "
         f"{settings.peak_learning_rate:g}, seed {settings.seed}",
+        *_averaged_line(trained.get("averaged")),
         f"- Hard negatives: {settings.num_negatives} a query, from ranks {settings.range_min} to {settings.range_max}",
         "",
         "Scores before → after:",
