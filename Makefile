@@ -63,7 +63,7 @@ bench: $(VENV)/installed-$(VERSION)  ## the benchmarks, each against its peer
 mutate: $(VENV)/installed-$(VERSION)  ## change 40 lines of the core, one at a time: do the tests notice? (an hour)
 	$(BIN)/python tools/mutate.py --jobs 2
 
-campaign: $(VENV)/installed-$(VERSION)  ## kill the commands 200 times, and give them bad input: is anything lost or unclear? (half an hour)
+campaign: $(VENV)/installed-$(VERSION)  ## kill the commands 200 times, and give them bad input: is anything lost or unclear? (some minutes)
 	$(BIN)/python tests/campaigns/campaign.py --summary campaign.json
 
 clean:  ## remove .venv and .venv-lowest
