@@ -23,15 +23,16 @@ _PUBLIC = {
     "Collection": "st_clp.data",
     "average": "st_clp.averaging",
     "mine_hard_negatives": "st_clp.mining",
-    "AnceCallback": "st_clp.mining",
+    "AnceCallback": "st_clp.refresh",
 }
 
 if TYPE_CHECKING:
     from st_clp.averaging import average
     from st_clp.data import Collection
     from st_clp.losses import CachedCLPLoss, CLPLoss
-    from st_clp.mining import AnceCallback, mine_hard_negatives
+    from st_clp.mining import mine_hard_negatives
     from st_clp.moe import MoETransformer, load, to_dense, train_only, upcycle
+    from st_clp.refresh import AnceCallback
 
 __all__ = [
     "AnceCallback",

@@ -26,11 +26,12 @@ from evaluators.saving import save_parts
 from st_clp.averaging import ChosenShare, WeightAverage, choose_share, hold_out
 from st_clp.data import Collection
 from st_clp.files import write_json
-from st_clp.mining import AnceCallback, mine, plot_refreshes
+from st_clp.mining import mine
 from st_clp.mining.negative_queries import make_chain
 from st_clp.mining.rows import TrainingRow, read_rows, to_dataset, write_rows
 from st_clp.moe import expert_usage, is_moe, load, train_only, upcycle
 from st_clp.options import Encoding, EvaluationOptions, MiningOptions, QueryOptions
+from st_clp.refresh import AnceCallback, plot_refreshes
 from st_clp.report import METRICS, machine, print_scores, versions, write_card
 from st_clp.rundir import RunDirectory, slug
 from st_clp.settings import RunSettings, SettingsError

@@ -24,10 +24,11 @@ from transformers import ProgressCallback, TrainerCallback
 
 from st_clp.encoding import hardware_has_bf16
 from st_clp.losses import CachedCLPLoss, CLPLoss
-from st_clp.mining import AnceCallback, TrainingRow
+from st_clp.mining import TrainingRow
 from st_clp.mining.rows import to_dataset
 from st_clp.option_values import read_number, shown
 from st_clp.options import MiningOptions, RefreshOptions
+from st_clp.refresh import AnceCallback
 from st_clp.settings import RunSettings, SettingsError
 
 if TYPE_CHECKING:

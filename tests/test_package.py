@@ -73,7 +73,7 @@ BELOW: Mapping[str, set[str]] = {
 ROOMS: Mapping[str, str] = {
     "commands": "cli commands demo",
     "run": "averaging recipe report rundir searching splits stages training",
-    "refresh": "refresh mining.refresh",
+    "refresh": "refresh",
     "mining": "mining",
     "queries": "mining.negative_queries",
     "search": "search",
@@ -87,11 +87,6 @@ ROOM_OF = {
     "st_clp": "leaves",  # the package itself: its version
     "evaluators": "evaluators",
     **{f"st_clp.{name}": room for room, names in ROOMS.items() for name in names.split()},
-}
-# Imports that are to go: whoever mends one strikes it out here, and nobody adds any.
-OFFENDERS = {
-    ("st_clp.mining", "st_clp.mining.refresh"),
-    ("st_clp.data.collection", "st_clp.data.sources"),  # the sources import it too
 }
 
 
@@ -164,18 +159,11 @@ def circle(imports: set[tuple[str, str]]) -> list[str] | None:
 
 
 def test_no_module_imports_from_a_room_above_or_beside_its_own(imports) -> None:
-    assert upward(imports - OFFENDERS) == set()
+    assert upward(imports) == set()
 
 
 def test_no_modules_import_one_another_in_a_circle(imports) -> None:
-    assert circle(imports - OFFENDERS) is None
-
-
-def test_offenders_that_were_mended_are_struck_out(imports) -> None:
-    for offender in OFFENDERS:
-        needed = imports - OFFENDERS | {offender}
-        assert offender in imports, f"{offender} is mended: strike it out"
-        assert upward(needed) or circle(needed), f"{offender} does no harm any more: strike it out"
+    assert circle(imports) is None
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["evaluate", "--help"], ["run", "--epoch", "1"]])

@@ -12,6 +12,7 @@ from functools import cached_property
 from st_clp.data.checks import require_grade, require_id, require_ids, require_text, shown
 from st_clp.data.corpus import Corpus, Document, MemoryCorpus
 from st_clp.data.errors import CollectionError
+from st_clp.data.registry import find_source
 
 logger = logging.getLogger(__name__)
 
@@ -78,9 +79,7 @@ class Collection:
             CollectionError: An unknown source (with the nearest known ones), a split that is not there, a
                 broken file (with file and line), an empty corpus, or one id with two texts.
         """
-        from st_clp.data.sources import load_collection
-
-        collection = load_collection(source, split=split, text_fields=text_fields)
+        collection = find_source(source).load(source, split=split, text_fields=text_fields)
         if language is not None:
             collection.language = language
         collection.say_left_out()
@@ -89,9 +88,7 @@ class Collection:
     @staticmethod
     def splits(source: str) -> list[str]:
         """The splits with judgments that ``source`` has, such as ``["dev", "train"]``; empty where it has none."""
-        from st_clp.data.sources import list_splits
-
-        return list_splits(source)
+        return find_source(source).splits(source)
 
     @classmethod
     def from_dict(

@@ -1,14 +1,15 @@
 """Hard negatives mined by the model itself (ANCE), and the queries that they answer."""
 
+import importlib
+from typing import Any
+
 from st_clp.mining.account import MiningAccount
 from st_clp.mining.miner import MinedNegatives, mine, mine_hard_negatives
-from st_clp.mining.refresh import AnceCallback, plot_refreshes
 from st_clp.mining.rows import DETAIL_COLUMNS, Negative, TrainingRow
 from st_clp.options import MiningOptions
 
 __all__ = [
     "DETAIL_COLUMNS",
-    "AnceCallback",
     "MinedNegatives",
     "MiningAccount",
     "MiningOptions",
@@ -16,5 +17,11 @@ __all__ = [
     "TrainingRow",
     "mine",
     "mine_hard_negatives",
-    "plot_refreshes",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Where refreshing was before it had a room of its own; mining itself knows nothing of it.
+    if name in ("AnceCallback", "plot_refreshes"):
+        return getattr(importlib.import_module("st_clp.refresh"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,80 +1,8 @@
-"""Where collections come from: each kind recognises its own names; a new one goes into ``SOURCES``."""
+"""Where collections come from. Each module registers itself, and a new one is imported here.
 
-from __future__ import annotations
+The user's own files come first: a folder with a collection in it is meant, whatever else has its name.
+"""
 
-import difflib
-import importlib.util
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Protocol
+from st_clp.data.sources import beir_folder, training_rows, embedded, irds  # isort: skip
 
-from st_clp.data.collection import Collection
-from st_clp.data.errors import CollectionError
-from st_clp.data.sources import beir_folder, embedded, irds, training_rows
-
-
-class Source(Protocol):
-    """What a module of this package offers."""
-
-    def recognises(self, source: str) -> bool:
-        """Whether ``source`` names a collection of this kind."""
-
-    def splits(self, source: str) -> list[str]:
-        """The splits with judgments."""
-
-    def load(self, source: str, *, split: str | None, text_fields: Sequence[str] | None) -> Collection:
-        """Read the collection."""
-
-    def known_names(self) -> list[str]:
-        """Names to suggest when one is not known."""
-
-
-# The user's own files come first: a folder with a collection in it is meant, whatever else has its name.
-SOURCES: tuple[Source, ...] = (beir_folder, training_rows, embedded, irds)
-
-
-def find_source(source: str) -> Source:
-    """The kind of collection that ``source`` names.
-
-    Raises:
-        CollectionError: No kind knows it; the message gives the nearest known names.
-    """
-    for kind in SOURCES:
-        if kind.recognises(source):
-            return kind
-    raise CollectionError(_unknown(source))
-
-
-def load_collection(source: str, *, split: str | None, text_fields: Sequence[str] | None) -> Collection:
-    """See :meth:`st_clp.data.Collection.load`."""
-    return find_source(source).load(source, split=split, text_fields=text_fields)
-
-
-def list_splits(source: str) -> list[str]:
-    """See :meth:`st_clp.data.Collection.splits`."""
-    return find_source(source).splits(source)
-
-
-def _unknown(source: str) -> str:
-    path = Path(source)
-    if path.is_dir():
-        return (
-            f"{source} is a folder, but has no corpus.jsonl (or corpus.jsonl.gz) in it. A BEIR folder holds "
-            "corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv."
-        )
-    if path.is_file():
-        return f'{source} is a file, but no .jsonl or .jsonl.gz of training rows ({{"query": …, "pos": […]}}).'
-    if importlib.util.find_spec("ir_datasets") is None:
-        return (
-            f"unknown collection {source!r}; ids of ir_datasets can be named once it is there: pip install ir-datasets"
-        )
-    known = [name for kind in SOURCES for name in kind.known_names()]
-    nearest = difflib.get_close_matches(source, known, n=5, cutoff=0.6)
-    advice = f"Did you mean {', '.join(nearest)}?" if nearest else "Any id of the ir_datasets catalogue can be named."
-    if path.suffix or source.startswith((".", "/", "~")):
-        return f"no file or folder {source!r} ({path.absolute().parent} {_there(path.absolute().parent)}). {advice}"
-    return f"unknown collection {source!r}: no such file or folder, and no such ir_datasets id. {advice}"
-
-
-def _there(folder: Path) -> str:
-    return "is there" if folder.is_dir() else "is not there either"
+__all__ = ["beir_folder", "embedded", "irds", "training_rows"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Container, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from st_clp.data.collection import Collection
 from st_clp.data.corpus import Document, FileCorpus
 from st_clp.data.errors import CollectionError
 from st_clp.data.files import find_file, id_field, read_jsonl, read_lines, text_field
+from st_clp.data.registry import register_source
 
 DEFAULT_FIELDS = ("title", "text")
 
@@ -133,3 +135,6 @@ def _is_header(parts: list[str], queries: Container[str], documents: Container[s
     if parts[0] in queries or parts[1] in documents:
         return False
     return len(parts[2]) > 1 and not any(letter.isnumeric() for letter in parts[2])
+
+
+register_source(sys.modules[__name__])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 from st_clp.data.collection import Collection
 from st_clp.data.corpus import MemoryCorpus
 from st_clp.data.errors import CollectionError
+from st_clp.data.registry import register_source
 
 PREFIX = "embedded/"
 LANGUAGES = ("ko", "fa", "hi", "en")
@@ -64,3 +66,6 @@ def load(source: str, *, split: str | None, text_fields: Sequence[str] | None) -
 @lru_cache(maxsize=1)
 def _collections() -> dict[str, Any]:
     return json.loads(gzip.decompress(FILE.read_bytes()))["collections"]
+
+
+register_source(sys.modules[__name__])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from st_clp.data.checks import add_judgment, require_grade
 from st_clp.data.collection import Collection
 from st_clp.data.corpus import Corpus, Document
 from st_clp.data.errors import CollectionError
+from st_clp.data.registry import register_source
 
 logger = logging.getLogger(__name__)
 
@@ -144,3 +146,6 @@ def _load(dataset_id: str) -> Any:
     import ir_datasets
 
     return ir_datasets.load(dataset_id)
+
+
+register_source(sys.modules[__name__])

@@ -9,6 +9,7 @@ texts stand for themselves: the same text is the same document, the same query.
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from st_clp.data.collection import Collection
 from st_clp.data.corpus import MemoryCorpus
 from st_clp.data.errors import CollectionError
 from st_clp.data.files import read_jsonl, text_field
+from st_clp.data.registry import register_source
 
 SPLIT = "train"
 
@@ -137,3 +139,6 @@ def _marks(
                 "with a name, or a number of at least 0, for each of its queries"
             ) from error
     return marks
+
+
+register_source(sys.modules[__name__])

@@ -7,12 +7,12 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from st_clp.mining.refresh.collating import Negatives
-from st_clp.mining.refresh.generation import read_account
-from st_clp.mining.refresh.history import History, Refresh, used_after, write_journal
-from st_clp.mining.refresh.layout import Layout
-from st_clp.mining.refresh.miners import Miner
-from st_clp.mining.refresh.processes import Processes
+from st_clp.refresh.collating import Negatives
+from st_clp.refresh.generation import read_account
+from st_clp.refresh.history import History, Refresh, used_after, write_journal
+from st_clp.refresh.layout import Layout
+from st_clp.refresh.miners import Miner
+from st_clp.refresh.processes import Processes
 
 logger = logging.getLogger(__name__)
 

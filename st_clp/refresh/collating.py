@@ -17,8 +17,8 @@ import torch
 from accelerate.utils import send_to_device
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from st_clp.mining.refresh.generation import Generation
-from st_clp.mining.refresh.layout import Layout
+from st_clp.refresh.generation import Generation
+from st_clp.refresh.layout import Layout
 
 ROW = "row"
 """The column of a training set that says which row of a generation belongs to it."""

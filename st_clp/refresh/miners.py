@@ -12,12 +12,12 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from st_clp.data import Collection
-from st_clp.mining.refresh import snapshot
-from st_clp.mining.refresh.background import BackgroundMiner
-from st_clp.mining.refresh.generation import is_whole, mine_generation
-from st_clp.mining.refresh.layout import Layout
-from st_clp.mining.refresh.worker import Job
 from st_clp.options import MiningOptions
+from st_clp.refresh import snapshot
+from st_clp.refresh.background import BackgroundMiner
+from st_clp.refresh.generation import is_whole, mine_generation
+from st_clp.refresh.layout import Layout
+from st_clp.refresh.worker import Job
 
 POLL = 0.2  # seconds
 

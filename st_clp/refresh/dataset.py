@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from st_clp.data import Collection
-from st_clp.mining.refresh.collating import ROW
 from st_clp.mining.rows import DETAIL_COLUMNS, query_column
 from st_clp.options import MiningOptions
+from st_clp.refresh.collating import ROW
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict

@@ -70,8 +70,8 @@ def main() -> None:
 
 
 def _mine(job: Job, command: dict[str, Path]) -> None:
-    from st_clp.mining.refresh.generation import mine_generation
-    from st_clp.mining.refresh.snapshot import fill
+    from st_clp.refresh.generation import mine_generation
+    from st_clp.refresh.snapshot import fill
 
     fill(job.model, job.frozen, command["snapshot"])
     mine_generation(

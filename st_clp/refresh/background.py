@@ -12,10 +12,10 @@ import sys
 import weakref
 from pathlib import Path
 
-from st_clp.mining.refresh.generation import is_whole
-from st_clp.mining.refresh.worker import Job
+from st_clp.refresh.generation import is_whole
+from st_clp.refresh.worker import Job
 
-_START = "from st_clp.mining.refresh.worker import main; main()"
+_START = "from st_clp.refresh.worker import main; main()"
 _TAIL = 2000  # characters of its log that a failure quotes
 
 

@@ -20,16 +20,16 @@ from transformers import TrainerCallback
 from st_clp.data import Collection
 from st_clp.declaring import takes
 from st_clp.mining.miner import mine
-from st_clp.mining.refresh.account import MEASURES
-from st_clp.mining.refresh.collating import Negatives, RefreshingCollator
-from st_clp.mining.refresh.dataset import columns_to_refresh, mining_options_of, named, to_train_on
-from st_clp.mining.refresh.generation import is_whole, write_first
-from st_clp.mining.refresh.history import Refresh
-from st_clp.mining.refresh.layout import Layout
-from st_clp.mining.refresh.miners import Miner, MinerBeside, MinerHere, What, free_device
-from st_clp.mining.refresh.processes import Processes
-from st_clp.mining.refresh.refresher import Refresher
 from st_clp.options import MiningOptions, RefreshOptions
+from st_clp.refresh.account import MEASURES
+from st_clp.refresh.collating import Negatives, RefreshingCollator
+from st_clp.refresh.dataset import columns_to_refresh, mining_options_of, named, to_train_on
+from st_clp.refresh.generation import is_whole, write_first
+from st_clp.refresh.history import Refresh
+from st_clp.refresh.layout import Layout
+from st_clp.refresh.miners import Miner, MinerBeside, MinerHere, What, free_device
+from st_clp.refresh.processes import Processes
+from st_clp.refresh.refresher import Refresher
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict

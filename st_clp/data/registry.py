@@ -1,0 +1,75 @@
+"""Which kinds of collections there are: each recognises its own names."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from st_clp.data.errors import CollectionError
+
+if TYPE_CHECKING:
+    from st_clp.data.collection import Collection
+
+
+class Source(Protocol):
+    """What a module of this package offers."""
+
+    def recognises(self, source: str) -> bool:
+        """Whether ``source`` names a collection of this kind."""
+
+    def splits(self, source: str) -> list[str]:
+        """The splits with judgments."""
+
+    def load(self, source: str, *, split: str | None, text_fields: Sequence[str] | None) -> Collection:
+        """Read the collection."""
+
+    def known_names(self) -> list[str]:
+        """Names to suggest when one is not known."""
+
+
+SOURCES: list[Source] = []
+
+
+def register_source(source: Any) -> None:
+    """Let collections be loaded from ``source``, which has what :class:`Source` says; those before it come first."""
+    SOURCES.append(source)
+
+
+def find_source(source: str) -> Source:
+    """The kind of collection that ``source`` names.
+
+    Raises:
+        CollectionError: No kind knows it; the message gives the nearest known names.
+    """
+    for kind in SOURCES:
+        if kind.recognises(source):
+            return kind
+    raise CollectionError(_unknown(source))
+
+
+def _unknown(source: str) -> str:
+    path = Path(source)
+    if path.is_dir():
+        return (
+            f"{source} is a folder, but has no corpus.jsonl (or corpus.jsonl.gz) in it. A BEIR folder holds "
+            "corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv."
+        )
+    if path.is_file():
+        return f'{source} is a file, but no .jsonl or .jsonl.gz of training rows ({{"query": …, "pos": […]}}).'
+    if importlib.util.find_spec("ir_datasets") is None:
+        return (
+            f"unknown collection {source!r}; ids of ir_datasets can be named once it is there: pip install ir-datasets"
+        )
+    known = [name for kind in SOURCES for name in kind.known_names()]
+    nearest = difflib.get_close_matches(source, known, n=5, cutoff=0.6)
+    advice = f"Did you mean {', '.join(nearest)}?" if nearest else "Any id of the ir_datasets catalogue can be named."
+    if path.suffix or source.startswith((".", "/", "~")):
+        return f"no file or folder {source!r} ({path.absolute().parent} {_there(path.absolute().parent)}). {advice}"
+    return f"unknown collection {source!r}: no such file or folder, and no such ir_datasets id. {advice}"
+
+
+def _there(folder: Path) -> str:
+    return "is there" if folder.is_dir() else "is not there either"
