@@ -103,7 +103,7 @@ class Comparison:
             return None
         return (
             f"precision of the models' computation: {before} before, {after} after. A difference in the third digit "
-            "can come from that alone; evaluate both with the same --dtype"
+            "can come from that alone; evaluate both with the same --encode-dtype"
         )
 
     def to_dict(self, *, queries: int | None = None) -> dict[str, Any]:

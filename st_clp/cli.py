@@ -8,15 +8,16 @@ from typing import Annotated
 import typer
 
 import st_clp
-from st_clp.commands import compare, demo, evaluate, mine, queries, report, run, search, store
+from st_clp.commands import compare, demo, doctor, evaluate, mine, queries, report, run, search, store
 from st_clp.terminal import show_what_can_be_shown
 
 app = typer.Typer(
     name="st-clp",
     help="Fine-tune text-embedding models for retrieval: hard negatives mined by the model itself (ANCE), a "
-    "contrastive loss with a penalty (CLP), and a mixture of experts (MoE).",
+    "contrastive loss with a penalty (CLP), and a mixture of experts (MoE).\n\nEvery command ends with status 0 where "
+    "all is done, 1 where something is wrong with what it was given (and says what to do), 2 where an option is, and "
+    "130 where it was stopped by Ctrl-C.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
@@ -30,6 +31,7 @@ app.command(no_args_is_help=True)(report.report)
 app.command()(search.search)
 app.add_typer(store.store, name="store")
 app.command()(demo.demo)
+app.command()(doctor.doctor)
 
 
 def main() -> None:

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from st_clp.commands.advice import SAME_COMMAND, after_a_stop
-from st_clp.commands.options import Extra, settings_command
+from st_clp.commands.options import ARGUMENT, Extra, settings_command
 from st_clp.declaring import names_of
 from st_clp.options import DataOptions, EncodingOptions, EvaluationOptions, OwnDocumentOption
 from st_clp.terminal import NARROWEST, new_console, print_whole
@@ -31,7 +30,7 @@ The output folder gets the runs as TREC run files, every query's scores, and wha
 
 **Examples**
 
-`st-clp evaluate BAAI/bge-m3 --collection miracl/ko --collection miracl/fa --output bge-m3`
+`st-clp evaluate --model BAAI/bge-m3 --collection miracl/ko --collection miracl/fa --output bge-m3`
 
 `st-clp evaluate --from-run run.trec --collection beir/scifact/test --output bm25`
 """
@@ -42,17 +41,19 @@ class EvaluateSettings(EvaluationOptions, DataOptions):
     """The settings of the command that other stages have too."""
 
 
-SETTINGS = [*names_of(EncodingOptions, OwnDocumentOption), "pool_depth", "max_seq_length", "text_field"]
-MODEL = typer.Argument(help="A model: a folder or a name on the Hub. Left out with --from-run.")
+SETTINGS = [
+    *("eval_split", *names_of(EncodingOptions, OwnDocumentOption), "pool_depth", "max_seq_length", "text_field"),
+]
+# What the options were called before all commands called them alike.
+ALIASES = {ARGUMENT: "model", "split": "eval_split", "dtype": "encode_dtype", "batch_size": "encode_batch_size"}
 EXTRAS: dict[str, Extra] = {
-    "model": (Annotated[str, MODEL], "", ""),
+    "model": (str, "", "A model: a folder or a name on the Hub. Left out with --from-run."),
     "collection": (
         list[str] | None,
         None,
         "What to evaluate on: an ir_datasets id or a BEIR folder; may be repeated.",
     ),
     "output": (str, "", "The folder for runs, scores and embeddings."),
-    "split": (str | None, None, "The split. By default dev, validation or test."),
     "metric": (list[str] | None, None, f"Metrics, the main one first. [default: {' '.join(DEFAULT_METRICS)}]"),
     "from_run": (
         list[Path] | None,
@@ -71,19 +72,19 @@ EXTRAS: dict[str, Extra] = {
 
 def evaluate_command() -> Callable[..., None]:
     """The command."""
-    return settings_command(_evaluate, "evaluate", SETTINGS, EXTRAS, of=EvaluateSettings)
+    return settings_command(_evaluate, "evaluate", SETTINGS, EXTRAS, of=EvaluateSettings, aliases=ALIASES)
 
 
 def _evaluate(
     model: str,
     collection: list[str] | None,
     output: str,
-    split: str | None,
     metric: list[str] | None,
     from_run: list[Path] | None,
     name: str | None,
     pool: list[Path] | None,
     store: Path | None,
+    eval_split: str | None,
     max_seq_length: int | None,
     text_field: list[str] | None,
     **given: Any,
@@ -99,16 +100,19 @@ def _evaluate(
     for flag, files in (("--from-run", from_run), ("--pool", pool)):
         if files and len(files) != len(collection):
             raise SettingsError(f"{len(collection)} collections and {len(files)} {flag}: give one for each, in order")
-    collections = _load(collection, split, text_field)
+    collections = _load(collection, eval_split, text_field)
     options: dict[str, Any] = {
-        **{key: value for key, value in given.items() if value is not None},
         "store_dir": store or Path(output) / "embeddings",
-        "show_progress_bar": True,
-        "write_csv": False,
-        "write_json": False,
+        "options": EvaluationOptions(
+            **{key: value for key, value in given.items() if value is not None},
+            corpus="pooled" if pool else "full",
+            show_progress_bar=True,
+            write_csv=False,
+            write_json=False,
+        ),
     }
     if pool:
-        options |= {"corpus": "pooled", "reference_runs": dict(zip(collections, pool, strict=True))}
+        options["reference_runs"] = dict(zip(collections, pool, strict=True))
     evaluator = _evaluator(collections, metric or DEFAULT_METRICS, options)
     loaded = None
     if from_run:

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
@@ -19,6 +19,9 @@ from st_clp.yaml_files import parse
 # An option that is no setting: its kind, its default and its help; or its kind with what typer is to make of it.
 Extra = tuple[Any, Any, str]
 
+ARGUMENT = "argument"
+"""The alias of what may stand without a name."""
+
 CONFIG: Extra = (Path | None, None, "A YAML file with settings.")
 
 
@@ -29,15 +32,17 @@ def settings_command(
     extras: Mapping[str, Extra],
     *,
     of: type[Options] = RunSettings,
+    aliases: Mapping[str, str] | None = None,
 ) -> Callable[..., None]:
     """A command with an option for each of these settings and for each extra.
 
     Args:
         work: Called with all options by name; a setting that was not given is None.
         name: The command's name.
-        settings: Names of fields of ``of``; a setting of a run is called by its name, another by its keyword.
+        settings: Names of fields of ``of``.
         extras: Further options, by name with underscores.
         of: What the settings are of.
+        aliases: Former names of options, which are not shown: name to what it is called now.
     """
     parameters = []
     for extra, (kind, default, text) in extras.items():
@@ -51,9 +56,15 @@ def settings_command(
     shared = [_parameter(item, of) for item in fields(of) if item.name in settings]
     # Where most options are settings, those are what the command is about.
     parameters = [*shared, *parameters] if of is RunSettings else [*parameters, *shared]
+    former = aliases or {}
+    kinds = {parameter.name: parameter for parameter in parameters}
+    parameters += [_hidden(alias, kinds[name]) for alias, name in former.items()]
 
     @with_advice
     def command(**options: Any) -> None:
+        for alias, name in former.items():
+            given = options.pop(alias)
+            options[name] = given if options[name] == kinds[name].default else options[name]
         work(**options)
 
     command.__name__ = name
@@ -88,8 +99,7 @@ def _name_values(pairs: list[str]) -> dict[str, Any]:
 def _parameter(item: Field[Any], of: type[Options]) -> inspect.Parameter:
     """A setting as a command-line option. None stands for "not given", so that a file's value is not covered."""
     kind, choices, _ = kind_of(declared(of)[item.name])
-    name = item.name if of is RunSettings else item.metadata["keyword"] or item.name
-    flag = "--" + name.replace("_", "-")
+    flag = "--" + item.name.replace("_", "-")
     flags = [f"{flag}/--no-{flag[2:]}"] if kind is bool else [flag]
     shown = "" if item.default in (None, "", MISSING) else f" [default: {item.default}]"
     option = typer.Option(
@@ -100,5 +110,17 @@ def _parameter(item: Field[Any], of: type[Options]) -> inspect.Parameter:
     )
     given: Any = Literal[tuple(choices)] if choices else list[str] if kind in (list, dict) else kind
     return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[given | None, option]
+        item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[given | None, option]
+    )
+
+
+def _hidden(alias: str, known: inspect.Parameter) -> inspect.Parameter:
+    """A former name of an option, or a place on the command line; it works and is not shown."""
+    kind = get_args(known.annotation)[0]
+    if alias == ARGUMENT:
+        hidden: Any = typer.Argument(hidden=True, metavar=f"[{known.name.upper()}]")
+    else:
+        hidden = typer.Option("--" + alias.replace("_", "-"), hidden=True)
+    return inspect.Parameter(
+        alias, inspect.Parameter.KEYWORD_ONLY, default=known.default, annotation=Annotated[kind, hidden]
     )

@@ -19,7 +19,7 @@ LARGEST_GRADE = 10_000
 
 _NOT_IN_AN_ID = re.compile(r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _NOT_FOR_C = re.compile(r"[\x00\ud800-\udfff]")
-_GRADE = re.compile(r"[+-]?[0-9]{1,18}")
+_GRADE = re.compile(r"([+-]?[0-9]{1,18})(?:\.0{0,18})?")
 
 
 def require_id(identifier: Any, what: str, where: str) -> str:
@@ -133,9 +133,10 @@ def require_grade(grade: Any, where: str) -> int:
     return number
 
 
-def is_grade(text: str) -> bool:
-    """Whether a text is a whole number in ASCII digits."""
-    return _GRADE.fullmatch(text) is not None
+def read_grade(text: str) -> int | None:
+    """A grade as files have it: a whole number in ASCII digits, also written like ``1.0``; None of anything else."""
+    found = _GRADE.fullmatch(text)
+    return int(found[1]) if found else None
 
 
 def add_judgment(

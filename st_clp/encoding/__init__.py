@@ -3,7 +3,7 @@
 from st_clp.encoding.encode import encode_documents, encode_queries
 from st_clp.encoding.fingerprint import model_fingerprint
 from st_clp.encoding.store import EmbeddingStore
-from st_clp.encoding.working_model import computed_precision, hardware_has_bf16
+from st_clp.encoding.working_model import computed_precision, hardware_has_bf16, kernels
 from st_clp.options import ComputeDtype
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "encode_documents",
     "encode_queries",
     "hardware_has_bf16",
+    "kernels",
     "model_fingerprint",
 ]

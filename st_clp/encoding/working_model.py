@@ -140,6 +140,17 @@ def hardware_has_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and bool(_capabilities().get("avx512_bf16") or _capabilities().get("amx_bf16"))
 
 
+def kernels(device: str | torch.device) -> str:
+    """What encodes on a device with ``dtype="auto"``, in words, for a report."""
+    where = torch.device(device)
+    if not hardware_has_bf16(where):
+        return "float32 by PyTorch"
+    if where.type == "cpu":
+        own = "" if _capabilities().get("amx_bf16") else ", attention by batched products"
+        return f"bfloat16 with packed weights{own}"
+    return "bfloat16 by PyTorch"
+
+
 def _capabilities() -> Mapping[str, Any]:
     """What the processor has, by PyTorch's names."""
     known = platform.machine().lower() in ("x86_64", "amd64") and hasattr(torch.cpu, "get_capabilities")

@@ -298,7 +298,8 @@ def test_half_a_character_in_a_text_is_refused_by_place(tmp_path: Path) -> None:
         ("--1", "a whole-number score"),
         ("²", "a whole-number score"),
         ("١", "a whole-number score"),
-        ("1.0", "a whole-number score"),
+        ("1.5", "a whole-number score"),
+        ("1.0.0", "a whole-number score"),
         ("9" * 5000, "a whole-number score"),
         ("99999999999", r"the grade 99999999999 is beyond 10,000"),
         ("10001", r"the grade 10001 is beyond 10,000"),
@@ -311,12 +312,22 @@ def test_grades_that_are_none_or_beyond_trec_eval_are_refused_by_place(
         Collection.load(write_beir(tmp_path / "c", judgments=[("q1", "d1", 1), ("q2", "d2", grade)]))
 
 
-@pytest.mark.parametrize("first", ["q1\td1\tx", "q1\td9\thigh", "q9\td1\tA", "q9\td9\t1.0"])
+@pytest.mark.parametrize("first", ["q1\td1\tx", "q1\td9\thigh", "q9\td1\tA", "q9\td9\t1.5"])
 def test_a_first_judgment_with_a_letter_for_its_grade_is_no_header(tmp_path: Path, first: str) -> None:
     folder = write_beir(tmp_path / "c")
     (tmp_path / "c" / "qrels" / "train.tsv").write_text(f"{first}\nq2\td2\t1\n")
     with pytest.raises(CollectionError, match=r"train\.tsv, line 1: expected query-id"):
         Collection.load(folder)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    ["q1\td1\t1.0\nq2\td2\t2.\n", "q1 0 d1 1\nq2 0 d2 2\n", "q1\tQ0\td1\t1\nq2\tQ0\td2\t2\n", "q1  d1  1\nq2  d2  2\n"],
+)
+def test_judgments_are_read_as_trec_and_spreadsheets_write_them(tmp_path: Path, lines: str) -> None:
+    folder = write_beir(tmp_path / "c")
+    (tmp_path / "c" / "qrels" / "train.tsv").write_text(lines)
+    assert Collection.load(folder).judgments == {"q1": {"d1": 1}, "q2": {"d2": 2}}
 
 
 @pytest.mark.parametrize("header", ["query-id\tcorpus-id\tscore", "qid\tdocid\trel", "질의\t문서\t점수"])

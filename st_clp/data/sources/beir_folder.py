@@ -7,7 +7,7 @@ from collections.abc import Container, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from st_clp.data.checks import add_judgment, is_grade, readable_path, require_grade, require_id, shown
+from st_clp.data.checks import add_judgment, read_grade, readable_path, require_grade, require_id, shown
 from st_clp.data.collection import Collection
 from st_clp.data.corpus import Document, FileCorpus
 from st_clp.data.errors import CollectionError
@@ -118,16 +118,26 @@ def _read_judgments(
     repeated: dict[str, int] = {}
     for number, line in read_lines(path):
         where = f"{path}, line {number}"
-        parts = [part.strip() for part in line.split("\t")]
+        parts = _columns(line)
         if number == 1 and len(parts) == 3 and _is_header(parts, queries, documents):
             continue
-        if len(parts) != 3 or not is_grade(parts[2]):
+        grade = read_grade(parts[2]) if len(parts) == 3 else None
+        if grade is None:
             raise CollectionError(
-                f"{where}: expected query-id, corpus-id and a whole-number score separated by tabs, got {shown(line)}"
+                f"{where}: expected query-id, corpus-id and a whole-number score separated by tabs, or TREC's four "
+                f"columns, got {shown(line)}"
             )
         query_id, doc_id = require_id(parts[0], "query", where), require_id(parts[1], "document", where)
-        add_judgment(judgments, query_id, doc_id, require_grade(int(parts[2]), where), repeated)
+        add_judgment(judgments, query_id, doc_id, require_grade(grade, where), repeated)
     return judgments, repeated
+
+
+def _columns(line: str) -> list[str]:
+    """Query id, document id and grade; TREC's qrels have a column between the first two that says nothing."""
+    parts = [part.strip() for part in line.split("\t")]
+    if len(parts) == 1:
+        parts = line.split()
+    return [parts[0], *parts[2:]] if len(parts) == 4 else parts
 
 
 def _is_header(parts: list[str], queries: Container[str], documents: Container[str]) -> bool:
