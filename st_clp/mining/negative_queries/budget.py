@@ -108,16 +108,16 @@ class Budget:
             What counts as spent.
         """
         worst = reservation.prompt_tokens + reservation.completion_tokens
-        if usage is None:
-            spent = Usage(cost=reservation.nano / NANO, requests=1, uncounted_tokens=worst)
-        else:
+        try:
+            if usage is None:
+                return Usage(cost=reservation.nano / NANO, requests=1, uncounted_tokens=worst)
             nano = self._nano(usage.prompt_tokens, usage.completion_tokens)
             self._store.spend(usage.tokens - worst, nano - reservation.nano)
-            spent = Usage(usage.prompt_tokens, usage.completion_tokens, nano / NANO, requests=1)
-        with self._settled:
-            self._in_flight -= 1
-            self._settled.notify_all()
-        return spent
+            return Usage(usage.prompt_tokens, usage.completion_tokens, nano / NANO, requests=1)
+        finally:
+            with self._settled:  # whatever became of it: others wait for it
+                self._in_flight -= 1
+                self._settled.notify_all()
 
     def left(self) -> bool:
         """Whether a limit leaves anything at all."""

@@ -200,8 +200,9 @@ class EndpointQueries(GeneratingSource):
         return DocumentQueries(document.doc_id, cause=STOPPED, usage=usage, final=False)
 
     def _send(self, message: str, identity: str, reservation: Reservation) -> Reply | Failure:
-        seed = int.from_bytes(hashlib.blake2b(f"{self._seed}\0{identity}".encode(), digest_size=4).digest()) >> 1
         try:
+            digest = hashlib.blake2b(f"{self._seed}\0{identity}".encode(), digest_size=4).digest()
+            seed = int.from_bytes(digest, "big") >> 1
             return self._client.send(message, max_tokens=self._max_tokens, seed=seed, identity=identity)
         except EndpointError:
             self._budget.settle(reservation, Usage())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -119,3 +120,17 @@ def test_a_budget_that_cannot_be_meant_is_refused() -> None:
         QueryOptions(query_price_prompt=1.0)
     with pytest.raises(ValueError, match="query_budget_tokens must be at least 0, got -1"):
         QueryOptions(query_budget_tokens=-1)
+
+
+def test_what_cannot_be_settled_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits for a request that is in flight goes on, though the store breaks when it is settled."""
+    with QueryStore() as store:
+        budget = Budget(store, max_tokens=100)
+        reservation = budget.reserve(60, 30)
+        assert reservation is not None
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(budget.reserve, 60, 30)
+            monkeypatch.setattr(store, "spend", lambda *arguments: False)
+            with pytest.raises(TypeError):
+                budget.settle(reservation, Usage("not", "numbers"))  # type: ignore[arg-type]
+            assert waiting.result(timeout=10) is None
