@@ -11,7 +11,7 @@ PRINT_VERSION := -c 'import sys; print("%d.%d" % sys.version_info[:2])'
 VERSION := $(shell $(PYTHON) $(PRINT_VERSION))
 PYTEST := -m pytest tests --numprocesses auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test test-lowest lint bench mutate campaign clean
+.PHONY: demo test test-lowest lint bench docs mutate campaign clean
 .DEFAULT_GOAL := help
 
 help:  ## show what can be made
@@ -59,6 +59,10 @@ lint: $(VENV)/installed-$(VERSION)  ## ruff and mypy
 bench: $(VENV)/installed-$(VERSION)  ## the benchmarks, each against its peer
 	$(PIP) --editable '.[bench]'
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only
+
+docs: $(VENV)/installed-$(VERSION)  ## the documentation as a site, in site/
+	$(PIP) --editable '.[docs]'
+	$(BIN)/mkdocs build --strict
 
 mutate: $(VENV)/installed-$(VERSION)  ## change 40 lines of the core, one at a time: do the tests notice? (an hour)
 	$(BIN)/python tools/mutate.py --jobs 2

@@ -19,7 +19,7 @@ from sentence_transformers import SentenceTransformer
 from evaluators.runs import Run, make_run, without_identical_ids
 from st_clp.data import CollectionError, Corpus, Document, MemoryCorpus
 from st_clp.data.checks import require_ids
-from st_clp.declaring import takes
+from st_clp.declaring import shows, takes
 from st_clp.encoding import EmbeddingStore
 from st_clp.encoding.records import MANIFEST
 from st_clp.encoding.working_model import Task
@@ -30,6 +30,7 @@ Texts = Mapping[str, Mapping[str, str]]  # document id -> {"title", "text"}
 SCORE_FUNCTIONS = {"cos_sim": "cosine", "dot": "dot"}
 
 
+@shows(encoding=Encoding)
 class BEIRSearch(BaseSearch):
     """What beir's ``EvaluateRetrieval`` searches with, in place of its ``DenseRetrievalExactSearch``.
 

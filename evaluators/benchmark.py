@@ -18,12 +18,13 @@ from evaluators.metrics import DEFAULT_METRICS, QueryScores, mean_scores
 from evaluators.pooling import ReferenceRun
 from evaluators.runs import Run
 from st_clp.data import Collection
-from st_clp.declaring import takes
+from st_clp.declaring import shows, takes
 from st_clp.options import EvaluationOptions
 
 Datasets = Mapping[str, "Collection | Mapping[str, Collection]"]
 
 
+@shows(options=EvaluationOptions)
 class BenchmarkEvaluator(RetrievalEvaluator):
     """How well a model does on each of several datasets, and on average.
 

@@ -17,7 +17,7 @@ from evaluators.metrics import DEFAULT_METRICS, QueryScores, mean_scores, score_
 from evaluators.pooling import ReferenceRun, pooled_collection
 from evaluators.runs import Run, cut_run, make_run, without_identical_ids, write_run
 from st_clp.data import Collection, CollectionError, Corpus, MemoryCorpus
-from st_clp.declaring import takes
+from st_clp.declaring import shows, takes
 from st_clp.encoding import EmbeddingStore, computed_precision
 from st_clp.encoding.working_model import Task
 from st_clp.options import Encoding, EvaluationOptions
@@ -26,6 +26,7 @@ from st_clp.search import search
 logger = logging.getLogger(__name__)
 
 
+@shows(options=EvaluationOptions)
 class CollectionEvaluator(RetrievalEvaluator):
     """How well a model finds a collection's relevant documents: nDCG, recall, MRR and others, by trec_eval's rules.
 

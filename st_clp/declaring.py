@@ -139,11 +139,22 @@ def takes(**parameters: type[Options]) -> Callable[[Callable[..., ResultT]], Cal
                     raise TypeError(f"{function.__name__}() takes {parameter} or {', '.join(given)}, not both")
             return function(*args, **kwargs)
 
+        del wrapper.__wrapped__  # tools would document that in its place
         wrapper.__signature__ = _signature(function, parameters, keywords)  # type: ignore[attr-defined]
         wrapper.__doc__ = _documented(function.__doc__ or "", parameters, keywords)
         return wrapper
 
     return decorate
+
+
+def shows(**parameters: type[Options]) -> Callable[[type[ResultT]], type[ResultT]]:
+    """Show the options in the docstring of a class whose ``__init__`` :func:`takes` them."""
+
+    def fill(cls: type[ResultT]) -> type[ResultT]:
+        cls.__doc__ = _documented(cls.__doc__ or "", parameters, {name: _keywords(o) for name, o in parameters.items()})
+        return cls
+
+    return fill
 
 
 def _made(cls: type[OptionsT], given: dict[str, Any], keywords: Mapping[str, str]) -> OptionsT:

@@ -28,7 +28,11 @@ def upcycle(
 
     Args:
         model: The model; its first module must be a Transformer, or a Router with Transformers in its routes.
-        num_experts, num_experts_per_tok, projection, layers, **settings: See :meth:`MoETransformer.from_dense`.
+        num_experts: Experts a layer.
+        num_experts_per_tok: Experts that work on each token.
+        projection: ``"intermediate"``, ``"output"`` or ``"feed_forward"``.
+        layers: ``"all"``, ``"every_other"`` or a list of indices.
+        **settings: Further ones of :meth:`MoETransformer.from_dense`.
 
     Raises:
         ValueError: If the model cannot be converted; it is left as it was.

@@ -18,7 +18,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import TrainerCallback
 
 from st_clp.data import Collection
-from st_clp.declaring import takes
+from st_clp.declaring import shows, takes
 from st_clp.mining.miner import mine
 from st_clp.options import MiningOptions, RefreshOptions
 from st_clp.refresh.account import MEASURES
@@ -40,6 +40,7 @@ STATE = "st_clp.refreshes"
 """Where in the Trainer's state, and so in a checkpoint, the history is kept."""
 
 
+@shows(refresh=RefreshOptions)
 class AnceCallback(TrainerCallback):
     """Mine the hard negatives of a training set anew while it is trained on, with the model as it is then.
 

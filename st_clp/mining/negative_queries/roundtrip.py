@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 from sentence_transformers import SentenceTransformer
 
-from st_clp.declaring import takes
+from st_clp.declaring import shows, takes
 from st_clp.encoding import EmbeddingStore, encode_queries
 from st_clp.mining.negative_queries.interface import DocumentQueries
 from st_clp.options import EncodingOptions, RoundTripAction
@@ -20,6 +20,7 @@ LOWER_WEIGHT = 0.5  # what the weight of a query is multiplied by that does not 
 QUERIES_TOGETHER = 4096
 
 
+@shows(encoding=EncodingOptions)
 class RoundTrip:
     """Checks queries by the model that mines: each must find its document among the k best of the corpus.
 
@@ -32,7 +33,7 @@ class RoundTrip:
         store: The embeddings of the corpus by the same model.
         k: How far down the document may be, from 1.
         action: ``"drop"`` a query that fails, or give it half its ``"weight"``.
-        encoding: How queries are encoded.
+        encoding
     """
 
     @takes(encoding=EncodingOptions)
