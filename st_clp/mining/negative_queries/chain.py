@@ -202,7 +202,8 @@ class QueryChain:
         bar = tqdm(
             total=number,
             desc=f"Queries by {source.name}",
-            unit=" documents",
+            # No bar and no rate: what is spent must fit into 80 columns.
+            bar_format="{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
             disable=not (self.show_progress_bar and isinstance(source, CachedSource)),
         )
         paid = 0
@@ -235,6 +236,7 @@ def _of_positives(
 
 def _spent(spent: Usage, more: float) -> str:
     if spent.cost:
-        return f"spent {spent.cost:.4f} of about {spent.cost * (1 + more):.4f}"
+        digits = 4 if spent.cost < 1 else 2
+        return f"spent {spent.cost:.{digits}f} of about {spent.cost * (1 + more):.{digits}f}"
     tokens = spent.tokens_at_most
     return f"{tokens:,} tokens of about {tokens * (1 + more):,.0f}"

@@ -220,7 +220,10 @@ def test_a_killed_process_loses_what_was_in_flight_and_another_finishes_its_work
     assert "spent so far" in text
 
 
-def test_a_dry_run_counts_and_sends_and_writes_nothing(endpoint: Endpoint, tmp_path: Path) -> None:
+def test_a_dry_run_counts_and_sends_and_writes_nothing(
+    endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")  # what is spent must be seen on a narrow terminal too
     collection = write_beir(tmp_path / "collection", 30)
     store = tmp_path / "q.sqlite"
     command = ["queries", "--collection", str(collection), "--negative-queries", "judgments,openai:tiny,title"]
