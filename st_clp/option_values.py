@@ -51,8 +51,8 @@ def read_value(name: str, declared: Any, value: Any) -> Any:
         value = read_number(name, kind, value)
     elif kind is str and value is False and "off" in choices:
         value = "off"
-    elif kind is list and isinstance(value, str):
-        value = [value]
+    elif kind is list and isinstance(value, (str, tuple)):
+        value = [value] if isinstance(value, str) else list(value)
     if choices and value not in choices:
         raise SettingsError(f"{name} must be one of {', '.join(choices)}, got {shown(value)}")
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):

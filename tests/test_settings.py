@@ -99,6 +99,11 @@ def test_values_that_cannot_be_meant_are_refused_by_name(values: dict[str, Any],
         RunSettings.from_dict(values)
 
 
+def test_a_list_of_text_may_be_given_as_one_text_or_a_tuple() -> None:
+    assert RunSettings(collection="one").collection == ["one"]  # type: ignore[arg-type]
+    assert RunSettings(collection=("one", "two")).collection == ["one", "two"]  # type: ignore[arg-type]
+
+
 FLOATS = [item.name for item in fields(RunSettings) if str(item.type).startswith("float")]
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from st_clp.mining.account import MiningAccount
 from st_clp.mining.miner import MinedNegatives, mine, mine_hard_negatives
-from st_clp.mining.rows import DETAIL_COLUMNS, Negative, TrainingRow
+from st_clp.mining.rows import DETAIL_COLUMNS, Negative, TrainingRow, read_rows, to_dataset, write_rows
 from st_clp.options import MiningOptions
 
 __all__ = [
@@ -17,6 +17,9 @@ __all__ = [
     "TrainingRow",
     "mine",
     "mine_hard_negatives",
+    "read_rows",
+    "to_dataset",
+    "write_rows",
 ]
 
 
