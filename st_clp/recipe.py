@@ -16,7 +16,6 @@ from typing import Any
 
 from rich.console import Console
 from sentence_transformers import SentenceTransformer
-from transformers import set_seed
 
 from evaluators import CollectionEvaluator
 from evaluators.call import EvaluationCall
@@ -26,10 +25,11 @@ from evaluators.saving import save_parts
 from st_clp.averaging import ChosenShare, WeightAverage, choose_share, hold_out
 from st_clp.data import Collection
 from st_clp.files import write_json
+from st_clp.forecast import Forecast, forecast, is_trifle, print_forecast
 from st_clp.mining import mine
 from st_clp.mining.negative_queries import make_chain
 from st_clp.mining.rows import TrainingRow, read_rows, to_dataset, write_rows
-from st_clp.moe import expert_usage, is_moe, load, train_only, upcycle
+from st_clp.moe import expert_usage, is_moe, load
 from st_clp.options import Encoding, EvaluationOptions, MiningOptions, QueryOptions
 from st_clp.refresh import AnceCallback, plot_refreshes
 from st_clp.report import METRICS, machine, print_scores, versions, write_card
@@ -44,6 +44,7 @@ from st_clp.training import (
     load_cross_encoder,
     make_refresh,
     make_trainer,
+    prepare_model,
 )
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,18 @@ def run(
     return _Run(settings, console or new_console()).go(resume=resume, overwrite=overwrite)
 
 
+def forecast_run(
+    settings: RunSettings, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
+) -> Forecast:
+    """What :func:`run` with the same arguments would cost. Input is checked as there, and nothing is written.
+
+    Raises:
+        CollectionError, SettingsError: As :func:`run`.
+    """
+    settings.require("model", "collection", "output")
+    return _Run(settings, console or new_console()).forecast(resume=resume, overwrite=overwrite)
+
+
 class _Run:
     def __init__(self, settings: RunSettings, console: Console) -> None:
         self.settings = settings
@@ -80,8 +93,8 @@ class _Run:
         self.directory = RunDirectory(settings.output)
         self.base: SentenceTransformer | None = None
 
-    def go(self, *, resume: bool, overwrite: bool) -> dict[str, Any]:
-        # Everything that may be wrong with the input is found before the folder is made or anything is computed.
+    def _check(self, *, resume: bool, overwrite: bool) -> None:
+        """Find everything that may be wrong with the input before the folder is made or anything is computed."""
         check_training_arguments(self.settings)
         self.directory.check(self.settings, resume=resume, overwrite=overwrite)
         self.mining_options = MiningOptions.of(self.settings)
@@ -93,8 +106,18 @@ class _Run:
         if not resume or self.directory.finished(TRAIN) is None:  # refreshing mines while training
             make_chain(self.settings.negative_queries, self.query_options).close()
             self._base_model()
+
+    def forecast(self, *, resume: bool, overwrite: bool) -> Forecast:
+        """What is left to do, and what it will cost."""
+        self._check(resume=resume, overwrite=overwrite)
+        return forecast(self.settings, self.collections, self._base_model(), self.directory)
+
+    def go(self, *, resume: bool, overwrite: bool) -> dict[str, Any]:
+        """Do it."""
+        self._check(resume=resume, overwrite=overwrite)
         for name, (was, now) in self.directory.prepare(self.settings, resume=resume, overwrite=overwrite).items():
             self._say(f"{name} is {now!r} from here on; it was {was!r}")
+        self._say_what_it_takes()
         work = dict(zip(STAGES, (self._evaluate_before, self._mine, self._train, self._evaluate_after), strict=True))
         results = {name: self._stage(name, work[name]) for name in STAGES}
         report = self._report(results)
@@ -103,6 +126,11 @@ class _Run:
         write_card(self.directory.path, self.settings, report, list(dict.fromkeys(languages)))
         print_scores(self.console, report["scores"]["before"], report["scores"]["after"])
         return report
+
+    def _say_what_it_takes(self) -> None:
+        if self.base is None or is_trifle(self.base, self.settings, self.collections):
+            return  # trained already, or done as soon as said
+        print_forecast(self.console, forecast(self.settings, self.collections, self.base, self.directory))
 
     def _stage(self, name: str, work: Any) -> dict[str, Any]:
         title = name.replace("-", " ").capitalize()
@@ -251,15 +279,7 @@ class _Run:
         settings = self.settings
         model = self._base_model()
         self.base = None  # it is changed now
-        set_seed(settings.seed)  # the routers start at random
-        if settings.experts and not is_moe(model):
-            upcycle(
-                model,
-                num_experts=settings.experts,
-                num_experts_per_tok=settings.experts_per_token,
-                projection=settings.projection,
-            )
-        trainable = train_only(model, settings.what_trains)
+        trainable = prepare_model(model, settings)
         self._say(str(trainable))
         collections = {slug(collection.name): collection for collection in self.collections.train}
         rows = {name: read_rows(self._rows_file(collection)) for name, collection in collections.items()}

@@ -60,3 +60,20 @@ def new_console(**options: Any) -> Console:
     :func:`rich.markup.escape`.
     """
     return Console(highlight=False, emoji=False, **options)
+
+
+def duration(seconds: float) -> str:
+    """A time as it is read: ``"12.0 s"``, ``"3.5 min"``, ``"2.1 h"``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{minutes:.1f} min" if minutes < 60 else f"{hours:.1f} h"
+
+
+def size(number: float) -> str:
+    """A number of bytes as it is read: ``"12.0 MB"``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} TB"

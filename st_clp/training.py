@@ -20,12 +20,13 @@ from sentence_transformers import (
 from sentence_transformers.base.modules import Dense, Router
 from sentence_transformers.sentence_transformer.modules import BoW
 from torch import nn
-from transformers import ProgressCallback, TrainerCallback
+from transformers import ProgressCallback, TrainerCallback, set_seed
 
 from st_clp.encoding import hardware_has_bf16
 from st_clp.losses import CachedCLPLoss, CLPLoss
 from st_clp.mining import TrainingRow
 from st_clp.mining.rows import to_dataset
+from st_clp.moe import is_moe, train_only, upcycle
 from st_clp.option_values import read_number, shown
 from st_clp.options import MiningOptions, RefreshOptions
 from st_clp.refresh import AnceCallback
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
     from st_clp.data import Collection
     from st_clp.mining.negative_queries import QueryOptions
+    from st_clp.moe import TrainableParameters
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +127,19 @@ def load_cross_encoder(name: str | None) -> CrossEncoder | None:
         raise SettingsError(f"the cross-encoder {name!r} cannot be loaded: {' '.join(str(error).split())}") from error
 
 
+def prepare_model(model: SentenceTransformer, settings: RunSettings) -> TrainableParameters:
+    """Make the model what the settings train: with experts where they ask for them, and what is not to train frozen."""
+    set_seed(settings.seed)  # the routers start at random
+    if settings.experts and not is_moe(model):
+        upcycle(
+            model,
+            num_experts=settings.experts,
+            num_experts_per_tok=settings.experts_per_token,
+            projection=settings.projection,
+        )
+    return train_only(model, settings.what_trains)
+
+
 def make_loss(model: SentenceTransformer, settings: RunSettings) -> nn.Module:
     """CLPLoss as the settings have it; CachedCLPLoss where a mini-batch size is given."""
     options: dict[str, Any] = {
@@ -162,10 +177,10 @@ def make_trainer(
 
     rows: Dataset | DatasetDict = next(iter(datasets.values())) if len(datasets) == 1 else DatasetDict(dict(datasets))
     columns = [name for name in next(iter(datasets.values())).column_names if name != "label"]
-    steps = sum(len(dataset) // settings.batch_size + 1 for dataset in datasets.values()) * settings.epochs
+    steps = number_of_steps(settings, map(len, datasets.values()))
     trainer = SentenceTransformerTrainer(
         model=model,
-        args=make_arguments(model, settings, checkpoints, columns, steps=max(1, int(steps))),
+        args=make_arguments(model, settings, checkpoints, columns, steps=steps),
         train_dataset=rows if refresh is None else refresh.train_dataset,
         loss=make_loss(model, settings),
         callbacks=[refresh] if refresh is not None else None,
@@ -176,6 +191,11 @@ def make_trainer(
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(LossInProgressBar)
     return trainer
+
+
+def number_of_steps(settings: RunSettings, rows: Iterable[int]) -> int:
+    """Steps of a training on one device, about: of so many rows of each collection, each batch of one of them."""
+    return max(1, int(sum(number // settings.batch_size + 1 for number in rows) * settings.epochs))
 
 
 def make_refresh(

@@ -32,7 +32,7 @@ command line gives comes before what the file gives.
 
 
 def _run(**options: Any) -> None:
-    config, resume, overwrite = (options.pop(name) for name in ("config", "resume", "overwrite"))
+    config, resume, overwrite, dry_run = (options.pop(name) for name in ("config", "resume", "overwrite", "dry_run"))
     given = given_settings(options)
     values = RunSettings.read_yaml(config) if config else {}
     if resume and not config and "output" in given and not {"model", "collection"} <= set(given):
@@ -43,7 +43,21 @@ def _run(**options: Any) -> None:
         if "training_arg" in given and isinstance(values.get("training_arg"), dict):
             given["training_arg"] = {**values["training_arg"], **given["training_arg"]}
     settings = RunSettings.from_dict({**values, **given}, where=str(config or "command line"))
-    run_settings(settings, resume=resume, overwrite=overwrite)
+    if dry_run:
+        _say_what_it_takes(settings, resume=resume, overwrite=overwrite)
+    else:
+        run_settings(settings, resume=resume, overwrite=overwrite)
+
+
+def _say_what_it_takes(settings: RunSettings, *, resume: bool, overwrite: bool) -> None:
+    from transformers.utils import logging as transformers_logging
+
+    from st_clp.forecast import print_forecast
+    from st_clp.recipe import forecast_run
+
+    console = new_console()
+    transformers_logging.disable_progress_bar()
+    print_forecast(console, forecast_run(settings, resume=resume, overwrite=overwrite, console=console))
 
 
 def run_settings(settings: RunSettings, *, resume: bool = False, overwrite: bool = False) -> None:
@@ -73,5 +87,6 @@ def run_command() -> Callable[..., None]:
         "config": CONFIG,
         "resume": (bool, False, "Go on with the run in the output folder from what it finished."),
         "overwrite": (bool, False, "Replace the run in the output folder."),
+        "dry_run": (bool, False, "Say what it would take, by a few batches that are timed; write nothing."),
     }
     return settings_command(_run, "run", [item.name for item in fields(RunSettings)], extras)

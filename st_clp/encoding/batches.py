@@ -46,9 +46,9 @@ class Window:
         return int(self._ends[-1])
 
     @property
-    def tokens(self) -> int:
-        """How many tokens the texts have, padding aside."""
-        return int(sum(part.lengths.sum() for part in self._parts))
+    def lengths(self) -> np.ndarray:
+        """(texts,): how many tokens each has, padding aside; in no order that means anything."""
+        return np.concatenate([part.lengths for part in self._parts])
 
     def part_at(self, position: int) -> tuple[_Part, int]:
         """The part that holds this place in the order by length, and the place within it."""

@@ -23,6 +23,7 @@ from st_clp.encoding.fingerprint import model_fingerprint
 from st_clp.encoding.inspection import verify
 from st_clp.encoding.records import ENCODING, FORMAT, LOCK, read_shards, usable_manifest, write_manifest
 from st_clp.encoding.shards import (
+    KEY_BYTES,
     KnownEmbeddings,
     ShardFiles,
     foreign_files,
@@ -159,9 +160,9 @@ class Builder:
         return embedding_dimension(self._model)
 
     @property
-    def row_bytes(self) -> int:
-        """What an embedding takes on disk."""
-        return self.dim * np.dtype(self._stored_as).itemsize
+    def stored_bytes(self) -> int:
+        """What an embedding takes on disk, with its key, its id and their line."""
+        return self.dim * np.dtype(self._stored_as).itemsize + KEY_BYTES + 24
 
     def already_encoded(self, folder: Path) -> int:
         """How many of the texts in this folder, finished or not, would not be encoded again; checksums aside."""

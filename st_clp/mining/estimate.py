@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-import random
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,21 +16,18 @@ from tqdm.auto import tqdm
 from st_clp.data import Collection
 from st_clp.declaring import takes
 from st_clp.encoding import EmbeddingStore
-from st_clp.encoding.batches import tokenise
 from st_clp.encoding.building import Builder
-from st_clp.encoding.encode import encode
-from st_clp.encoding.shards import KEY_BYTES
-from st_clp.encoding.working_model import Task, WorkingModel
+from st_clp.encoding.trial import SAMPLE, WARM_UP, sample_of, token_counts, tokens_a_second
+from st_clp.encoding.working_model import Task
 from st_clp.mining.ranking import query_store_dir
 from st_clp.mining.rescoring import PAIRS_A_BATCH, require_one_score
 from st_clp.options import Encoding, MiningOptions
 from st_clp.search import search_rows
+from st_clp.terminal import duration, size
 
 if TYPE_CHECKING:
     from sentence_transformers import CrossEncoder
 
-SAMPLE = 512  # documents, and queries, whose length is looked at
-WARM_UP = 16
 TRIAL_SECONDS = 10.0
 SEARCH_DOCUMENTS, SEARCH_QUERIES = 16_384, 256
 
@@ -86,16 +81,16 @@ class MiningEstimate:
         return self.documents.seconds + self.queries.seconds + self.search_seconds + self.rescoring_seconds
 
     def __str__(self) -> str:
-        lines = [f"{self.collection}: about {_duration(self.seconds)} in all"]
+        lines = [f"{self.collection}: about {duration(self.seconds)} in all"]
         for name, cost in (("documents", self.documents), ("queries", self.queries)):
             already = f", {cost.already:,} of them encoded before" if cost.already else ""
             lines.append(
                 f"  {cost.number:,} {name} of {cost.tokens:.0f} tokens on average{already}: "
-                f"{_duration(cost.seconds)} in {self.computed_in}, {_size(cost.bytes_on_disk)} on disk"
+                f"{duration(cost.seconds)} in {self.computed_in}, {size(cost.bytes_on_disk)} on disk"
             )
-        lines.append(f"  search: {_duration(self.search_seconds)}")
+        lines.append(f"  search: {duration(self.search_seconds)}")
         if self.rescored:
-            lines.append(f"  {self.rescored:,} pairs for the cross-encoder: {_duration(self.rescoring_seconds)}")
+            lines.append(f"  {self.rescored:,} pairs for the cross-encoder: {duration(self.rescoring_seconds)}")
         lines += [f"  not in this estimate: {work}" for work in self.left_out]
         return "\n".join(lines)
 
@@ -128,17 +123,15 @@ def estimate(
         unit=" documents",
         disable=not encoding.show_progress_bar,
     )
-    documents, number = _sample(seen, options.seed)
+    documents, number = sample_of(seen, options.seed)
     queries = [collection.queries[query_id] for query_id in collection.positives()][: options.max_queries]
     builder = Builder(model, collection.corpus, "document", encoding)
-    tokens_a_second = _tokens_a_second(model, documents, encoding)
+    rate = tokens_a_second(model, documents, encoding, seconds=TRIAL_SECONDS)
 
     def cost(task: Task, sample: Sequence[str], number: int, already: int) -> TextCost:
-        tokens = _mean_tokens(model, sample, task)
-        # An id and its line, besides the embedding and the key.
-        row = builder.row_bytes + KEY_BYTES + 24
+        tokens = float(token_counts(model, sample, task).mean())
         already = min(already, number)
-        return TextCost(number, tokens, already, number * row, (number - already) * tokens / tokens_a_second)
+        return TextCost(number, tokens, already, number * builder.stored_bytes, (number - already) * tokens / rate)
 
     rescored, rescoring = 0, 0.0
     if cross_encoder is not None:
@@ -154,7 +147,7 @@ def estimate(
         collection.name,
         cost("document", documents, number, encoded["document"]),
         cost("query", queries[:SAMPLE], len(queries), encoded["query"]),
-        _search_seconds(model, builder.dim, number, len(queries), options.range_max),
+        search_seconds(model, builder.dim, number, len(queries), options.range_max),
         builder.computed_in,
         rescored,
         rescoring,
@@ -167,43 +160,6 @@ def _left_out(options: MiningOptions) -> Iterator[str]:
         yield "ranking by BM25"
     if options.index is not None and options.candidates != "bm25":
         yield f"building the index {options.index}, which takes the place of the exact search"
-
-
-def _sample(texts: Iterable[str], seed: int) -> tuple[list[str], int]:
-    """(so many of the texts, each as likely as any other; how many there are), in one pass."""
-    generator = random.Random(seed)
-    stream = iter(texts)
-    sample = list(itertools.islice(stream, SAMPLE))
-    number = len(sample)
-    for text in stream:
-        number += 1
-        place = generator.randrange(number)
-        if place < SAMPLE:
-            sample[place] = text
-    generator.shuffle(sample)
-    return sample, number
-
-
-def _mean_tokens(model: SentenceTransformer, texts: Sequence[str], task: Task) -> float:
-    working = WorkingModel(model, task, "model")
-    if not working.by_tokens:
-        return float(np.mean([len(text.split()) for text in texts]))
-    window = tokenise(working.preprocess, list(texts))
-    return window.tokens / len(window)
-
-
-def _tokens_a_second(model: SentenceTransformer, texts: Sequence[str], encoding: Encoding) -> float:
-    def seconds(chosen: Sequence[str]) -> float:
-        started = time.perf_counter()
-        for _ in encode(model, chosen, "document", encoding=encoding):
-            pass
-        return time.perf_counter() - started
-
-    few = texts[:WARM_UP]
-    seconds(few)
-    number = max(len(few), min(len(texts), int(TRIAL_SECONDS / max(seconds(few), 1e-9) * len(few))))
-    chosen = texts[:number]
-    return _mean_tokens(model, chosen, "document") * len(chosen) / seconds(chosen)
 
 
 def _seconds_a_pair(
@@ -224,8 +180,8 @@ def _seconds_a_pair(
     return seconds(number) / number
 
 
-def _search_seconds(model: SentenceTransformer, dim: int, documents: int, queries: int, depth: int) -> float:
-    """Measured on a small search with random embeddings, and multiplied up."""
+def search_seconds(model: SentenceTransformer, dim: int, documents: int, queries: int, depth: int) -> float:
+    """What an exact search takes: measured on a small one with random embeddings, and multiplied up."""
     generator = np.random.default_rng(0)
     few_documents, few_queries = min(documents, SEARCH_DOCUMENTS), min(queries, SEARCH_QUERIES)
     matrix = generator.normal(size=(few_documents, dim)).astype(np.float16)
@@ -234,18 +190,3 @@ def _search_seconds(model: SentenceTransformer, dim: int, documents: int, querie
     started = time.perf_counter()
     search_rows(model, asked, store, min(depth, few_documents))
     return (time.perf_counter() - started) * (documents / few_documents) * (queries / few_queries)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, hours = seconds / 60, seconds / 3600
-    return f"{minutes:.1f} min" if minutes < 60 else f"{hours:.1f} h"
-
-
-def _size(number: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.1f} {unit}"
-        number /= 1000
-    return f"{number:.1f} TB"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from st_clp.data.errors import CollectionError
 from st_clp.data.registry import register_source
 
 logger = logging.getLogger(__name__)
+
+COUNTING_SECONDS = 20.0
+_COUNTS: dict[str, int | None] = {}  # a corpus's fingerprint to how many documents it has
 
 
 class IrdsCorpus(Corpus):
@@ -78,7 +82,22 @@ class IrdsCorpus(Corpus):
         return str(ir_datasets.util.home_path())
 
     def expected_size(self) -> int | None:
-        return self._dataset.docs_count()
+        """What is really there, where that can be counted in some seconds; else what the catalogue says of the whole.
+
+        Somebody may have put a part of a corpus into the home, and a bar that waits for the rest never ends.
+        """
+        key = self.fingerprint()
+        if key not in _COUNTS:
+            _COUNTS[key] = self._count()
+        return _COUNTS[key]
+
+    def _count(self) -> int | None:
+        ends = time.monotonic() + COUNTING_SECONDS
+        number = 0
+        for number, _ in enumerate(self._dataset.docs_iter(), start=1):
+            if number % 1024 == 0 and time.monotonic() > ends:
+                return self._dataset.docs_count()
+        return number
 
 
 def _reopen(dataset_id: str, text_fields: Sequence[str]) -> IrdsCorpus:
