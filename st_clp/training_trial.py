@@ -70,6 +70,7 @@ def try_steps(
         seconds: How long the trial may take, about.
     """
     trial = copy.deepcopy(model)
+    trial.model_card_data.generate_widget_examples = False  # nobody will read its card
     trainable = prepare_model(trial, settings)
     rows = _rows(settings, queries, documents)
     saved = _SavedBytes({parameter.untyped_storage().data_ptr() for parameter in trial.parameters()})
