@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Annotated
 
 import typer
 
 import st_clp
 from st_clp.commands import compare, demo, doctor, evaluate, mine, queries, report, run, search, store
-from st_clp.terminal import show_what_can_be_shown
+from st_clp.terminal import log_to_terminal, show_what_can_be_shown
 
 app = typer.Typer(
     name="st-clp",
@@ -37,7 +36,7 @@ app.command()(doctor.doctor)
 def main() -> None:
     """The entry point."""
     show_what_can_be_shown()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    log_to_terminal()
     app()
 
 

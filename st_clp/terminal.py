@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import io
+import logging
 import sys
 from typing import Any
 
@@ -33,6 +34,30 @@ def show_what_can_be_shown() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=SHOW_OTHERWISE)
+
+
+class Once(logging.Filter):
+    """Lets each of our own messages through once: one collection is read by several stages, and has the same faults."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[tuple[str, int, str]] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to show it."""
+        if record.name.partition(".")[0] not in ("st_clp", "evaluators"):
+            return True
+        message = (record.name, record.levelno, record.getMessage())
+        new = message not in self._seen
+        self._seen.add(message)
+        return new
+
+
+def log_to_terminal() -> None:
+    """Let warnings be seen as plain lines, each once."""
+    handler = logging.StreamHandler()
+    handler.addFilter(Once())
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
 
 
 def print_whole(console: Console, table: Table) -> None:

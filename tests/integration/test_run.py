@@ -314,3 +314,16 @@ def test_a_full_disk_ends_in_advice_whoever_meets_it(
     assert "No space left on the disk; make room" in " ".join(stopped.output.split())
     assert "--resume" in stopped.output
     assert invoke("--output", str(tmp_path / "out"), "--resume").exit_code == 0
+
+
+def test_a_warning_of_ours_is_seen_once(collection_path: Path, tiny_model_path: Path, tmp_path: Path) -> None:
+    """Several stages read the same collection; each of its faults is said, and said once."""
+    collection = shutil.copytree(collection_path, tmp_path / "collection")
+    for split in ("train", "dev"):
+        with open(collection / "qrels" / f"{split}.tsv", "a", encoding="utf-8") as file:
+            file.write("absent\td1\t1\n")
+    command = [sys.executable, "-m", "st_clp.cli", "run", "--model", tiny_model_path, "--output", tmp_path / "out"]
+    command += ["--collection", collection, "--epochs", "1", "--num-negatives", "1"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
+    lines = [line for line in done.stderr.splitlines() if "left out 1 judgments of a query" in line]
+    assert sorted(line.partition(": left out")[0].rpartition("/")[2] for line in lines) == ["dev", "train"]
