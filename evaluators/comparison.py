@@ -146,7 +146,7 @@ def compare(before: Evaluation, after: Evaluation, metric: str | None = None, *,
         ValueError: There is no such metric.
     """
     metric = before.metrics[0] if metric is None else Metric.parse(metric).name
-    _require_same(before, after, metric)
+    require_same(before, after, metric)
     samples: dict[str, np.ndarray] = {}
     changes: dict[str, list[QueryChange]] = {}
     for key in before.results:
@@ -259,7 +259,12 @@ def _difference(
     )
 
 
-def _require_same(before: Evaluation, after: Evaluation, metric: str) -> None:
+def require_same(before: Evaluation, after: Evaluation, metric: str) -> None:
+    """Refuse to compare evaluations that are not of the same.
+
+    Raises:
+        EvaluationError: Of other collections, queries, judgments or documents, or without the metric.
+    """
     for evaluation in (before, after):
         if metric not in evaluation.metrics:
             raise EvaluationError(

@@ -150,11 +150,7 @@ def choose_share(
         trained_on: The same for the others.
         options: How to encode.
     """
-    evaluators = [
-        CollectionEvaluator(_some_documents(name, rows, trained_on[name]), name, [METRIC], options=options)
-        for name, rows in held_out.items()
-        if rows
-    ]
+    evaluators = evaluators_of(held_out, trained_on, options)
     queries = sum(len(evaluator.collection.queries) for evaluator in evaluators)
     if not evaluators:
         logger.warning("too few training queries to hold any out: the mean of base and trained weights is taken")
@@ -169,6 +165,19 @@ def choose_share(
     share = min((share for share in SHARES if scores[share] == best), key=lambda share: abs(share - 0.5))
     averaging.set(share)
     return ChosenShare(share, scores, queries)
+
+
+def evaluators_of(
+    held_out: Mapping[str, Sequence[TrainingRow]],
+    trained_on: Mapping[str, Sequence[TrainingRow]],
+    options: EvaluationOptions,
+) -> list[CollectionEvaluator]:
+    """Evaluators by nDCG@10 of the rows that were held out, one for each collection that has some."""
+    return [
+        CollectionEvaluator(_some_documents(name, rows, trained_on[name]), name, [METRIC], options=options)
+        for name, rows in held_out.items()
+        if rows
+    ]
 
 
 def _some_documents(name: str, rows: Sequence[TrainingRow], others: Sequence[TrainingRow]) -> Collection:

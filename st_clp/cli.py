@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import st_clp
-from st_clp.commands import compare, demo, doctor, evaluate, mine, queries, report, run, search, store
+from st_clp.commands import ablation, compare, demo, doctor, evaluate, mine, queries, report, run, search, store
 from st_clp.terminal import log_to_terminal, show_what_can_be_shown
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.command("queries", help=queries.QUERIES_HELP, no_args_is_help=True)(queries.
 app.command("evaluate", help=evaluate.EVALUATE_HELP, no_args_is_help=True)(evaluate.evaluate_command())
 app.command(no_args_is_help=True)(compare.compare)
 app.command(no_args_is_help=True)(report.report)
+app.command("ablation", help=ablation.ABLATION_HELP, no_args_is_help=True)(ablation.ablation_command())
 app.command()(search.search)
 app.add_typer(store.store, name="store")
 app.command()(demo.demo)

@@ -29,6 +29,7 @@ from st_clp.forecast import Forecast, forecast, is_trifle, print_forecast
 from st_clp.mining import mine
 from st_clp.mining.negative_queries import make_chain
 from st_clp.mining.rows import TrainingRow, read_rows, to_dataset, write_rows
+from st_clp.modelling import load_base_model, load_cross_encoder, prepare_model
 from st_clp.moe import expert_usage, is_moe, load
 from st_clp.options import Encoding, EvaluationOptions, MiningOptions, QueryOptions
 from st_clp.refresh import AnceCallback, plot_refreshes
@@ -38,14 +39,7 @@ from st_clp.settings import RunSettings, SettingsError
 from st_clp.splits import load_collections
 from st_clp.stages import EVALUATE_AFTER, EVALUATE_BEFORE, MINE, STAGES, TRAIN
 from st_clp.terminal import new_console
-from st_clp.training import (
-    check_training_arguments,
-    load_base_model,
-    load_cross_encoder,
-    make_refresh,
-    make_trainer,
-    prepare_model,
-)
+from st_clp.training import check_training_arguments, make_refresh, make_trainer
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Training with sentence-transformers' Trainer: model, loss, arguments."""
+"""Training with sentence-transformers' Trainer, and its arguments."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import logging
 import os
-import pickle
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,14 +18,12 @@ from sentence_transformers import (
 )
 from sentence_transformers.base.modules import Dense, Router
 from sentence_transformers.sentence_transformer.modules import BoW
-from torch import nn
-from transformers import ProgressCallback, TrainerCallback, set_seed
+from transformers import ProgressCallback, TrainerCallback
 
 from st_clp.encoding import hardware_has_bf16
-from st_clp.losses import CachedCLPLoss, CLPLoss
 from st_clp.mining import TrainingRow
 from st_clp.mining.rows import to_dataset
-from st_clp.moe import is_moe, train_only, upcycle
+from st_clp.modelling import column_kinds, load_cross_encoder, make_loss
 from st_clp.option_values import read_number, shown
 from st_clp.options import MiningOptions, RefreshOptions
 from st_clp.refresh import AnceCallback
@@ -34,11 +31,9 @@ from st_clp.settings import RunSettings, SettingsError
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
-    from sentence_transformers import CrossEncoder
 
     from st_clp.data import Collection
     from st_clp.mining.negative_queries import QueryOptions
-    from st_clp.moe import TrainableParameters
 
 logger = logging.getLogger(__name__)
 
@@ -55,103 +50,6 @@ LEAST_ARGUMENTS = {
     "warmup_steps": 0,
     "num_train_epochs": 1e-9,
 }
-
-
-def load_base_model(name: str, *, max_seq_length: int | None = None) -> SentenceTransformer:
-    """The model to fine-tune, from a folder or the Hugging Face Hub.
-
-    Raises:
-        SettingsError: There is no such folder and no such model to be had, or it cannot be opened.
-    """
-    from st_clp.moe import load
-
-    path = Path(name).expanduser()
-    try:
-        if (path / "modules.json").is_file():
-            model = load(str(path))
-        else:
-            model = SentenceTransformer(str(path) if path.is_dir() else name)
-        _require_tokenizers(model)
-    except Exception as error:  # of whatever reads the files: transformers, safetensors, pickle
-        raise SettingsError(f"the model {name!r} cannot be loaded: {_why_not_loaded(path, error)}") from error
-    if max_seq_length is not None:
-        model.max_seq_length = max_seq_length
-    return model
-
-
-def _require_tokenizers(model: SentenceTransformer) -> None:
-    """Refuse a folder without its tokenizer's files: transformers makes an empty one, which knows no word.
-
-    Raises:
-        ValueError: There is none of the files that such a tokenizer has.
-    """
-    for module in model.modules():
-        tokenizer = getattr(module, "tokenizer", None)
-        names = {"tokenizer.json", *getattr(tokenizer, "vocab_files_names", {}).values()}
-        folder = Path(getattr(tokenizer, "name_or_path", ""))
-        if len(names) > 1 and folder.is_dir() and not any((folder / name).is_file() for name in names):
-            raise ValueError(f"there is no tokenizer in {folder}: none of {', '.join(sorted(names))}; put it there")
-
-
-def _why_not_loaded(path: Path, error: Exception) -> str:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    if not path.exists():
-        return (
-            f"there is no folder {path}, and the Hugging Face Hub did not give a model of that name ({reason}). "
-            "Check the spelling, the network and, for a private model, `hf auth login`"
-        )
-    if path.is_dir() and not any((path / file).is_file() for file in ("modules.json", "config.json")):
-        return "there is neither modules.json nor config.json in the folder, so it is no model's; name another one"
-    if isinstance(error, pickle.UnpicklingError):
-        return (
-            "its weights are a pickle that is damaged or holds more than tensors, and could run code when it is "
-            "opened; have them as model.safetensors"
-        )
-    known = isinstance(error, (OSError, ValueError, ImportError))
-    return reason if known else f"{reason}; if its files are damaged or incomplete, download or save it again"
-
-
-def load_cross_encoder(name: str | None) -> CrossEncoder | None:
-    """The cross-encoder of that name, from a folder or the Hugging Face Hub; None where none is named.
-
-    Raises:
-        SettingsError: There is none to be had, or it cannot be opened.
-    """
-    if name is None:
-        return None
-    from sentence_transformers import CrossEncoder
-
-    try:
-        return CrossEncoder(name)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise SettingsError(f"the cross-encoder {name!r} cannot be loaded: {' '.join(str(error).split())}") from error
-
-
-def prepare_model(model: SentenceTransformer, settings: RunSettings) -> TrainableParameters:
-    """Make the model what the settings train: with experts where they ask for them, and what is not to train frozen."""
-    set_seed(settings.seed)  # the routers start at random
-    if settings.experts and not is_moe(model):
-        upcycle(
-            model,
-            num_experts=settings.experts,
-            num_experts_per_tok=settings.experts_per_token,
-            projection=settings.projection,
-        )
-    return train_only(model, settings.what_trains)
-
-
-def make_loss(model: SentenceTransformer, settings: RunSettings) -> nn.Module:
-    """CLPLoss as the settings have it; CachedCLPLoss where a mini-batch size is given."""
-    options: dict[str, Any] = {
-        "scale": settings.scale,
-        "penalty_weight": settings.penalty_weight,
-        "penalty": settings.penalty,
-        "queries_per_negative": settings.queries_per_negative if settings.num_negatives else 0,
-        "in_batch_negatives": settings.in_batch_negatives,
-    }
-    if settings.mini_batch_size is not None:
-        return CachedCLPLoss(model, mini_batch_size=settings.mini_batch_size, **options)
-    return CLPLoss(model, **options)
 
 
 def make_trainer(
@@ -360,9 +258,3 @@ def check_training_arguments(settings: RunSettings) -> None:
 def _unusable_arguments(error: Exception) -> SettingsError:
     reason = " ".join(str(error).split()) or type(error).__name__
     return SettingsError(f"the training arguments cannot be used: {reason}")
-
-
-def column_kinds(columns: list[str], query: str | None, document: str | None) -> dict[str, str]:
-    """Column to what belongs to queries or to documents, as the column holds the one or the other."""
-    kinds = {name: query if name == "anchor" or name.startswith("negative_query") else document for name in columns}
-    return {name: kind for name, kind in kinds.items() if kind}

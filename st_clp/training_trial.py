@@ -11,16 +11,19 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
 
+from st_clp.modelling import prepare_model
 from st_clp.settings import RunSettings
-from st_clp.training import make_trainer, prepare_model
+from st_clp.training import make_trainer
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 STEPS = 2  # that are timed, after one that is not
 ADAM_BYTES = 8  # its two moments of a parameter
@@ -93,6 +96,8 @@ def try_steps(
 
 def _rows(settings: RunSettings, queries: Sequence[str], documents: Sequence[str]) -> Dataset:
     """As many rows as the trials need, in the columns of a run's."""
+    from datasets import Dataset
+
     number = settings.batch_size * (STEPS + 1)
     asked, answering = itertools.cycle(queries), itertools.cycle(documents)
 

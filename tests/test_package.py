@@ -72,7 +72,7 @@ BELOW: Mapping[str, set[str]] = {
 # What is in a room. A package stands for everything in it that is not named itself.
 ROOMS: Mapping[str, str] = {
     "commands": "cli commands demo",
-    "run": "averaging forecast recipe report rundir searching splits stages training training_trial",
+    "run": "ablation averaging forecast modelling recipe report rundir searching splits stages training training_trial",
     "refresh": "refresh",
     "mining": "mining",
     "queries": "mining.negative_queries",

@@ -20,15 +20,10 @@ from typer.testing import CliRunner
 from st_clp import cli
 from st_clp.commands import run
 from st_clp.encoding import hardware_has_bf16
+from st_clp.modelling import column_kinds, load_base_model
 from st_clp.rundir import RunDirectory, slug
 from st_clp.settings import RunSettings, SettingsError
-from st_clp.training import (
-    check_training_arguments,
-    column_kinds,
-    load_base_model,
-    make_arguments,
-    read_training_arguments,
-)
+from st_clp.training import check_training_arguments, make_arguments, read_training_arguments
 
 
 @given(

@@ -119,7 +119,7 @@ def _evaluate(
         for part, file in zip(evaluator.parts.values(), from_run, strict=True):
             part.score(_read_run(file))
     else:
-        from st_clp.training import load_base_model
+        from st_clp.modelling import load_base_model
 
         loaded = load_base_model(model, max_seq_length=max_seq_length)
         after_a_stop.append(SAME_COMMAND)

@@ -66,8 +66,8 @@ def mine_command() -> Callable[..., None]:
 def _mine(**options: Any) -> None:
     from transformers.utils import logging as transformers_logging
 
+    from st_clp.modelling import load_base_model
     from st_clp.splits import load_training_collections
-    from st_clp.training import load_base_model
 
     config, store, dry_run = (options.pop(name) for name in EXTRAS)
     values = RunSettings.read_yaml(config) if config else {}
@@ -106,7 +106,7 @@ def _estimate(
     model: Any, collection: Collection, settings: RunSettings, output: Path, store: Path, chain: QueryChain
 ) -> None:
     from st_clp.mining.estimate import estimate
-    from st_clp.training import load_cross_encoder
+    from st_clp.modelling import load_cross_encoder
 
     console = new_console(soft_wrap=True, markup=False)
     options, others = _arguments(settings, store)
@@ -121,7 +121,7 @@ def _mine_one(
 ) -> None:
     from st_clp.mining import mine
     from st_clp.mining.rows import require_writable, write_rows
-    from st_clp.training import load_cross_encoder
+    from st_clp.modelling import load_cross_encoder
 
     console = new_console(soft_wrap=True, markup=False)
     options, others = _arguments(settings, store)

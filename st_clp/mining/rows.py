@@ -121,6 +121,18 @@ def to_dataset(
     """
     from datasets import Dataset, DatasetInfo
 
+    kept = list(rows)
+    columns = columns_of(kept, num_negatives=num_negatives, queries_per_negative=queries_per_negative)
+    if details:
+        found = [_details(row) for row in kept]
+        columns |= {name: [detail[name] for detail in found] for name in DETAIL_COLUMNS}
+    return Dataset.from_dict(columns, info=DatasetInfo(description=description))
+
+
+def columns_of(
+    rows: Iterable[TrainingRow], *, num_negatives: int, queries_per_negative: int = 1
+) -> dict[str, list[Any]]:
+    """The columns of :func:`to_dataset`, name to values, without its details."""
     columns: dict[str, list[Any]] = {"anchor": [], "positive": []}
     for n in range(1, num_negatives + 1):
         columns[f"negative_{n}"] = []
@@ -130,8 +142,6 @@ def to_dataset(
     weighted = bool(num_negatives and queries_per_negative)
     if weighted:
         columns["label"] = []
-    for name in DETAIL_COLUMNS if details else ():
-        columns[name] = []
     for row in rows:
         columns["anchor"].append(row.query)
         columns["positive"].append(row.positive)
@@ -145,9 +155,7 @@ def to_dataset(
                 weights.append(negative.query_weights[m - 1] if negative and m <= len(known) else 0.0)
         if weighted:
             columns["label"].append(weights)
-        for name, value in _details(row).items() if details else ():
-            columns[name].append(value)
-    return Dataset.from_dict(columns, info=DatasetInfo(description=description))
+    return columns
 
 
 def _details(row: TrainingRow) -> dict[str, Any]:

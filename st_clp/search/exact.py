@@ -6,6 +6,7 @@ through FAISS's brute-force search, the fastest of its kind on a CPU; other func
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -133,14 +134,15 @@ def _top_k(
 def _some_top_k(
     model: SentenceTransformer, queries: np.ndarray, documents: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    if is_inner_product(model):
+    if is_inner_product(model) and model.device.type == "cpu" and find_spec("faiss") is not None:
         faiss = import_faiss()
         return faiss.knn(queries, documents, k, metric=faiss.METRIC_INNER_PRODUCT)
-    # The whole score matrix would not fit; a block of queries against one shard does.
-    blocks = [
-        torch.topk(model.similarity(block, torch.from_numpy(documents)), k, dim=1)
-        for block in torch.from_numpy(queries).split(QUERY_BLOCK)
-    ]
+    # Where the model is, which is the faster place. The whole score matrix would not fit; a block of queries against
+    # one shard does.
+    there = torch.from_numpy(documents).to(model.device)
+    asked = (block.to(model.device) for block in torch.from_numpy(queries).split(QUERY_BLOCK))
+    scores = (block @ there.T if is_inner_product(model) else model.similarity(block, there) for block in asked)
+    blocks = [torch.topk(block, k, dim=1) for block in scores]
     return tuple(torch.cat(part).cpu().numpy() for part in zip(*blocks, strict=True))  # type: ignore[return-value]
 
 

@@ -1,0 +1,137 @@
+"""What is compared: variants, each a name and what it changes of a run's settings."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evaluators.files import file_part
+from st_clp.settings import RunSettings, SettingsError
+from st_clp.yaml_files import read_mapping
+
+BASE = "base"  # the model as it is, which is a row of every table
+
+# What all variants share, so that they differ in nothing but what they say.
+SHARED = (
+    "model",
+    "collection",
+    "output",
+    "eval_collection",
+    "train_split",
+    "eval_split",
+    "holdout",
+    "max_train_queries",
+    "text_field",
+    "max_seq_length",
+    "learning_rate",
+    "seed",
+    "encode_dtype",
+    "encode_batch_size",
+)
+
+_PLAIN = {"experts": 0, "penalty_weight": 0.0}
+_DEFAULT: dict[str, dict[str, Any]] = {
+    "pairs": {**_PLAIN, "num_negatives": 0},
+    # No score is that low, so all candidates are refused and random documents take their places.
+    "random": {**_PLAIN, "range_max": 1, "max_score": -1e9, "on_shortage": "random"},
+    "ance": _PLAIN,
+    "clp": {"experts": 0},
+    "clp-intermediate": {"experts": 0, "train": "intermediate"},
+    "clp-moe": {"experts": 2},
+    "averaged": {"experts": 0, "train": "intermediate", "average_with_base": "auto"},
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the table.
+
+    Attributes:
+        name: What to call it, a file name too.
+        settings: Of the run that it is.
+        changes: What it changes of the settings that all have.
+    """
+
+    name: str
+    settings: RunSettings
+    changes: Mapping[str, Any]
+
+
+def default_variants(settings: RunSettings) -> list[Variant]:
+    """The rows of the paper's table and ours: pairs alone, random negatives, ANCE, CLP, what trains, averaging."""
+    return make_variants(settings, _DEFAULT, "the built-in variants")
+
+
+def read_variants(path: str | Path, settings: RunSettings) -> list[Variant]:
+    """Variants from a YAML file: a mapping of names to what each changes of the settings.
+
+    Raises:
+        SettingsError: The file cannot be read, or a variant cannot be meant.
+    """
+    found = read_mapping(
+        path, "file of variants", "names and what each changes, such as `ance: {penalty_weight: 0}`", SettingsError
+    )
+    if not found:
+        raise SettingsError(f"{path} names no variant")
+    return make_variants(settings, found, str(path))
+
+
+def make_variants(settings: RunSettings, changes: Mapping[Any, Any], where: str) -> list[Variant]:
+    """Variants by name.
+
+    Args:
+        settings: What all have in common.
+        changes: Name to what the variant changes of it.
+        where: Where they are from, for messages.
+
+    Raises:
+        SettingsError: A name or a value that cannot be meant, or something that all variants share.
+    """
+    variants = []
+    for name, own in changes.items():
+        if not isinstance(name, str) or file_part(name) != name or name == BASE:
+            raise SettingsError(
+                f"{where}: {name!r} cannot be a variant's name: it stands in file names, and {BASE} is the model as it "
+                "is"
+            )
+        own = own or {}
+        if not isinstance(own, dict):
+            raise SettingsError(f"{where}: {name} must map settings to values")
+        own = {str(key).replace("-", "_"): value for key, value in own.items()}
+        for key in own:
+            if key in SHARED:
+                raise SettingsError(
+                    f"{where}: {name} changes {key}, which all variants share; learning rates are searched for each "
+                    "(--learning-rates)"
+                    if key == "learning_rate"
+                    else f"{where}: {name} changes {key}, which all variants share"
+                )
+        read = RunSettings.from_dict({**settings.to_dict(), **own}, where=f"{where}: {name}")
+        _require_trainable(name, read)
+        variants.append(Variant(name, read, own))
+    return variants
+
+
+# Training arguments that the loop of an ablation minds.
+ARGUMENTS = ("weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon")
+
+
+def _require_trainable(name: str, settings: RunSettings) -> None:
+    for argument in settings.training_arg:
+        if argument not in ARGUMENTS:
+            raise SettingsError(
+                f"{name}: an ablation trains by a loop of its own, which minds the training arguments "
+                f"{', '.join(ARGUMENTS)} and not {argument}"
+            )
+    if settings.steps_between_refreshes not in (None, "epoch"):
+        raise SettingsError(f"{name}: an ablation mines again after each epoch or never: refresh_every=epoch")
+    if settings.refresh_async:
+        raise SettingsError(f"{name}: an ablation mines in between, not beside: leave refresh_async out")
+
+
+def with_rate(variant: Variant, learning_rate: float, seed: int) -> RunSettings:
+    """The variant's settings with this learning rate and seed."""
+    return dataclasses.replace(variant.settings, learning_rate=learning_rate, seed=seed)
