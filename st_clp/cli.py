@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import st_clp
-from st_clp.commands import ablation, compare, demo, doctor, evaluate, mine, queries, report, run, search, store
+from st_clp.commands import ablation, compare, demo, doctor, evaluate, mine, pairs, queries, report, run, search, store
 from st_clp.terminal import log_to_terminal, show_what_can_be_shown
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app = typer.Typer(
 app.command("run", help=run.RUN_HELP, no_args_is_help=True)(run.run_command())
 app.command("mine", help=mine.MINE_HELP, no_args_is_help=True)(mine.mine_command())
 app.command("queries", help=queries.QUERIES_HELP, no_args_is_help=True)(queries.queries_command())
+app.command("pairs", help=pairs.PAIRS_HELP, no_args_is_help=True)(pairs.pairs_command())
 app.command("evaluate", help=evaluate.EVALUATE_HELP, no_args_is_help=True)(evaluate.evaluate_command())
 app.command(no_args_is_help=True)(compare.compare)
 app.command(no_args_is_help=True)(report.report)

@@ -72,7 +72,8 @@ BELOW: Mapping[str, set[str]] = {
 # What is in a room. A package stands for everything in it that is not named itself.
 ROOMS: Mapping[str, str] = {
     "commands": "cli commands demo",
-    "run": "ablation averaging forecast modelling recipe report rundir searching splits stages training training_trial",
+    "run": "ablation averaging forecast modelling pairs recipe report rundir searching splits stages training "
+    "training_trial",
     "refresh": "refresh",
     "mining": "mining",
     "queries": "mining.negative_queries",

@@ -12,6 +12,7 @@ from st_clp.data.errors import CollectionError
 
 if TYPE_CHECKING:
     from st_clp.data.collection import Collection
+    from st_clp.data.corpus import Corpus
 
 
 class Source(Protocol):
@@ -25,6 +26,9 @@ class Source(Protocol):
 
     def load(self, source: str, *, split: str | None, text_fields: Sequence[str] | None) -> Collection:
         """Read the collection."""
+
+    def documents(self, source: str, *, text_fields: Sequence[str] | None) -> Corpus:
+        """The documents alone, of which no queries need be there."""
 
     def known_names(self) -> list[str]:
         """Names to suggest when one is not known."""
@@ -48,6 +52,19 @@ def find_source(source: str) -> Source:
         if kind.recognises(source):
             return kind
     raise CollectionError(_unknown(source))
+
+
+def open_corpus(source: str, *, text_fields: Sequence[str] | None = None) -> Corpus:
+    """The documents of a collection, which need have no queries or judgments.
+
+    Args:
+        source: As for :meth:`st_clp.Collection.load`; a folder may hold ``corpus.jsonl`` alone.
+        text_fields: Fields of a document to join by a space. None: the title and text.
+
+    Raises:
+        CollectionError: An unknown source, a broken file, or no documents.
+    """
+    return find_source(source).documents(source, text_fields=text_fields)
 
 
 def _unknown(source: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from st_clp.data.checks import add_judgment, read_grade, readable_path, require_grade, require_id, shown
 from st_clp.data.collection import Collection
-from st_clp.data.corpus import Document, FileCorpus
+from st_clp.data.corpus import Corpus, Document, FileCorpus
 from st_clp.data.errors import CollectionError
 from st_clp.data.files import find_file, id_field, read_jsonl, read_lines, text_field
 from st_clp.data.registry import register_source
@@ -36,12 +36,11 @@ def load(source: str, *, split: str | None, text_fields: Sequence[str] | None) -
     if corpus_file is None or queries_file is None:
         raise CollectionError(f"{folder}: a BEIR folder needs corpus.jsonl and queries.jsonl; one of them is missing")
     split, judgments_file = _choose_split(folder, split)
-    name = readable_path(folder)
-    corpus = FileCorpus(name, corpus_file, partial(_read_documents, fields=tuple(text_fields or DEFAULT_FIELDS)))
+    corpus = _corpus(folder, corpus_file, text_fields)
+    name = corpus.name
     # The user's own files are read through once, so that everything wrong in them is said before any work is done.
     known_ids = {document.doc_id for document in corpus}
-    if not known_ids:
-        raise CollectionError(f'{corpus_file} has no documents; each line must be {{"_id": …, "title": …, "text": …}}')
+    _require_documents(known_ids, corpus_file)
     queries = _read_queries(queries_file)
     judgments, repeated = _read_judgments(judgments_file, queries, known_ids)
     collection = Collection.checked(corpus, queries, judgments, name=f"{name}/{split}", split=split)
@@ -56,6 +55,25 @@ def load(source: str, *, split: str | None, text_fields: Sequence[str] | None) -
     if corpus.repeated:
         collection.left_out["documents that came twice"] = corpus.repeated
     return collection
+
+
+def documents(source: str, *, text_fields: Sequence[str] | None) -> Corpus:
+    folder = Path(source)
+    corpus_file = find_file(folder, "corpus.jsonl")
+    assert corpus_file is not None  # or the folder would not have been recognised
+    corpus = _corpus(folder, corpus_file, text_fields)
+    _require_documents({document.doc_id for document in corpus}, corpus_file)
+    return corpus
+
+
+def _corpus(folder: Path, file: Path, text_fields: Sequence[str] | None) -> FileCorpus:
+    fields = tuple(text_fields or DEFAULT_FIELDS)
+    return FileCorpus(readable_path(folder), file, partial(_read_documents, fields=fields))
+
+
+def _require_documents(known_ids: set[str], file: Path) -> None:
+    if not known_ids:
+        raise CollectionError(f'{file} has no documents; each line must be {{"_id": …, "title": …, "text": …}}')
 
 
 def _split_files(folder: Path) -> dict[str, Path]:

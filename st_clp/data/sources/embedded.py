@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from st_clp.data.collection import Collection
-from st_clp.data.corpus import MemoryCorpus
+from st_clp.data.corpus import Corpus, MemoryCorpus
 from st_clp.data.errors import CollectionError
 from st_clp.data.registry import register_source
 
@@ -61,6 +61,10 @@ def load(source: str, *, split: str | None, text_fields: Sequence[str] | None) -
         language=language,
         split=split,
     )
+
+
+def documents(source: str, *, text_fields: Sequence[str] | None) -> Corpus:
+    return load("/".join(source.split("/")[:2]), split=SPLITS[0], text_fields=text_fields).corpus
 
 
 @lru_cache(maxsize=1)

@@ -155,6 +155,13 @@ def load(source: str, *, split: str | None, text_fields: Sequence[str] | None) -
     return collection
 
 
+def documents(source: str, *, text_fields: Sequence[str] | None) -> Corpus:
+    dataset = _load(source)
+    if not dataset.has_docs():
+        raise CollectionError(f"{source}: there are no documents here")
+    return IrdsCorpus(dataset, text_fields)
+
+
 def _registered(dataset_id: str) -> bool:
     import ir_datasets
 

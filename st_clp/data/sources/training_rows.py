@@ -16,7 +16,7 @@ from typing import Any
 
 from st_clp.data.checks import readable_path, require_text
 from st_clp.data.collection import Collection
-from st_clp.data.corpus import MemoryCorpus
+from st_clp.data.corpus import Corpus, MemoryCorpus
 from st_clp.data.errors import CollectionError
 from st_clp.data.files import read_jsonl, text_field
 from st_clp.data.registry import register_source
@@ -76,6 +76,10 @@ def load(source: str, *, split: str | None, text_fields: Sequence[str] | None) -
     if contradictions:
         collection.left_out["negatives that are also a positive of the same query"] = contradictions
     return collection
+
+
+def documents(source: str, *, text_fields: Sequence[str] | None) -> Corpus:
+    return load(source, split=None, text_fields=text_fields).corpus
 
 
 def text_id(text: str) -> str:
