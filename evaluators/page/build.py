@@ -13,6 +13,13 @@ from evaluators.comparison import OVERALL, Comparison, compare, interval, most_c
 from evaluators.evaluation import Evaluation, EvaluationError, pooled_label, with_distinct_names
 from evaluators.metrics import Metric
 from evaluators.page import charts
+from evaluators.page.summary import (
+    Summary,
+    best_search,
+    names_of_collections,
+    sentence_of_scores,
+    sentences_of_comparison,
+)
 from evaluators.page.texts import TextReader
 from evaluators.page.training import show_run
 from st_clp.files import whole_file
@@ -62,13 +69,16 @@ def write_page(
         lstrip_blocks=True,
     )
     reader = TextReader(read=texts)
+    scores = _scores(evaluations, metric)
+    shown = [_comparison(found, before, after, reader) for found, before, after in comparisons]
     page = environment.get_template("page.html.jinja").render(
         title=title or _title(evaluations, metric),
         metric=metric,
         evaluations=evaluations,
         pooled=[evaluation for evaluation in evaluations if evaluation.pooled],
-        scores=_scores(evaluations, metric),
-        comparisons=[_comparison(found, before, after, reader) for found, before, after in comparisons],
+        summary=_summary(evaluations, metric, scores, shown),
+        scores=scores,
+        comparisons=shown,
         refused=refused,
         runs=[show_run(name, report) for name, report in (runs or {}).items()],
         unread=reader.unread,
@@ -77,6 +87,21 @@ def write_page(
     with whole_file(target) as file:
         file.write(page)
     return target
+
+
+def _summary(
+    evaluations: Sequence[Evaluation], metric: str, scores: dict[str, Any], shown: Sequence[dict[str, Any]]
+) -> Summary:
+    """What is said first: of the last comparison, which is that with the newest model; else of the only evaluation."""
+    names = names_of_collections(evaluations[0])
+    if not shown:
+        value = next((row["cells"][0].value for row in reversed(scores["rows"]) if row["cells"][0]), 0.0)
+        return Summary([sentence_of_scores(evaluations[0], metric, value, names)], None)
+    last = shown[-1]
+    searches = [(found, part["language"]) for part in last["parts"] if (found := best_search(part["gained"]))]
+    # The clearest case among the collections.
+    search = max(searches, key=lambda pair: pair[0].change.difference, default=None)
+    return Summary(sentences_of_comparison(last["found"], names), search)
 
 
 def _title(evaluations: Sequence[Evaluation], metric: str) -> str:
@@ -102,6 +127,7 @@ def _scores(evaluations: Sequence[Evaluation], metric: str) -> dict[str, Any]:
 
     Figures over a pool stand in rows of their own: no row holds them beside figures over a whole corpus.
     """
+    names = {evaluations[0].results[key].label: name for key, name in names_of_collections(evaluations[0]).items()}
     by_label = [{result.label: result for result in evaluation.results.values()} for evaluation in evaluations]
     rows: list[dict[str, Any]] = []
     for label in dict.fromkeys(label for results in by_label for label in results):
@@ -112,7 +138,7 @@ def _scores(evaluations: Sequence[Evaluation], metric: str) -> dict[str, Any]:
         rows.append(
             {
                 "label": label,
-                "language": next(results[label].language for results in by_label if label in results),
+                "name": names.get(label, label),
                 "queries": next(len(sample) for sample in samples if sample is not None),
                 "cells": [None if sample is None else _interval([sample]) for sample in samples],
                 "mean": False,
@@ -124,10 +150,10 @@ def _scores(evaluations: Sequence[Evaluation], metric: str) -> dict[str, Any]:
             _interval([_values(evaluation, key, metric) for key in evaluation.results]) for evaluation in evaluations
         ]
         queries = sum(row["queries"] for row in rows)
-        rows.append({"label": label, "language": None, "queries": queries, "cells": cells, "mean": True})
-    names = [evaluation.model for evaluation in evaluations]
-    chart = charts.intervals([(row["label"], row["cells"]) for row in rows], names, f"{metric} with 95 % intervals")
-    return {"rows": rows, "chart": chart, "names": names}
+        rows.append({"label": label, "name": label, "queries": queries, "cells": cells, "mean": True})
+    models = [evaluation.model for evaluation in evaluations]
+    chart = charts.intervals([(row["name"], row["cells"]) for row in rows], models, f"{metric} with 95 % intervals")
+    return {"rows": rows, "chart": chart, "names": models}
 
 
 def _values(evaluation: Evaluation, key: str, metric: str) -> np.ndarray:
@@ -143,11 +169,13 @@ def _interval(samples: Sequence[np.ndarray]) -> charts.Interval:
 
 def _comparison(found: Comparison, before: Evaluation, after: Evaluation, reader: TextReader) -> dict[str, Any]:
     parts = []
+    names = names_of_collections(before)
     for key, changes in found.changes.items():
         shown = reader.show(before, after, key, most_changed(changes, CHANGES))
         parts.append(
             {
                 "label": before.results[key].label,
+                "name": names[key],
                 "language": before.results[key].language,
                 "chart": _distribution(key, np.array([change.difference for change in changes])),
                 "unchanged": sum(change.difference == 0 for change in changes),
@@ -155,7 +183,9 @@ def _comparison(found: Comparison, before: Evaluation, after: Evaluation, reader
                 "lost": [item for item in shown if item.change.difference < 0],
             }
         )
-    return {"found": found, "parts": parts, "label": pooled_label if found.pooled else str}
+    whole = {OVERALL: pooled_label(OVERALL) if found.pooled else OVERALL}
+    labels = {key: result.label for key, result in before.results.items()}
+    return {"found": found, "parts": parts, "names": names | whole, "labels": labels | whole}
 
 
 def _distribution(key: str, differences: np.ndarray) -> charts.Chart | None:

@@ -67,8 +67,30 @@ def _show_run(name: str, report: Mapping[str, Any]) -> dict[str, Any]:
         "failed_refreshes": _failures(training.get("refreshes") or []),
         "experts": _experts(report.get("expert_usage")),
         "dead": (report.get("expert_usage") or {}).get("dead") or [],
+        "cost": _cost(report),
         "seconds": {stage: float(taken) for stage, taken in (report.get("seconds") or {}).items()},
     }
+
+
+def _cost(report: Mapping[str, Any]) -> str:
+    """What the run took, in a sentence; empty where the report does not say it."""
+    training, seconds = report.get("training") or {}, report.get("seconds") or {}
+    if not seconds or "steps" not in training:
+        return ""
+    whole = sum(float(taken) for taken in seconds.values())
+    share = ""
+    if trained := training.get("trainable_parameters"):
+        share = f" of {trained / 1e6:,.1f} million weights"
+    return (
+        f"It took {_duration(whole)}, {_duration(float(seconds.get('train', 0.0)))} of which are {training['steps']:,} "
+        f"steps of training{share}."
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 90 * 60 else f"{seconds / 3600:.1f} hours"
 
 
 def _curves(history: Sequence[Mapping[str, Any]]) -> list[charts.Chart]:

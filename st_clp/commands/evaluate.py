@@ -131,7 +131,12 @@ def _evaluate(
 
 
 def _model_name(model: str) -> str:
-    return Path(model).resolve().name if model and Path(model).is_dir() else model
+    """What to call a model: its folder's name, with the folder above where that alone says nothing."""
+    if not model or not Path(model).is_dir():
+        return model
+    path = Path(model).resolve()
+    says_nothing = path.name in ("model", "final", "best", "output") or path.name.startswith("checkpoint-")
+    return f"{path.parent.name}/{path.name}" if says_nothing and path.parent.name else path.name
 
 
 def _load(sources: list[str], split: str | None, text_field: list[str] | None) -> dict[str, Collection]:

@@ -15,6 +15,8 @@ from evaluators.evaluation import EvaluationError
 from evaluators.page import write_page
 from st_clp import Collection
 
+from .conftest import make_random_run
+
 
 @pytest.fixture
 def page(tmp_path: Path) -> Callable[..., lxml.html.HtmlElement]:
@@ -49,8 +51,10 @@ def test_scores_intervals_and_differences_are_those_of_the_evaluations(page, col
     differences = table_of(found, "Table of differences")
     assert [row[0] for row in differences] == ["ko", "fa", "mean"]
     expected = after.results["ko"].scores["ndcg@10"] - before.results["ko"].scores["ndcg@10"]
-    assert float(differences[0][3]) == pytest.approx(expected, abs=5e-5)
-    assert sum(map(int, differences[0][7:])) == 40
+    difference, low, _, high = differences[0][3].split()
+    assert float(difference) == pytest.approx(expected, abs=5e-5)
+    assert float(low) < float(difference) < float(high)
+    assert sum(map(int, differences[0][6:])) == 40
     (drawn,) = found.xpath('//svg[@aria-label="ndcg@10 with 95 % intervals"]')
     assert len(drawn.xpath(".//g")) == 6  # three rows, two models
     assert found.xpath("//h2/text()") == ["ndcg@10, language by language", "base → tuned", "What was evaluated"]
@@ -126,7 +130,7 @@ def test_pooled_figures_are_marked_and_stand_apart(page, collection, make_evalua
     pooled = make_evaluation("pool", {"ko": collection}, corpus="pooled", reference_runs=references)
     found = page(full, pooled)
     rows = table_of(found, "Table of scores")
-    assert [row[0] for row in rows] == ["ko", "ko (pooled)"]
+    assert [row[0] for row in rows] == ["English ko", "ko (pooled)"]  # the one language of an evaluation is its name
     assert rows[0][2] == rows[1][1] == "not evaluated"
     text = found.text_content()
     assert "pool was searched over a pool, not over the whole corpus" in text
@@ -146,7 +150,7 @@ def test_markup_in_texts_ids_and_names_stays_text(page, hostile, hostile_texts, 
     for hostile_text in hostile_texts:
         assert f"query {' '.join(hostile_text.split())}" in text
         assert f"document {' '.join(hostile_text.split())}" in text
-    assert hostile_texts[1] in found.xpath("//h2/text()")[1]
+    assert hostile_texts[1] in found.xpath('//section[@id="comparison-1"]/h2/text()')[0]
 
 
 def test_the_page_can_be_heard_and_needs_nothing_else(page, make_evaluation, report) -> None:
@@ -212,3 +216,47 @@ def test_models_of_one_name_are_told_apart_by_their_folders(page, collection, ev
     found = page(*saved)
     assert found.xpath("//h2/text()")[1] == " → ".join(names)
     assert found.xpath("//thead[1]/tr[1]/th/text()")[1:3] == names
+
+
+def test_the_first_sentence_can_be_quoted(page, make_evaluation, evaluations_in, tmp_path) -> None:
+    collections = {f"embedded_{code}_dev": Collection.load(f"embedded/{code}/dev") for code in ("ko", "fa", "hi")}
+    before = make_evaluation("base", collections, skill=0.4)
+    runs = {
+        key: make_random_run(collection, seed=1, skill=0.2 if key == "embedded_hi_dev" else 0.7)
+        for key, collection in collections.items()
+    }
+    after = make_evaluation("tuned", collections, runs=runs)
+    report = {"training": {"steps": 120, "trainable_parameters": 7_100_000}, "seconds": {"train": 200.0, "mine": 100.0}}
+    found = page(before, after, runs={"a run": report})
+    (summary,) = found.xpath('//p[@class="summary"]')
+    text = " ".join(summary.text_content().split())
+    scores = [
+        sum(result.scores["ndcg@10"] for result in evaluation.results.values()) / 3 for evaluation in (before, after)
+    ]
+    assert text.startswith(
+        f"tuned reaches nDCG@10 {scores[1]:.3f} in the mean of Korean, Persian and Hindi, where base reaches "
+        f"{scores[0]:.3f}: {scores[1] - scores[0]:+.3f} (95 % interval "
+    )
+    assert "Hindi (-0." in text
+    assert " lost; " in text
+    assert text.endswith("It took 5 minutes, 3 minutes of which are 120 steps of training of 7.1 million weights.")
+    alone = " ".join(page(before).xpath('//p[@class="summary"]')[0].text_content().split())
+    assert alone == f"base reaches nDCG@10 {scores[0]:.3f} in the mean of Korean, Persian and Hindi."
+    chance = page(before, make_evaluation("again", collections, skill=0.4, seed=3)).text_content()
+    assert "So large a difference may be chance." in chance
+
+
+def test_one_search_that_was_wrong_and_is_right_now_stands_near_the_top(page, make_evaluation) -> None:
+    collection = Collection.load("embedded/ko/dev")
+    before = make_evaluation("base", {"ko": collection}, skill=0.2)
+    after = make_evaluation("tuned", {"ko": collection}, skill=0.9)
+    found = page(before, after)
+    (query,) = found.xpath('//section[@id="summary"]//p[@class="asked"]')
+    assert query.get("lang") == "ko"
+    (query_id,) = [key for key, text in collection.queries.items() if text == query.text_content()]
+    wrong, right = found.xpath('//section[@id="summary"]//span[@class="id"]/bdi/text()')
+    assert collection.judgments[query_id].get(right, 0) > 0
+    assert collection.judgments[query_id].get(wrong, 0) <= 0
+    assert before.query_scores["ko"][query_id]["ndcg@10"] < after.query_scores["ko"][query_id]["ndcg@10"]
+    # Where nothing is known of the texts, there is none to show.
+    assert not page(before, after, texts=False).xpath('//p[@class="asked"]')

@@ -129,6 +129,19 @@ def test_three_scripts_are_set_right_at_any_width_in_light_and_dark(browser, pat
     opened.require_quiet(path)
 
 
+@pytest.mark.parametrize("width", [PHONE, 1280])
+def test_no_figure_of_a_comparison_is_cut_off(browser, path, width) -> None:
+    page = Opened(browser, path, width, "light").page
+    regions = "[...document.querySelectorAll('[aria-label=\"Table of differences\"]')]"
+    assert page.evaluate(f"{regions}.length") == 1
+    assert page.evaluate(f"{regions}.every(e => e.scrollWidth <= e.clientWidth)")
+    shown = page.locator('[aria-label="Table of differences"]').inner_text()
+    assert "lost" in shown
+    # The one search stands within the first two screens of a desk, and before all tables.
+    if width > PHONE:
+        assert page.locator(".asked").bounding_box()["y"] < 1600
+
+
 def test_hostile_text_stays_text(browser, hostile, hostile_texts, hostile_report, tmp_path) -> None:
     path = write_page(tmp_path / "page.html", hostile, runs={hostile_texts[2]: hostile_report}, title=hostile_texts[0])
     opened = Opened(browser, path, DESKTOP, "light")
