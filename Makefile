@@ -11,7 +11,7 @@ PRINT_VERSION := -c 'import sys; print("%d.%d" % sys.version_info[:2])'
 VERSION := $(shell $(PYTHON) $(PRINT_VERSION))
 PYTEST := -m pytest tests --numprocesses auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test test-lowest lint bench docs mutate campaign clean
+.PHONY: demo test test-lowest lint bench docs dist mutate campaign clean
 .DEFAULT_GOAL := help
 
 help:  ## show what can be made
@@ -63,6 +63,10 @@ bench: $(VENV)/installed-$(VERSION)  ## the benchmarks, each against its peer
 docs: $(VENV)/installed-$(VERSION)  ## the documentation as a site, in site/
 	$(PIP) --editable '.[docs]'
 	$(BIN)/mkdocs build --strict
+
+dist: $(VENV)/installed-$(VERSION)  ## the wheel and the source archive, in dist/
+	$(PIP) build
+	$(BIN)/python -m build
 
 mutate: $(VENV)/installed-$(VERSION)  ## change 40 lines of the core, one at a time: do the tests notice? (an hour)
 	$(BIN)/python tools/mutate.py --jobs 2

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 import time
-
-from rich.markup import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from st_clp.settings import RunSettings, SettingsError
 from st_clp.terminal import new_console
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 LANGUAGES = ("ko", "fa", "hi", "en")
-QUERIES_SHOWN = 1
+SEARCHES = 5  # that gained most, of each language, to choose one from
 
 
 def demo_settings(output: str) -> RunSettings:
@@ -29,7 +33,7 @@ def demo_settings(output: str) -> RunSettings:
         model=str(get_model_path()),
         collection=[f"embedded/{language}" for language in LANGUAGES],
         output=output,
-        max_train_queries=200,
+        max_train_queries=120,
         max_seq_length=96,
         num_negatives=1,
         range_max=30,
@@ -42,11 +46,9 @@ def demo_settings(output: str) -> RunSettings:
 
 
 def run_demo(output: str) -> None:
-    """Run the method, then open the saved model in a fresh process and search with it."""
+    """Run the method, open the saved model in a fresh process, and show what it gained, in one search and on a page."""
+    from st_clp.commands.report import report
     from st_clp.commands.run import run_settings
-    from st_clp.commands.search import print_answers
-    from st_clp.data import Collection
-    from st_clp.searching import RunSearcher
 
     console = new_console()
     started = time.perf_counter()
@@ -62,10 +64,31 @@ def run_demo(output: str) -> None:
         "print('  ', type(model[0]).__name__, 'gives embeddings of shape', model.encode(['a', 'b']).shape)"
     )
     subprocess.run([sys.executable, "-c", code, output], check=True)
-    for language in LANGUAGES:
-        collection = Collection.load(f"embedded/{language}/dev")
-        searcher = RunSearcher(output, [language])
-        for query in list(collection.queries.values())[:QUERIES_SHOWN]:
-            console.print(f'\n[bold]st-clp search {escape(output)} "{escape(query)}"[/bold]')
-            print_answers(console, searcher.search(query, k=2))
+    console.print("\n[bold]What was gained[/bold]")
+    _show_gain(console, output)
+    report([Path(output)], output=Path(output) / "report.html")
+    console.print(f'Search yourself: st-clp search {shlex.quote(output)} "…"', markup=False)
     console.print(f"\nDone in {time.perf_counter() - started:.0f} s.")
+
+
+def _show_gain(console: Console, output: str) -> None:
+    """The sentences that the report begins with, and a search that was wrong before and is right now."""
+    from evaluators.comparison import compare, most_changed
+    from evaluators.page.summary import best_search, names_of_collections, sentences_of_comparison
+    from evaluators.page.texts import TextReader
+    from st_clp.rundir import evaluations_of
+
+    before, after = evaluations_of(output)
+    found = compare(before, after)
+    names = names_of_collections(before)
+    console.print(" ".join(sentences_of_comparison(found, names)), markup=False)
+    reader = TextReader(read=True)
+    for key, changes in found.changes.items():
+        search = best_search(reader.show(before, after, key, most_changed(changes, SEARCHES)))
+        if search is None or search.first_before is None or search.first_after is None:
+            continue
+        console.print(f"\n[bold]A search in {names[key]}, wrong before and right now[/bold]")
+        console.print(f"  {search.query}", markup=False)
+        console.print(f"  before: {search.first_before.text}", markup=False)
+        console.print(f"  now:    {search.first_after.text}", markup=False)
+        return
