@@ -10,7 +10,6 @@ import tqdm
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses.gradcache import (
     CachedLossMixin,
-    _validate_mini_batch_num_tokens,
     has_static_embedding_input,
 )
 from torch import Tensor
@@ -18,6 +17,7 @@ from torch import Tensor
 from st_clp.declaring import with_parameters_of
 from st_clp.losses.batch import Batch, Inputs
 from st_clp.losses.clp import CLPLoss
+from st_clp.losses.gradcache import validate_mini_batch_num_tokens
 
 
 class CachedCLPLoss(CachedLossMixin, CLPLoss):
@@ -98,7 +98,7 @@ class CachedCLPLoss(CachedLossMixin, CLPLoss):
             )
         if mini_batch_size < 1:
             raise ValueError(f"mini_batch_size must be a whole number from 1 up, got {mini_batch_size}")
-        _validate_mini_batch_num_tokens(mini_batch_num_tokens)
+        validate_mini_batch_num_tokens(mini_batch_num_tokens)
         self.mini_batch_size = mini_batch_size
         self.mini_batch_num_tokens = mini_batch_num_tokens
         self.show_progress_bar = show_progress_bar

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.losses.gradcache import _get_batch_size
 from sentence_transformers.base.losses.merged_forward import embed_columns
 from sentence_transformers.util import cos_sim, similarity_fct_name
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from st_clp.losses.batch import Batch, Inputs
 from st_clp.losses.checks import check_settings
 from st_clp.losses.columns import Column, Layout, check_finite, drop_foreign_features, weights_from_labels
+from st_clp.losses.gradcache import get_batch_size
 from st_clp.losses.guide import Guide
 from st_clp.losses.objective import objective
 from st_clp.losses.options import Direction, HardnessMode, MarginStrategy, Options, PartitionMode, Similarity
@@ -299,4 +299,4 @@ class CLPLoss(nn.Module):
 
 def _batch_size(features: dict[str, Any]) -> int:
     # A bag of tokens has one offset for each text.
-    return len(features["offsets"]) if "offsets" in features else _get_batch_size(features)
+    return len(features["offsets"]) if "offsets" in features else get_batch_size(features)

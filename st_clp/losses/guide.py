@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.losses.gradcache import _create_minibatch, _minibatch_ranges
 from sentence_transformers.base.losses.merged_forward import embed_columns
 from sentence_transformers.sentence_transformer.losses import GISTEmbedLoss
 from sentence_transformers.util import batch_to_device
 from torch import Tensor, nn
+
+from st_clp.losses.gradcache import create_minibatch, minibatch_ranges
 
 
 class Guide(nn.Module):
@@ -67,8 +68,8 @@ class Guide(nn.Module):
         return [self._embed_in_pieces(column, mini_batch_size, mini_batch_num_tokens) for column in features]
 
     def _embed_in_pieces(self, features: dict[str, Any], size: int, num_tokens: int | None) -> Tensor:
-        ranges = _minibatch_ranges(features, size, num_tokens)
-        pieces = [self.guide(_create_minibatch(features, begin, end)) for begin, end in ranges]
+        ranges = minibatch_ranges(features, size, num_tokens)
+        pieces = [self.guide(create_minibatch(features, begin, end)) for begin, end in ranges]
         return torch.cat([piece["sentence_embedding"] for piece in pieces])
 
     def _features(self, features: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardData
 
 from st_clp.moe.convert import expert_layers
@@ -20,6 +21,11 @@ pip install -U st-clp
 """
 
 _plain_snippet = SentenceTransformerModelCardData.generate_usage_snippet
+
+
+def forget_card(model: SentenceTransformer) -> None:
+    """Let the model have a new card when it is saved: the one that it came with tells how to open another."""
+    model._model_card_text = None
 
 
 def _usage_snippet(data: SentenceTransformerModelCardData) -> str:

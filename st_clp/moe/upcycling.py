@@ -11,6 +11,7 @@ from sentence_transformers.base.modules import Router as ModelRouter
 from sentence_transformers.base.modules import Transformer
 from torch import nn
 
+from st_clp.moe.card import forget_card
 from st_clp.moe.convert import expert_layers
 from st_clp.moe.settings import MoESettings
 from st_clp.moe.transformer import MoETransformer, is_moe
@@ -59,7 +60,7 @@ def upcycle(
             )
     for parent, name, transformer in places:
         setattr(parent, name, converted[id(transformer)])
-    model._model_card_text = None  # the dense model's, which says how to open that
+    forget_card(model)  # the dense model's
     return model
 
 
@@ -108,5 +109,5 @@ def to_dense(model: SentenceTransformer, how: str | int = "average") -> Sentence
     for parent, name, transformer in transformer_places(dense):
         if isinstance(transformer, MoETransformer):
             setattr(parent, name, transformer.to_dense(how))
-    dense._model_card_text = None  # the mixture's
+    forget_card(dense)  # the mixture's
     return dense

@@ -9,7 +9,7 @@ import importlib.util
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,15 +107,11 @@ def _reopen(dataset_id: str, text_fields: Sequence[str]) -> IrdsCorpus:
 def recognises(source: str) -> bool:
     if importlib.util.find_spec("ir_datasets") is None:
         return False
-    return _registered(source)
+    return _is_registered(source)
 
 
 def known_names() -> list[str]:
-    if importlib.util.find_spec("ir_datasets") is None:
-        return []
-    import ir_datasets
-
-    return list(ir_datasets.registry._registered)
+    return [] if importlib.util.find_spec("ir_datasets") is None else list(_registry())
 
 
 def splits(source: str) -> list[str]:
@@ -126,7 +122,7 @@ def splits(source: str) -> list[str]:
 
 def load(source: str, *, split: str | None, text_fields: Sequence[str] | None) -> Collection:
     dataset_id = source if split is None else f"{source}/{split}"
-    if not _registered(dataset_id):
+    if not _is_registered(dataset_id):
         raise CollectionError(f"{source}: there is no split {split!r}; it has {', '.join(splits(source)) or 'none'}")
     dataset = _load(dataset_id)
     if not (dataset.has_docs() and dataset.has_queries() and dataset.has_qrels()):
@@ -146,7 +142,7 @@ def load(source: str, *, split: str | None, text_fields: Sequence[str] | None) -
             f"network, or put the files into {IrdsCorpus._home()} (IR_DATASETS_HOME says where else)"
         ) from error
     language = dataset.queries_lang() or dataset.docs_lang()
-    if split is None and _registered(dataset_id.rpartition("/")[0]):
+    if split is None and _is_registered(dataset_id.rpartition("/")[0]):
         split = dataset_id.rpartition("/")[2]
     collection = Collection.checked(
         IrdsCorpus(dataset, text_fields), queries, judgments, name=dataset_id, language=language, split=split
@@ -162,10 +158,16 @@ def documents(source: str, *, text_fields: Sequence[str] | None) -> Corpus:
     return IrdsCorpus(dataset, text_fields)
 
 
-def _registered(dataset_id: str) -> bool:
+def _is_registered(dataset_id: str) -> bool:
+    return dataset_id in _registry()
+
+
+def _registry() -> Mapping[str, Any]:
+    """The catalogue, id to dataset; there is no public way to list it."""
     import ir_datasets
 
-    return dataset_id in ir_datasets.registry._registered
+    found: Mapping[str, Any] = ir_datasets.registry._registered
+    return found
 
 
 def _load(dataset_id: str) -> Any:
