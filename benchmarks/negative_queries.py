@@ -22,8 +22,8 @@ from sentence_transformers import SentenceTransformer
 
 from st_clp import CLPLoss
 from st_clp.mining import MinedNegatives, mine
-from st_clp.mining.negative_queries import QueryOptions
 from st_clp.mining.rows import to_dataset
+from st_clp.queries import QueryOptions
 
 NONE = "none"
 SOURCES = [NONE, "judgments", "title", "judgments,title"]

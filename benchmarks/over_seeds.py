@@ -28,8 +28,8 @@ from transformers import TrainerCallback, set_seed
 from evaluators import CollectionEvaluator
 from st_clp import Collection
 from st_clp.encoding import hardware_has_bf16
+from st_clp.files import write_json
 from st_clp.mining import MiningOptions
-from st_clp.rundir import write_json
 
 BASE, AFTER_PAIRS = "before training", "one epoch of pairs"
 

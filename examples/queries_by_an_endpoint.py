@@ -11,7 +11,7 @@ from sentence_transformers import (
 )
 
 from st_clp import CLPLoss, Collection, mine_hard_negatives
-from st_clp.mining.negative_queries import QueryOptions
+from st_clp.queries import QueryOptions
 
 
 def main(

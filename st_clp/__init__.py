@@ -21,18 +21,18 @@ _PUBLIC = {
     "to_dense": "st_clp.moe",
     "load": "st_clp.moe",
     "Collection": "st_clp.data",
-    "average": "st_clp.averaging",
+    "average": "st_clp.run.averaging",
     "mine_hard_negatives": "st_clp.mining",
     "AnceCallback": "st_clp.refresh",
 }
 
 if TYPE_CHECKING:
-    from st_clp.averaging import average
     from st_clp.data import Collection
     from st_clp.losses import CachedCLPLoss, CLPLoss
     from st_clp.mining import mine_hard_negatives
     from st_clp.moe import MoETransformer, load, to_dense, train_only, upcycle
     from st_clp.refresh import AnceCallback
+    from st_clp.run.averaging import average
 
 __all__ = [
     "AnceCallback",

@@ -10,9 +10,9 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 import st_clp
-from st_clp.averaging import WeightAverage, choose_share, hold_out
 from st_clp.mining import Negative, TrainingRow
 from st_clp.options import EvaluationOptions
+from st_clp.run.averaging import WeightAverage, choose_share, hold_out
 
 TEXTS = ["a cat on the river", "the king", "which lake is in the north", "red green blue"]
 OPTIONS = EvaluationOptions(encode_dtype="model", write_csv=False)

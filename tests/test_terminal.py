@@ -11,7 +11,7 @@ from rich.table import Table
 from typer.testing import CliRunner
 
 from st_clp import cli
-from st_clp.report import METRICS, print_scores
+from st_clp.run.report import METRICS, print_scores
 from st_clp.terminal import NARROWEST, new_console, print_whole, show_what_can_be_shown
 
 SCORES = dict.fromkeys(METRICS, 0.1234)

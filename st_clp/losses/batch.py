@@ -11,7 +11,7 @@ from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor
 
 from st_clp.losses.columns import Layout
-from st_clp.losses.texts import embedding_codes
+from st_clp.losses.text_codes import embedding_codes
 
 
 @dataclass(frozen=True)

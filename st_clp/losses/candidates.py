@@ -19,7 +19,7 @@ from sentence_transformers.util import (
 from torch import Tensor
 
 from st_clp.losses.batch import Batch, Vectors
-from st_clp.losses.options import Options, Similarity
+from st_clp.losses.choices import Options, Similarity
 
 _PAIRWISE: dict[Similarity, Similarity] = {
     cos_sim: pairwise_cos_sim,

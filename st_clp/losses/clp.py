@@ -13,13 +13,13 @@ from sentence_transformers.util import cos_sim, similarity_fct_name
 from torch import Tensor, nn
 
 from st_clp.losses.batch import Batch, Inputs
-from st_clp.losses.checks import check_settings
+from st_clp.losses.choices import Direction, HardnessMode, MarginStrategy, Options, PartitionMode, Similarity
 from st_clp.losses.columns import Column, Layout, check_finite, drop_foreign_features, weights_from_labels
 from st_clp.losses.gradcache import get_batch_size
 from st_clp.losses.guide import Guide
+from st_clp.losses.loss_checks import check_settings
 from st_clp.losses.objective import objective
-from st_clp.losses.options import Direction, HardnessMode, MarginStrategy, Options, PartitionMode, Similarity
-from st_clp.losses.texts import text_codes
+from st_clp.losses.text_codes import text_codes
 from st_clp.options import LossOptions, MiningSettings
 
 

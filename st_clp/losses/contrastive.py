@@ -8,7 +8,7 @@ from torch import Tensor
 
 from st_clp.losses.batch import Batch, Vectors
 from st_clp.losses.candidates import Scores, score_documents
-from st_clp.losses.options import Options, Similarity
+from st_clp.losses.choices import Options, Similarity
 
 
 def contrastive_terms(batch: Batch, rows: slice, options: Options) -> Tensor:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from st_clp.losses.batch import Batch
+from st_clp.losses.choices import Options
 from st_clp.losses.contrastive import contrastive_terms
-from st_clp.losses.options import Options
 from st_clp.losses.penalties import PENALTIES
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from st_clp.losses.batch import Batch, Vectors
 from st_clp.losses.candidates import score_documents
-from st_clp.losses.options import Options
+from st_clp.losses.choices import Options
 
 Penalty = Callable[[Batch, slice, Options], Tensor]
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from st_clp.data import Collection, Document
 from st_clp.encoding import EmbeddingStore
 from st_clp.mining.chooser import Choice, Chooser
-from st_clp.mining.negative_queries import Need, NegativeQuery
 from st_clp.mining.ranking import Ranking
 from st_clp.mining.rows import Negative, TrainingRow
+from st_clp.queries import Need, NegativeQuery
 from st_clp.search import normalised_text
 
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from st_clp.data import Collection, CollectionError
-from st_clp.mining.candidates import Candidate, refusal
-from st_clp.mining.negative_queries import JudgedQueries
+from st_clp.mining.filters import Candidate, refusal
 from st_clp.mining.ranking import Ranking
 from st_clp.options import JudgedNegatives, MiningOptions
+from st_clp.queries import JudgedQueries
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,11 @@ from st_clp.mining.account import MiningAccount
 from st_clp.mining.assembly import choose_negatives, make_rows, needs_of, positives_of, usable_part
 from st_clp.mining.bm25 import require_bm25
 from st_clp.mining.chooser import Chooser
-from st_clp.mining.negative_queries import (
+from st_clp.mining.ranking import Ranker, Ranking
+from st_clp.mining.rescoring import require_one_score, rescore
+from st_clp.mining.rows import TrainingRow, require_writable, to_dataset, write_rows
+from st_clp.options import Encoding, MiningOptions
+from st_clp.queries import (
     JUDGMENTS,
     JudgedQueries,
     QueryChain,
@@ -29,10 +33,6 @@ from st_clp.mining.negative_queries import (
     RoundTrip,
     make_chain,
 )
-from st_clp.mining.ranking import Ranker, Ranking
-from st_clp.mining.rescoring import require_one_score, rescore
-from st_clp.mining.rows import TrainingRow, require_writable, to_dataset, write_rows
-from st_clp.options import Encoding, MiningOptions
 from st_clp.search import require_index
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def mine_hard_negatives(
             the ranking's.
         negative_queries: Where the queries of negatives come from, in order: ``"judgments"``, ``"local:MODEL"``,
             ``"openai:MODEL"``, ``"title"``, with commas between; the first that knows one for a negative, wins. Or a
-            :class:`st_clp.mining.negative_queries.QueryChain` of sources.
+            :class:`st_clp.queries.QueryChain` of sources.
         query_options: How queries are made and checked; None has the defaults.
         query_store: A SQLite file that keeps what is generated, so that nothing is paid for twice; None keeps it in
             memory. A chain has its own.

@@ -12,7 +12,7 @@ from sentence_transformers import SentenceTransformer
 from st_clp.data import Collection, MemoryCorpus
 from st_clp.encoding import EmbeddingStore
 from st_clp.mining.bm25 import BM25, fuse
-from st_clp.mining.candidates import Candidate
+from st_clp.mining.filters import Candidate
 from st_clp.options import Encoding, MiningOptions
 from st_clp.search import ApproximateIndex, is_own_document, pair_scores, search_rows
 

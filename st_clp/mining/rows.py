@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from st_clp.data.errors import CollectionError
-from st_clp.data.files import read_jsonl
+from st_clp.data.reading import read_jsonl
 from st_clp.files import whole_file
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from st_clp.moe.configuration import MoESettings
 from st_clp.moe.context import ForwardContext
 from st_clp.moe.precise import weighted_sums
-from st_clp.moe.settings import MoESettings
 
 if TYPE_CHECKING:
     from st_clp.moe.routing import Router

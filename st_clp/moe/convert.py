@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from st_clp.moe.architectures import FeedForward, Projection, find_feed_forwards
+from st_clp.moe.configuration import CONFIG_KEY, MoESettings
 from st_clp.moe.layers import Dispatch, ExpertLinear, SortedLinear
-from st_clp.moe.settings import CONFIG_KEY, MoESettings
 
 ROUTER_SCALE = 0.02
 """The standard deviation with which a router's weights are drawn."""

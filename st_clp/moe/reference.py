@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from st_clp.moe.settings import CONFIG_KEY, MoESettings
+from st_clp.moe.configuration import CONFIG_KEY, MoESettings
 
 REFERENCE_KEYS = ("moe", "num_experts", "num_experts_per_tok", "only_train")
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from st_clp.moe.balance import Balance, add_balance_gradient
+from st_clp.moe.configuration import MoESettings
 from st_clp.moe.context import ForwardContext, current_context
 from st_clp.moe.precise import PreciseLinear
-from st_clp.moe.settings import MoESettings
 
 
 @dataclass

@@ -14,6 +14,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from st_clp.moe.architectures import find_feed_forwards
 from st_clp.moe.card import write_own_snippets
+from st_clp.moe.configuration import CONFIG_KEY, MoESettings, resolve_layers
 from st_clp.moe.context import ForwardContext, attention_mask, entered, recall_context_in_checkpoints
 from st_clp.moe.convert import build_experts, expert_layers, merge_experts, settings_of
 from st_clp.moe.reference import (
@@ -22,7 +23,6 @@ from st_clp.moe.reference import (
     take_reference_settings,
     write_reference,
 )
-from st_clp.moe.sampling import token_marks
 from st_clp.moe.saving import (
     ADAPTERS,
     check_bare,
@@ -34,7 +34,7 @@ from st_clp.moe.saving import (
     unwrapped,
     without_adapters,
 )
-from st_clp.moe.settings import CONFIG_KEY, MoESettings, resolve_layers
+from st_clp.moe.token_sampling import token_marks
 
 
 class MoETransformer(Transformer):

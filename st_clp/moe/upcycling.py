@@ -12,8 +12,8 @@ from sentence_transformers.base.modules import Transformer
 from torch import nn
 
 from st_clp.moe.card import forget_card
+from st_clp.moe.configuration import MoESettings
 from st_clp.moe.convert import expert_layers
-from st_clp.moe.settings import MoESettings
 from st_clp.moe.transformer import MoETransformer, is_moe
 
 

@@ -21,7 +21,7 @@ from st_clp.files import whole_folder, write_json
 from st_clp.mining.miner import mine
 from st_clp.mining.rows import DETAIL_COLUMNS, TrainingRow, to_dataset
 from st_clp.options import MiningOptions
-from st_clp.refresh.account import account_of
+from st_clp.refresh.refresh_account import account_of
 
 if TYPE_CHECKING:
     from datasets import Dataset

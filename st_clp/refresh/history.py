@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from st_clp.files import write_json
-from st_clp.refresh.account import MEASURES, together
+from st_clp.refresh.refresh_account import MEASURES, together
 
 Status = Literal["first", "mining", "used", "failed", "unused"]
 

@@ -47,8 +47,8 @@ def prepare() -> None:
 
     import evaluators.comparison  # noqa: F401
     import st_clp.cli
-    import st_clp.recipe
-    import st_clp.searching  # noqa: F401
+    import st_clp.run.recipe
+    import st_clp.run.searching  # noqa: F401
 
     faiss.omp_set_num_threads(1)
     datasets.disable_progress_bars()

@@ -20,15 +20,15 @@ from typer.testing import CliRunner
 
 from evaluators.evaluation import read_evaluation
 from st_clp import Collection, cli
-from st_clp.ablation import ablate, default_variants, read_variants
-from st_clp.ablation import study as study_module
-from st_clp.ablation.loop import train
-from st_clp.ablation.table import _gains
 from st_clp.mining import TrainingRow, mine, to_dataset
-from st_clp.modelling import prepare_model
 from st_clp.options import MiningOptions
+from st_clp.run.ablation import ablate, default_variants, read_variants
+from st_clp.run.ablation import study as study_module
+from st_clp.run.ablation.loop import train
+from st_clp.run.ablation.table import _gains
+from st_clp.run.modelling import prepare_model
+from st_clp.run.training import make_trainer
 from st_clp.settings import RunSettings, SettingsError
-from st_clp.training import make_trainer
 
 from .test_run import settings_of
 
@@ -253,7 +253,7 @@ class Without:
     def __getattr__(self, name):
         return getattr(self.finder, name)
 sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
-from st_clp.ablation import ablate, read_variants
+from st_clp.run.ablation import ablate, read_variants
 from st_clp.settings import RunSettings
 model, collection, variants, output = sys.argv[1:]
 settings = RunSettings(model=model, collection=[collection], output=output, num_negatives=2, epochs=1)

@@ -39,7 +39,7 @@ def embeddings(model: SentenceTransformer) -> np.ndarray:
 def test_the_folder_says_what_each_script_is_and_a_test_runs_each() -> None:
     listed = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     tests = Path(__file__).read_text(encoding="utf-8") + (
-        Path(__file__).parents[1] / "mining" / "negative_queries" / "test_example.py"
+        Path(__file__).parents[1] / "queries" / "test_example.py"
     ).read_text(encoding="utf-8")
     assert len(SCRIPTS) == 8
     for name in SCRIPTS:

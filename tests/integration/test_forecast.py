@@ -11,10 +11,11 @@ import pytest
 from sentence_transformers import SentenceTransformer
 from typer.testing import CliRunner
 
-from st_clp import cli, forecast, recipe
-from st_clp.forecast import Forecast
-from st_clp.rundir import RunDirectory
-from st_clp.training_trial import try_steps
+from st_clp import cli
+from st_clp.run import forecast, recipe
+from st_clp.run.folder import RunDirectory
+from st_clp.run.forecast import Forecast
+from st_clp.run.training_trial import try_steps
 
 from .test_run import settings_of
 

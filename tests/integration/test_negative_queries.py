@@ -16,8 +16,8 @@ from typer.testing import CliRunner, Result
 
 from st_clp import cli
 from st_clp.mining import mine
-from st_clp.mining.negative_queries import LocalQueries
 from st_clp.mining.rows import read_rows
+from st_clp.queries import LocalQueries
 
 
 @pytest.fixture

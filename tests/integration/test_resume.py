@@ -15,7 +15,8 @@ from sentence_transformers import SentenceTransformerTrainer
 from typer.testing import CliRunner
 
 import st_clp
-from st_clp import cli, recipe
+from st_clp import cli
+from st_clp.run import recipe
 from st_clp.settings import RunSettings
 
 TEXTS = ["where is the red river", "in the north is a big lake"]

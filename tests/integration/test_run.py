@@ -18,8 +18,9 @@ from sentence_transformers import SentenceTransformer
 from typer.testing import CliRunner, Result
 
 import st_clp
-from st_clp import cli, mine_hard_negatives, recipe
+from st_clp import cli, mine_hard_negatives
 from st_clp.data import Collection
+from st_clp.run import recipe
 from st_clp.settings import RunSettings
 
 TEXTS = ["where is the red river", "in the north is a big lake"]

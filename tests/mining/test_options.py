@@ -18,7 +18,7 @@ from st_clp import CLPLoss, Collection, mine_hard_negatives
 from st_clp.data import CollectionError
 from st_clp.mining import DETAIL_COLUMNS, MinedNegatives, MiningOptions, mine
 from st_clp.mining.bm25 import BM25, Words, fuse
-from st_clp.mining.candidates import Candidate, refusal
+from st_clp.mining.filters import Candidate, refusal
 
 WORDS = "river lake mountain city country money bank language people capital red blue green old new big small".split()
 

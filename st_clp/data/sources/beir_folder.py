@@ -11,7 +11,7 @@ from st_clp.data.checks import add_judgment, read_grade, readable_path, require_
 from st_clp.data.collection import Collection
 from st_clp.data.corpus import Corpus, Document, FileCorpus
 from st_clp.data.errors import CollectionError
-from st_clp.data.files import find_file, id_field, read_jsonl, read_lines, text_field
+from st_clp.data.reading import find_file, id_field, read_jsonl, read_lines, text_field
 from st_clp.data.registry import register_source
 
 DEFAULT_FIELDS = ("title", "text")

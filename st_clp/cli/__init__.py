@@ -1,0 +1,70 @@
+"""``st-clp``: the command line."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import st_clp
+from st_clp.cli import (
+    ablation_command,
+    compare_command,
+    demo_command,
+    doctor_command,
+    evaluate_command,
+    mine_command,
+    pairs_command,
+    queries_command,
+    report_command,
+    run_command,
+    search_command,
+    store_command,
+)
+from st_clp.terminal import log_to_terminal, show_what_can_be_shown
+
+app = typer.Typer(
+    name="st-clp",
+    help="Fine-tune text-embedding models for retrieval: hard negatives mined by the model itself (ANCE), a "
+    "contrastive loss with a penalty (CLP), and a mixture of experts (MoE).\n\nEvery command ends with status 0 where "
+    "all is done, 1 where something is wrong with what it was given (and says what to do), 2 where an option is, and "
+    "130 where it was stopped by Ctrl-C.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+app.command("run", help=run_command.RUN_HELP, no_args_is_help=True)(run_command.run_command())
+app.command("mine", help=mine_command.MINE_HELP, no_args_is_help=True)(mine_command.mine_command())
+app.command("queries", help=queries_command.QUERIES_HELP, no_args_is_help=True)(queries_command.queries_command())
+app.command("pairs", help=pairs_command.PAIRS_HELP, no_args_is_help=True)(pairs_command.pairs_command())
+app.command("evaluate", help=evaluate_command.EVALUATE_HELP, no_args_is_help=True)(evaluate_command.evaluate_command())
+app.command(no_args_is_help=True)(compare_command.compare)
+app.command(no_args_is_help=True)(report_command.report)
+app.command("ablation", help=ablation_command.ABLATION_HELP, no_args_is_help=True)(ablation_command.ablation_command())
+app.command()(search_command.search)
+app.add_typer(store_command.store, name="store")
+app.command()(demo_command.demo)
+app.command()(doctor_command.doctor)
+
+
+def main() -> None:
+    """The entry point."""
+    show_what_can_be_shown()
+    log_to_terminal()
+    app()
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(f"st-clp {st_clp.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    pass

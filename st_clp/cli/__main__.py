@@ -1,0 +1,3 @@
+from st_clp.cli import main
+
+main()

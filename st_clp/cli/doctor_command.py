@@ -1,0 +1,103 @@
+"""``st-clp doctor``: what a bug report needs to say."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from st_clp.cli.advice import with_advice
+from st_clp.terminal import new_console
+
+HUB_SECONDS = 5.0
+SECRET = re.compile("(TOKEN|KEY|SECRET|PASSWORD)$")
+
+
+@with_advice
+def doctor() -> None:
+    """Print versions, devices, what computes there, whether the Hub can be reached, and where things are kept.
+
+    Nothing secret is printed: of keys only whether they are set.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    console = new_console(soft_wrap=True, markup=False)
+    for title, lines in (
+        ("Versions", _versions()),
+        ("Devices", _devices()),
+        ("Hugging Face Hub", _hub()),
+        ("Kept in", _places()),
+        ("Environment", _environment()),
+    ):
+        console.print(title)
+        for name, value in lines:
+            console.print(f"  {name:<22} {value}")
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    import importlib.metadata
+    import platform
+
+    from st_clp.run.report import versions
+
+    found = versions()
+    yield from found.items()
+    yield "system", platform.platform()
+    for package in ("accelerate", "peft", "bm25s", "openai", "matplotlib", "mteb"):
+        try:
+            yield package, importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            yield package, "not installed"
+
+
+def _devices() -> Iterator[tuple[str, str]]:
+    import torch
+
+    from st_clp.encoding import kernels
+
+    yield "processor", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads; encoding: {kernels('cpu')}"
+    for number in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(number)
+        device = f"cuda:{number}"
+        yield device, f"{found.name}, {found.total_memory / 2**30:.0f} GiB; encoding: {kernels(device)}"
+    if torch.backends.mps.is_available():
+        yield "mps", f"encoding: {kernels('mps')}"
+
+
+def _hub() -> Iterator[tuple[str, str]]:
+    import urllib.error
+    import urllib.request
+
+    from huggingface_hub import constants, get_token
+
+    yield "address", constants.ENDPOINT
+    yield "token", "set" if get_token() else "none"
+    if constants.HF_HUB_OFFLINE:
+        yield "access", "not tried: HF_HUB_OFFLINE is set"
+        return
+    try:
+        with urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=HUB_SECONDS):
+            yield "access", "reached"
+    except urllib.error.HTTPError as error:
+        yield "access", f"answers with status {error.code}"
+    except OSError as error:
+        yield "access", f"not reached ({getattr(error, 'reason', error)}): models must be folders here"
+
+
+def _places() -> Iterator[tuple[str, str]]:
+    from huggingface_hub import constants
+
+    home = os.environ.get("IR_DATASETS_HOME")
+    yield "models of the Hub", constants.HF_HUB_CACHE
+    yield "ir_datasets", home or str(Path.home() / ".ir_datasets")
+    yield "embeddings", "OUTPUT/embeddings of st-clp mine and evaluate, run/embeddings of st-clp run; or --store"
+    yield "generated queries", "OUTPUT/queries.sqlite, run/queries.sqlite of st-clp run; or --query-store"
+
+
+def _environment() -> Iterator[tuple[str, str]]:
+    for name in sorted({*os.environ, "OPENAI_API_KEY"}):
+        if name.startswith(("ST_CLP_", "HF_", "OMP_", "CUDA_", "TOKENIZERS_", "IR_DATASETS_", "OPENAI_")):
+            value = os.environ.get(name)
+            yield name, "not set" if value is None else "set" if SECRET.search(name) else value

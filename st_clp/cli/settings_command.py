@@ -1,0 +1,126 @@
+"""Settings as options of a command, so that they are defined in one place."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+
+from st_clp.cli.advice import with_advice
+from st_clp.declaring import Options, declared, group_of
+from st_clp.option_values import kind_of
+from st_clp.settings import RunSettings, SettingsError
+from st_clp.yaml_files import parse
+
+# An option that is no setting: its kind, its default and its help; or its kind with what typer is to make of it.
+Extra = tuple[Any, Any, str]
+
+ARGUMENT = "argument"
+"""The alias of what may stand without a name."""
+
+CONFIG: Extra = (Path | None, None, "A YAML file with settings.")
+
+
+def settings_command(
+    work: Callable[..., None],
+    name: str,
+    settings: Sequence[str],
+    extras: Mapping[str, Extra],
+    *,
+    of: type[Options] = RunSettings,
+    aliases: Mapping[str, str] | None = None,
+) -> Callable[..., None]:
+    """A command with an option for each of these settings and for each extra.
+
+    Args:
+        work: Called with all options by name; a setting that was not given is None.
+        name: The command's name.
+        settings: Names of fields of ``of``.
+        extras: Further options, by name with underscores.
+        of: What the settings are of.
+        aliases: Former names of options, which are not shown: name to what it is called now.
+    """
+    parameters = []
+    for extra, (kind, default, text) in extras.items():
+        flag = "--" + extra.replace("_", "-")
+        option = typer.Option(flag, help=text, show_default=False)
+        annotation = kind if get_origin(kind) is Annotated else Annotated[kind, option]
+        parameters.append(
+            inspect.Parameter(extra, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        )
+
+    shared = [_parameter(item, of) for item in fields(of) if item.name in settings]
+    # Where most options are settings, those are what the command is about.
+    parameters = [*shared, *parameters] if of is RunSettings else [*parameters, *shared]
+    former = aliases or {}
+    kinds = {parameter.name: parameter for parameter in parameters}
+    parameters += [_hidden(alias, kinds[name]) for alias, name in former.items()]
+
+    @with_advice
+    def command(**options: Any) -> None:
+        for alias, name in former.items():
+            given = options.pop(alias)
+            options[name] = given if options[name] == kinds[name].default else options[name]
+        work(**options)
+
+    command.__name__ = name
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+def given_settings(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that the command line gives, without those that it does not."""
+    given = {name: value for name, value in options.items() if value not in (None, [], ())}
+    if "training_arg" in given:
+        given["training_arg"] = _name_values(given["training_arg"])
+    return given
+
+
+def _name_values(pairs: list[str]) -> dict[str, Any]:
+    found = {}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not separator:
+            raise SettingsError(f"--training-arg takes NAME=VALUE, got {pair!r}")
+        # To YAML a bare no is false, but save_strategy=no means the word.
+        word = value == "no" and name.endswith("strategy")
+        try:
+            found[name.replace("-", "_")] = value if word else parse(value)
+        except ValueError as error:
+            raise SettingsError(f"--training-arg {pair}: the value is no valid YAML: {error}") from None
+    return found
+
+
+def _parameter(item: Field[Any], of: type[Options]) -> inspect.Parameter:
+    """A setting as a command-line option. None stands for "not given", so that a file's value is not covered."""
+    kind, choices, _ = kind_of(declared(of)[item.name])
+    flag = "--" + item.name.replace("_", "-")
+    flags = [f"{flag}/--no-{flag[2:]}"] if kind is bool else [flag]
+    shown = "" if item.default in (None, "", MISSING) else f" [default: {item.default}]"
+    option = typer.Option(
+        *flags,
+        help=item.metadata["help"] + shown,
+        rich_help_panel=group_of(of, item.name) if of is RunSettings else None,
+        show_default=False,
+    )
+    given: Any = Literal[tuple(choices)] if choices else list[str] if kind in (list, dict) else kind
+    return inspect.Parameter(
+        item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[given | None, option]
+    )
+
+
+def _hidden(alias: str, known: inspect.Parameter) -> inspect.Parameter:
+    """A former name of an option, or a place on the command line; it works and is not shown."""
+    kind = get_args(known.annotation)[0]
+    if alias == ARGUMENT:
+        hidden: Any = typer.Argument(hidden=True, metavar=f"[{known.name.upper()}]")
+    else:
+        hidden = typer.Option("--" + alias.replace("_", "-"), hidden=True)
+    return inspect.Parameter(
+        alias, inspect.Parameter.KEYWORD_ONLY, default=known.default, annotation=Annotated[kind, hidden]
+    )

@@ -1,0 +1,107 @@
+"""``st-clp store``: the embeddings that runs and mining have kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from st_clp.cli.advice import with_advice
+from st_clp.terminal import new_console
+
+if TYPE_CHECKING:
+    from st_clp.encoding.inspection import StoreInfo
+
+store = typer.Typer(
+    help="Look at, check and remove the embeddings that runs and mining have kept.", no_args_is_help=True
+)
+
+Folders = Annotated[list[Path], typer.Argument(help="Folders that are a store or hold some.")]
+
+
+@store.command()
+@with_advice
+def ls(
+    folder: Annotated[Path, typer.Argument(help="Where to look.")] = Path("."),
+) -> None:
+    """List the stores in a folder and below it."""
+    console = new_console(soft_wrap=True)
+    found = _find([folder])
+    for info in found:
+        manifest = info.manifest
+        state = "" if info.finished else ", unfinished"
+        console.print(f"[bold]{escape(str(info.path))}[/bold]")
+        if manifest is None:
+            console.print(f"  [red]damaged[/red]: its manifest cannot be read, {_megabytes(info.bytes_on_disk)}")
+            continue
+        console.print(
+            f"  {info.documents:,} {'' if manifest['task'] == 'query' else 'documents '}of "
+            f"{escape(manifest['corpus'])}, {manifest['dim']} × {manifest['dtype']}, model {manifest['model'][:8]}, "
+            f"{_megabytes(info.bytes_on_disk)}{state}"
+        )
+    console.print(f"{len(found)} stores, {_megabytes(sum(info.bytes_on_disk for info in found))}")
+
+
+@store.command()
+@with_advice
+def verify(folders: Folders) -> None:
+    """Compare every byte with the checksums; ends with status 1 where something is damaged."""
+    from st_clp.encoding.inspection import verify as look
+
+    console = new_console(soft_wrap=True)
+    whole = True
+    for info in _find(folders):
+        found = look(info.path)
+        whole &= found.whole
+        state = "whole" if info.finished else "unfinished, and right as far as it goes"
+        state = state if found.whole else "[red]damaged[/red]"
+        console.print(f"{escape(str(info.path))}: {found.documents:,} documents, {state}")
+        for first, rows in found.damaged:
+            console.print(f"  rows {first:,} to {first + rows - 1:,} do not match their checksum")
+        if found.missing:
+            console.print(f"  {found.missing:,} documents are missing")
+        if found.unnamed:
+            console.print(f"  {found.unnamed:,} documents more than its manifest names")
+        if found.wrong:
+            console.print(f"  {escape(found.wrong)}")
+    if not whole:
+        console.print("What is damaged is found and encoded anew when the store is used next.")
+        raise typer.Exit(1)
+
+
+@store.command()
+@with_advice
+def rm(
+    folders: Folders,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Remove stores. They are made again when they are needed."""
+    from st_clp.encoding.inspection import remove
+
+    console = new_console(soft_wrap=True)
+    found = _find(folders)
+    for info in found:
+        console.print(f"{escape(str(info.path))}  {_megabytes(info.bytes_on_disk)}")
+    if not yes:
+        typer.confirm(f"Remove {len(found)} stores?", abort=True)
+    console.print(f"removed {_megabytes(sum(remove(info.path) for info in found))}")
+
+
+def _find(folders: list[Path]) -> list[StoreInfo]:
+    from st_clp.encoding.inspection import find_stores
+
+    found = []
+    for folder in folders:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"there is no folder {folder}")
+        here = list(find_stores(folder))
+        if not here:
+            raise FileNotFoundError(f"{folder} holds no embedding store")
+        found += here
+    return found
+
+
+def _megabytes(number: int) -> str:
+    return f"{number / 1e6:,.1f} MB"

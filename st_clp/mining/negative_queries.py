@@ -1,0 +1,4 @@
+"""The former name of :mod:`st_clp.queries`."""
+
+from st_clp.queries import *  # noqa: F403
+from st_clp.queries import __all__  # noqa: F401

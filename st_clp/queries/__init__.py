@@ -1,0 +1,55 @@
+"""Queries of negatives: for a hard negative of one query, a query that this document does answer.
+
+Sources know, find or write them; a chain asks them in order, and the first that knows one wins. What a model wrote is
+kept in a store, so that nothing is paid for twice.
+"""
+
+from st_clp.options import QueryOptions
+from st_clp.queries.budget import Budget, Prices
+from st_clp.queries.chain import Need, QueriesAccount, QueryChain
+from st_clp.queries.chat import ChatClient, EndpointError
+from st_clp.queries.endpoint import EndpointQueries
+from st_clp.queries.interface import (
+    JUDGMENTS,
+    DocumentQueries,
+    GeneratingSource,
+    NegativeQuery,
+    QuerySource,
+    Usage,
+)
+from st_clp.queries.judgments import JudgedQueries
+from st_clp.queries.lead import TitleOrLead
+from st_clp.queries.local import LocalQueries
+from st_clp.queries.making import make_chain, parse_sources
+from st_clp.queries.outlook import SourceOutlook, outlook
+from st_clp.queries.prompts import Prompts
+from st_clp.queries.query_store import QueryStore
+from st_clp.queries.roundtrip import RoundTrip
+
+__all__ = [
+    "JUDGMENTS",
+    "Budget",
+    "ChatClient",
+    "DocumentQueries",
+    "EndpointError",
+    "EndpointQueries",
+    "GeneratingSource",
+    "JudgedQueries",
+    "LocalQueries",
+    "Need",
+    "NegativeQuery",
+    "Prices",
+    "Prompts",
+    "QueriesAccount",
+    "QueryChain",
+    "QueryOptions",
+    "QuerySource",
+    "QueryStore",
+    "RoundTrip",
+    "SourceOutlook",
+    "TitleOrLead",
+    "Usage",
+    "make_chain",
+    "outlook",
+    "parse_sources",
+]

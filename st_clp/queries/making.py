@@ -1,0 +1,126 @@
+"""The sources that make queries of negatives, as a text names them: ``"judgments,local:PATH,openai:MODEL,title"``."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from st_clp.options import QueryOptions
+from st_clp.queries.budget import Budget, Prices
+from st_clp.queries.chain import QueryChain
+from st_clp.queries.chat import ChatClient
+from st_clp.queries.endpoint import EndpointQueries
+from st_clp.queries.interface import JUDGMENTS, GeneratingSource, QuerySource
+from st_clp.queries.lead import DEFAULT_WEIGHT, TitleOrLead
+from st_clp.queries.local import LocalQueries
+from st_clp.queries.prompts import Prompts
+from st_clp.queries.query_store import QueryStore
+
+LOCAL, OPENAI, TITLE = "local", "openai", "title"
+KNOWN = f"{JUDGMENTS}, {LOCAL}:MODEL, {OPENAI}:MODEL and {TITLE}"
+_WEIGHT = re.compile(r"\*(\d+(?:\.\d+)?)$")
+
+
+def budget_of(options: QueryOptions, store: QueryStore) -> Budget:
+    """The budget of everything in a store."""
+    prices = None
+    if options.query_price_prompt is not None and options.query_price_completion is not None:
+        prices = Prices(options.query_price_prompt, options.query_price_completion)
+    return Budget(store, max_tokens=options.query_budget_tokens, max_cost=options.query_budget, prices=prices)
+
+
+def parse_sources(spec: str) -> list[tuple[str, str, float | None]]:
+    """(kind, model, weight) of each source in ``"judgments,local:PATH,openai:MODEL,title"``, in order.
+
+    A number behind a star, as in ``title*0.3``, is the weight of a source's queries; None where there is none.
+
+    Raises:
+        ValueError: A source is not known, lacks its model, or stands there twice.
+    """
+    found: list[tuple[str, str, float | None]] = []
+    for part in (part.strip() for part in spec.split(",")):
+        weight = _WEIGHT.search(part)
+        kind, _, model = _WEIGHT.sub("", part).partition(":")
+        if kind not in (JUDGMENTS, LOCAL, OPENAI, TITLE):
+            raise ValueError(f"negative_queries: there is no source {part!r}; the sources are {KNOWN}")
+        if bool(model) != (kind in (LOCAL, OPENAI)):
+            form = f"{kind}:MODEL" if kind in (LOCAL, OPENAI) else kind
+            raise ValueError(f"negative_queries: {part!r} must be {form}")
+        if kind == JUDGMENTS and weight:
+            raise ValueError(f"negative_queries: queries from the judgments have the weight 1, got {part!r}")
+        found.append((kind, model, float(weight.group(1)) if weight else None))
+    kinds = [source[:2] for source in found]
+    if len(set(kinds)) < len(kinds):
+        raise ValueError(f"negative_queries: a source stands twice in {spec!r}")
+    return found
+
+
+def make_chain(
+    spec: str,
+    options: QueryOptions | None = None,
+    *,
+    store: QueryStore | str | os.PathLike[str] | None = None,
+    show_progress_bar: bool = True,
+) -> QueryChain:
+    """The chain of sources that a text names.
+
+    Args:
+        spec: ``"judgments,local:PATH,openai:MODEL,title"``; ``local`` takes a folder or a name on the Hub, ``openai``
+            the model's name at the endpoint. ``title*0.3`` gives a source's queries another weight.
+        options: How queries are made.
+        store: Keeps what is generated, or its file; None keeps it in memory.
+        show_progress_bar: Show progress.
+
+    Raises:
+        ValueError: The text or an option cannot be meant, or there is no key for an endpoint that wants one.
+    """
+    options = options or QueryOptions()
+    parsed = parse_sources(spec)
+    # What costs nothing needs no file.
+    free = all(kind in (JUDGMENTS, TITLE) for kind, _, _ in parsed)
+    kept = store if isinstance(store, QueryStore) else QueryStore(None if free else store)
+    sources = [_source(kind, model, weight, options, kept) for kind, model, weight in parsed]
+    for source in sources:
+        if isinstance(source, GeneratingSource):
+            source.prepare()
+    kept.open()  # no file is made where the sources cannot be used
+    return QueryChain(sources, store=kept, show_progress_bar=show_progress_bar)
+
+
+def _source(kind: str, model: str, weight: float | None, options: QueryOptions, store: QueryStore) -> QuerySource | str:
+    if kind == JUDGMENTS:
+        return JUDGMENTS
+    if kind == TITLE:
+        return TitleOrLead(weight=DEFAULT_WEIGHT if weight is None else weight)
+    given = 1.0 if weight is None else weight
+    prompts = None if options.query_prompts is None else Prompts.read(options.query_prompts)
+    if kind == LOCAL:
+        return LocalQueries(
+            model,
+            prompts=prompts,
+            samples=options.query_samples or 1,
+            max_new_tokens=options.query_max_tokens,
+            temperature=options.query_temperature,
+            seed=options.seed,
+            weight=given,
+        )
+    client = ChatClient(
+        model,
+        base_url=options.query_base_url,
+        key_variable=options.query_key_variable,
+        timeout=options.query_timeout,
+        temperature=options.query_temperature,
+    )
+    return EndpointQueries(
+        client,
+        budget_of(options, store),
+        prompts=prompts,
+        number=options.query_samples or 1,
+        # The answer is JSON, and takes some tokens more than its queries.
+        max_tokens=options.query_max_tokens * (options.query_samples or 1) + 16,
+        concurrency=options.query_concurrency,
+        requests_per_minute=options.query_rate,
+        retries=options.query_retries,
+        seed=options.seed,
+        weight=given,
+    )

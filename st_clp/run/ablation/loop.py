@@ -1,0 +1,235 @@
+"""A training loop that waits for nothing: texts are tokenised once, and lie on the model's device.
+
+It does what sentence-transformers' Trainer does with a run's settings (AdamW, a linear schedule with warm-up, clipped
+gradients, bfloat16 by autocast), and needs neither ``datasets`` nor ``accelerate``.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+
+from st_clp.encoding import hardware_has_bf16
+from st_clp.mining import TrainingRow
+from st_clp.mining.rows import columns_of
+from st_clp.run.modelling import column_kinds, make_loss, prepare_model
+from st_clp.settings import RunSettings
+
+Features = dict[str, Any]
+Rows = Mapping[str, Sequence[TrainingRow]]
+TOKENISE_TOGETHER = 4096
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How a training went.
+
+    Attributes:
+        steps: How many there were.
+        seconds: Of the steps, without mining and tokenising.
+        losses: Of every step.
+        peak_memory: Bytes on the GPU at most; None elsewhere.
+    """
+
+    steps: int
+    seconds: float
+    losses: list[float]
+    peak_memory: int | None
+
+
+def train(
+    model: SentenceTransformer, rows: Rows, settings: RunSettings, *, mine_again: Callable[[], Rows] | None = None
+) -> Trained:
+    """Make the model what the settings train, and train it, in place.
+
+    Args:
+        model: The base model, or a copy that may be changed.
+        rows: Collection to its rows; a batch holds rows of one.
+        settings: The run's, with its learning rate.
+        mine_again: Called after each epoch but the last for the rows of the next one, where these are to be refreshed.
+    """
+    prepare_model(model, settings)
+    loss = make_loss(model, settings)
+    on_gpu = model.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(model.device)
+    batches = {name: _Batches(model, found, settings) for name, found in rows.items()}
+    steps_an_epoch = sum(part.number for part in batches.values())
+    steps = max(1, math.ceil(steps_an_epoch * settings.epochs))
+    optimizer, schedule = _optimizer(model, settings, steps)
+    generator = random.Random(settings.seed)
+    torch.manual_seed(settings.seed)
+    losses: list[Tensor] = []
+    seconds = 0.0
+    model.train()
+    while len(losses) < steps:
+        if losses and mine_again is not None:
+            batches = {name: _Batches(model, found, settings) for name, found in mine_again().items()}
+            model.train()
+        started = time.perf_counter()
+        for features, labels in _in_order(batches, generator):
+            losses.append(_step(model, loss, features, labels, optimizer, settings))
+            schedule.step()
+            if len(losses) == steps:
+                break
+        if on_gpu:
+            torch.cuda.synchronize(model.device)
+        seconds += time.perf_counter() - started
+    model.eval()
+    peak = torch.cuda.max_memory_allocated(model.device) if on_gpu else None
+    return Trained(steps, seconds, torch.stack(losses).tolist(), peak)
+
+
+def _step(
+    model: SentenceTransformer,
+    loss: torch.nn.Module,
+    features: list[Features],
+    labels: Tensor | None,
+    optimizer: torch.optim.Optimizer,
+    settings: RunSettings,
+) -> Tensor:
+    bf16 = settings.bf16 if settings.bf16 is not None else hardware_has_bf16(model.device)
+    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16):
+        value = loss(features, labels)
+    value.backward()
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    most = settings.training_arg.get("max_grad_norm", 1.0)
+    if most:
+        torch.nn.utils.clip_grad_norm_(trained, most)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    found: Tensor = value.detach().float()
+    return found
+
+
+def _optimizer(
+    model: SentenceTransformer, settings: RunSettings, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    given = settings.training_arg
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # As the Trainer has it: biases and the weights of norms do not decay.
+    decaying = [parameter for parameter in trained if parameter.ndim > 1]
+    others = [parameter for parameter in trained if parameter.ndim <= 1]
+    groups = [
+        {"params": decaying, "weight_decay": given.get("weight_decay", 0.0)},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=settings.peak_learning_rate,
+        betas=(given.get("adam_beta1", 0.9), given.get("adam_beta2", 0.999)),
+        eps=given.get("adam_epsilon", 1e-8),
+        fused=model.device.type == "cuda",
+    )
+    warmup = math.ceil(settings.warmup * steps) if settings.warmup < 1 else int(settings.warmup)
+
+    def share(step: int) -> float:
+        if step < warmup:
+            return step / max(1, warmup)
+        return max(0.0, (steps - step) / max(1, steps - warmup))
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+
+
+def _in_order(
+    batches: Mapping[str, _Batches], generator: random.Random
+) -> Iterator[tuple[list[Features], Tensor | None]]:
+    """An epoch's batches: of each collection its rows in another order, and the batches of all mixed."""
+    order = []
+    for name in sorted(batches):
+        order += [(name, chosen) for chosen in batches[name].shuffled(generator)]
+    generator.shuffle(order)
+    for name, chosen in order:
+        yield batches[name].take(chosen)
+
+
+class _Batches:
+    """A collection's rows, tokenised, in batches."""
+
+    def __init__(self, model: SentenceTransformer, rows: Sequence[TrainingRow], settings: RunSettings) -> None:
+        self._size = settings.batch_size
+        columns = columns_of(
+            rows, num_negatives=settings.num_negatives, queries_per_negative=settings.queries_per_negative
+        )
+        labels = columns.pop("label", None)
+        self._labels = None if labels is None else torch.tensor(labels, device=model.device)
+        prompts = column_kinds(list(columns), model.prompts.get("query"), model.prompts.get("document"))
+        tasks = column_kinds(list(columns), "query", "document")
+        # Many rows share their negatives, and queries of negatives are other rows' anchors.
+        by_kind: dict[tuple[str | None, str], list[str]] = {}
+        for name, texts in columns.items():
+            by_kind.setdefault((prompts.get(name), tasks[name]), []).extend(texts)
+        tables = {kind: _Texts(model, texts, *kind) for kind, texts in by_kind.items()}
+        self._columns = [
+            (tables[prompts.get(name), tasks[name]], tables[prompts.get(name), tasks[name]].places(texts))
+            for name, texts in columns.items()
+        ]
+        self._rows = len(rows)
+
+    @property
+    def number(self) -> int:
+        """How many batches there are."""
+        return math.ceil(self._rows / self._size)
+
+    def shuffled(self, generator: random.Random) -> list[list[int]]:
+        """Rows of each batch, in a new order."""
+        order = list(range(self._rows))
+        generator.shuffle(order)
+        return [order[begin : begin + self._size] for begin in range(0, len(order), self._size)]
+
+    def take(self, rows: Sequence[int]) -> tuple[list[Features], Tensor | None]:
+        """(a column's features each, labels) of these rows."""
+        chosen = torch.tensor(rows)
+        features = [table.take(places[chosen]) for table, places in self._columns]
+        return features, None if self._labels is None else self._labels[chosen.to(self._labels.device)]
+
+
+class _Texts:
+    """Different texts, tokenised once and kept on the model's device."""
+
+    def __init__(self, model: SentenceTransformer, texts: Iterable[str], prompt: str | None, task: str) -> None:
+        self._place = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+        known = list(self._place)
+        parts = [
+            model.preprocess(known[begin : begin + TOKENISE_TOGETHER], prompt=prompt, task=task)
+            for begin in range(0, len(known), TOKENISE_TOGETHER)
+        ]
+        if any("input_ids" not in part or part["input_ids"].ndim != 2 for part in parts):
+            raise ValueError("an ablation trains models whose texts become tokens; this one's do not")
+        width = max(part["input_ids"].shape[1] for part in parts)
+        self._from_left = any(not bool(part["attention_mask"][:, 0].all()) for part in parts)
+        # What is not a row for each text, such as the prompt's length, is the same for all.
+        self._same = {
+            name: value for name, value in parts[0].items() if not isinstance(value, Tensor) or value.ndim < 2
+        }
+        self._features = {
+            name: torch.cat([_widened(part[name], width, self._from_left) for part in parts]).to(model.device)
+            for name in parts[0]
+            if name not in self._same
+        }
+        self._lengths = self._features["attention_mask"].sum(dim=1).cpu()
+
+    def places(self, texts: Iterable[str]) -> Tensor:
+        """Where these texts are."""
+        return torch.tensor([self._place[text] for text in texts])
+
+    def take(self, places: Tensor) -> Features:
+        """The features of the texts in these places, as wide as the longest of them."""
+        width = max(1, int(self._lengths[places].max()))
+        there = places.to(next(iter(self._features.values())).device)
+        columns = slice(-width, None) if self._from_left else slice(0, width)
+        return {**self._same, **{name: value[there, columns] for name, value in self._features.items()}}
+
+
+def _widened(tensor: Tensor, width: int, from_left: bool) -> Tensor:
+    """With padding up to the width; the attention mask says that it is none of the text."""
+    more = width - tensor.shape[1]
+    return torch.nn.functional.pad(tensor, (more, 0) if from_left else (0, more))

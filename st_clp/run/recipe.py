@@ -1,0 +1,357 @@
+"""The whole method as one run: evaluate, mine, convert, train, evaluate again, save.
+
+from st_clp.run.recipe import run
+from st_clp.settings import RunSettings, SettingsError
+
+report = run(RunSettings(model="BAAI/bge-m3", collection=["miracl/ko"], output="bge-m3-ko"))
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from sentence_transformers import SentenceTransformer
+
+from evaluators import CollectionEvaluator
+from evaluators.call import EvaluationCall
+from evaluators.collection import distinct_names
+from evaluators.evaluation import MANIFEST as EVALUATION
+from evaluators.saving import save_parts
+from st_clp.data import Collection
+from st_clp.files import write_json
+from st_clp.mining import mine
+from st_clp.mining.rows import TrainingRow, read_rows, to_dataset, write_rows
+from st_clp.moe import expert_usage, is_moe, load
+from st_clp.options import Encoding, EvaluationOptions, MiningOptions, QueryOptions
+from st_clp.queries import make_chain
+from st_clp.refresh import AnceCallback, plot_refreshes
+from st_clp.run.averaging import ChosenShare, WeightAverage, choose_share, hold_out
+from st_clp.run.folder import RunDirectory, slug
+from st_clp.run.forecast import Forecast, forecast, is_trifle, print_forecast
+from st_clp.run.modelling import load_base_model, load_cross_encoder, prepare_model
+from st_clp.run.report import METRICS, machine, print_scores, versions, write_card
+from st_clp.run.splits import load_collections
+from st_clp.run.stages import EVALUATE_AFTER, EVALUATE_BEFORE, MINE, STAGES, TRAIN
+from st_clp.run.training import check_training_arguments, make_refresh, make_trainer
+from st_clp.settings import RunSettings, SettingsError
+from st_clp.terminal import new_console
+
+logger = logging.getLogger(__name__)
+
+USAGE_QUERIES = 100  # of each collection, to see what the experts do
+
+
+def run(
+    settings: RunSettings, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
+) -> dict[str, Any]:
+    """Fine-tune a model for retrieval and evaluate it before and after.
+
+    Args:
+        settings: Everything the run depends on.
+        resume: Go on with the run that is in the output folder from what it finished.
+        overwrite: Replace the run that is in the output folder.
+        console: Where to print; None prints to the standard output.
+
+    Returns:
+        The report that is in ``report.json`` too.
+
+    Raises:
+        SettingsError: A setting, the model or the output folder cannot be used.
+        CollectionError: A collection cannot be read or used.
+    """
+    settings.require("model", "collection", "output")
+    return _Run(settings, console or new_console()).go(resume=resume, overwrite=overwrite)
+
+
+def forecast_run(
+    settings: RunSettings, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
+) -> Forecast:
+    """What :func:`run` with the same arguments would cost. Input is checked as there, and nothing is written.
+
+    Raises:
+        CollectionError, SettingsError: As :func:`run`.
+    """
+    settings.require("model", "collection", "output")
+    return _Run(settings, console or new_console()).forecast(resume=resume, overwrite=overwrite)
+
+
+class _Run:
+    def __init__(self, settings: RunSettings, console: Console) -> None:
+        self.settings = settings
+        self.console = console
+        self.directory = RunDirectory(settings.output)
+        self.base: SentenceTransformer | None = None
+
+    def _check(self, *, resume: bool, overwrite: bool) -> None:
+        """Find everything that may be wrong with the input before the folder is made or anything is computed."""
+        check_training_arguments(self.settings)
+        self.directory.check(self.settings, resume=resume, overwrite=overwrite)
+        self.mining_options = MiningOptions.of(self.settings)
+        self.query_options = QueryOptions.for_negatives(self.settings)
+        self.encoding = Encoding.of(self.settings)
+        self.collections = load_collections(self.settings)
+        if resume:
+            self._require_outputs()
+        if not resume or self.directory.finished(TRAIN) is None:  # refreshing mines while training
+            make_chain(self.settings.negative_queries, self.query_options).close()
+            self._base_model()
+
+    def forecast(self, *, resume: bool, overwrite: bool) -> Forecast:
+        """What is left to do, and what it will cost."""
+        self._check(resume=resume, overwrite=overwrite)
+        return forecast(self.settings, self.collections, self._base_model(), self.directory)
+
+    def go(self, *, resume: bool, overwrite: bool) -> dict[str, Any]:
+        """Do it."""
+        self._check(resume=resume, overwrite=overwrite)
+        for name, (was, now) in self.directory.prepare(self.settings, resume=resume, overwrite=overwrite).items():
+            self._say(f"{name} is {now!r} from here on; it was {was!r}")
+        self._say_what_it_takes()
+        work = dict(zip(STAGES, (self._evaluate_before, self._mine, self._train, self._evaluate_after), strict=True))
+        results = {name: self._stage(name, work[name]) for name in STAGES}
+        report = self._report(results)
+        write_json(self.directory.path / "report.json", report)
+        languages = [collection.language for collection in self.collections.evaluate if collection.language]
+        write_card(self.directory.path, self.settings, report, list(dict.fromkeys(languages)))
+        print_scores(self.console, report["scores"]["before"], report["scores"]["after"])
+        return report
+
+    def _say_what_it_takes(self) -> None:
+        if self.base is None or is_trifle(self.base, self.settings, self.collections):
+            return  # trained already, or done as soon as said
+        print_forecast(self.console, forecast(self.settings, self.collections, self.base, self.directory))
+
+    def _stage(self, name: str, work: Any) -> dict[str, Any]:
+        title = name.replace("-", " ").capitalize()
+        if self.directory.finished(name) is not None:
+            self.console.print(f"[dim]{title}: finished before[/dim]")
+        else:
+            self.console.print(f"[bold]{title}[/bold]")
+
+        def timed() -> dict[str, Any]:
+            started = time.perf_counter()
+            result = work()
+            return {**result, "seconds": round(time.perf_counter() - started, 2)}
+
+        result = self.directory.stage(name, timed, lambda: self._outputs(name))
+        # Not before the stage counts as finished: a run that is killed meanwhile would go on from what is left of it.
+        served = {MINE: self.directory.work / "embeddings" / "before", TRAIN: self.directory.checkpoints}
+        if name in served:
+            shutil.rmtree(served[name], ignore_errors=True)
+        return result
+
+    def _outputs(self, name: str) -> list[Path]:
+        """The files that a stage writes and later ones, or the user, need."""
+        if name == MINE:
+            return [self._rows_file(collection) for collection in self.collections.train]
+        if name == TRAIN:
+            return self.directory.model_files()
+        folder = self.directory.evaluation("before" if name == EVALUATE_BEFORE else "after")
+        return [path for path in folder.rglob("*") if path.is_file()]
+
+    def _require_outputs(self) -> None:
+        """Let finished stages be done again whose files are gone or were changed since.
+
+        Raises:
+            SettingsError: The model was changed, perhaps on purpose: it is not for us to replace it.
+        """
+        records = self.directory.records
+        # By version 0.1.0 no outputs were noted: these files at least must be there.
+        needed = {
+            TRAIN: [self.directory.path / "modules.json"],
+            MINE: [self._rows_file(collection) for collection in self.collections.train],
+            EVALUATE_BEFORE: [self.directory.evaluation("before") / EVALUATION],
+            EVALUATE_AFTER: [self.directory.evaluation("after") / EVALUATION],
+        }
+        for name, files in needed.items():
+            # Mined rows have served once the model is trained.
+            if self.directory.finished(name) is None or (name == MINE and self.directory.finished(TRAIN) is not None):
+                continue
+            missing, changed = records.missing_and_changed(name, files)
+            if name == TRAIN and changed and not missing:
+                raise SettingsError(
+                    f"the model in {self.directory.path} is not as it was trained: {', '.join(changed)}. Put the files "
+                    f"back; or remove {records.file(name)} to train again, which replaces the model"
+                )
+            if missing or changed:
+                self._say(f"{name} is done again: gone or changed since is {', '.join(missing + changed)}")
+                records.forget(name)
+                if name == TRAIN:
+                    records.forget(EVALUATE_AFTER)
+
+    def _say(self, text: str) -> None:
+        """A line of a stage; names in it are not ours, so it holds no markup."""
+        self.console.print(f"  {text}", markup=False, emoji=False, soft_wrap=True)
+
+    def _base_model(self) -> SentenceTransformer:
+        if self.base is None:
+            self.base = load_base_model(self.settings.model, max_seq_length=self.settings.max_seq_length)
+        return self.base
+
+    def _evaluate_before(self) -> dict[str, Any]:
+        return {"scores": self._evaluate(self._base_model(), "before")}
+
+    def _evaluate_after(self) -> dict[str, Any]:
+        # What is evaluated is what was saved, as whoever opens the folder gets it.
+        model = load(str(self.directory.path))
+        return {"scores": self._evaluate(model, "after"), "expert_usage": self._expert_usage(model)}
+
+    def _expert_usage(self, model: SentenceTransformer) -> dict[str, Any] | None:
+        """How evenly the experts are used, by collection; None of a dense model."""
+        if not is_moe(model):
+            return None
+        pairs = [
+            (query, collection.name)
+            for collection in self.collections.evaluate
+            for query in list(collection.queries.values())[:USAGE_QUERIES]
+        ]
+        usage = expert_usage(model, [query for query, _ in pairs], by=[name for _, name in pairs])
+        for layer, expert in usage.dead:
+            self._say(f"expert {expert} of layer {layer} is hardly used")
+        return usage.to_dict()
+
+    def _evaluate(self, model: SentenceTransformer, when: str) -> dict[str, dict[str, float]]:
+        parts: dict[str, CollectionEvaluator] = {}
+        scores = {}
+        names = distinct_names(self.collections.evaluate)
+        corpora = [collection.corpus for collection in self.collections.evaluate]
+        with EvaluationCall(model, corpora, show_progress_bar=True) as call:
+            for name, collection in zip(names, self.collections.evaluate, strict=True):
+                evaluator = CollectionEvaluator(
+                    collection,
+                    name,
+                    metrics=METRICS,
+                    store_dir=self.directory.store(when, collection.corpus_name),
+                    options=EvaluationOptions.of(self.settings, write_csv=False),
+                )
+                scores[collection.name] = evaluator.evaluate_in(call)
+                parts[name] = evaluator
+        for name, found in scores.items():
+            self._say(f"{name}: nDCG@10 {found['ndcg@10']:.4f}")
+        # The model after training is the one in the output folder.
+        title = (
+            Path(self.settings.model).name if when == "before" else f"{self.directory.path.resolve().name} (trained)"
+        )
+        save_parts(
+            self.directory.evaluation(when), parts, model_name=title, model=model, dtype=self.settings.encode_dtype
+        )
+        return scores
+
+    def _mine(self) -> dict[str, Any]:
+        settings = self.settings
+        cross_encoder = load_cross_encoder(settings.cross_encoder)
+        accounts = {}
+        with make_chain(settings.negative_queries, self.query_options, store=self._query_store()) as chain:
+            for collection in self.collections.train:
+                mined = mine(
+                    self._base_model(),
+                    collection,
+                    self.mining_options,
+                    cross_encoder=cross_encoder,
+                    negative_queries=chain,
+                    query_options=self.query_options,
+                    encoding=self.encoding,
+                    store_dir=self.directory.store("before", collection.corpus_name),
+                )
+                write_rows(self._rows_file(collection), mined.rows)
+                self._say(str(mined.account))
+                accounts[collection.name] = mined.account.to_dict()
+        return {"accounts": accounts}
+
+    def _query_store(self) -> str | Path:
+        return self.settings.query_store or self.directory.query_store
+
+    def _rows_file(self, collection: Collection) -> Path:
+        return self.directory.work / "mined" / f"{slug(collection.name)}.jsonl"
+
+    def _train(self) -> dict[str, Any]:
+        settings = self.settings
+        model = self._base_model()
+        self.base = None  # it is changed now
+        trainable = prepare_model(model, settings)
+        self._say(str(trainable))
+        collections = {slug(collection.name): collection for collection in self.collections.train}
+        rows = {name: read_rows(self._rows_file(collection)) for name, collection in collections.items()}
+        held_out: dict[str, list[TrainingRow]] = {}
+        if settings.share_of_trained == "auto":
+            parts = {name: hold_out(found, settings.seed) for name, found in rows.items()}
+            rows, held_out = ({name: part[which] for name, part in parts.items()} for which in (0, 1))
+        datasets = {
+            name: to_dataset(
+                found, num_negatives=settings.num_negatives, queries_per_negative=settings.queries_per_negative
+            )
+            for name, found in rows.items()
+        }
+        refresh = make_refresh(
+            collections, rows, self.mining_options, settings, self.query_options, self._query_store()
+        )
+        trainer = make_trainer(model, datasets, settings, self.directory.checkpoints, refresh)
+        checkpoint = self.directory.last_checkpoint()
+        if checkpoint is not None:
+            self._say(f"going on from {checkpoint.name}")
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            if refresh is not None:
+                refresh.close()
+        averaged = self._average(model, held_out, rows)
+        model.save(str(self.directory.path))
+        history = [entry for entry in trainer.state.log_history if "loss" in entry]
+        return {
+            "trainable_parameters": trainable.trainable,
+            "all_parameters": trainable.total,
+            "rows": {name: len(dataset) for name, dataset in datasets.items()},
+            "steps": trainer.state.global_step,
+            "bf16": trainer.args.bf16,
+            "history": history,
+            "refreshes": self._refreshes(refresh),
+            "averaged": averaged,
+        }
+
+    def _average(
+        self, model: SentenceTransformer, held_out: dict[str, list[TrainingRow]], rows: dict[str, list[TrainingRow]]
+    ) -> dict[str, Any] | None:
+        """Average the weights with the base's as the settings have it; what was chosen and why, None where nothing."""
+        share = self.settings.share_of_trained
+        if share == 1:
+            return None
+        averaging = WeightAverage(model, self._base_model())
+        if share == "auto":
+            options = EvaluationOptions.of(self.settings, write_csv=False)
+            chosen = choose_share(model, averaging, held_out, rows, options)
+        else:
+            averaging.set(share)
+            chosen = ChosenShare(share, {}, 0)
+        self._say(str(chosen))
+        return chosen.to_dict()
+
+    def _refreshes(self, refresh: AnceCallback | None) -> list[dict[str, Any]]:
+        """The account of each refresh, drawn too; empty where negatives were mined once."""
+        if refresh is None:
+            return []
+        failed = sum(found["status"] == "failed" for found in refresh.refreshes)
+        used = sum(found["status"] == "used" for found in refresh.refreshes)
+        self._say(f"negatives refreshed {used} times" + (f"; {failed} refreshes failed" if failed else ""))
+        try:
+            plot_refreshes(refresh.refreshes, self.directory.work / "refreshes.png")
+        except (ModuleNotFoundError, ValueError) as error:
+            self._say(f"no picture of the refreshes: {error}")
+        return refresh.refreshes
+
+    def _report(self, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "settings": self.settings.to_dict(),
+            "versions": versions(),
+            "machine": machine(),
+            "collections": self.collections.describe(),
+            "scores": {when: results[f"evaluate-{when}"]["scores"] for when in ("before", "after")},
+            "mining": results["mine"]["accounts"],
+            "training": {name: value for name, value in results["train"].items() if name != "seconds"},
+            "expert_usage": results["evaluate-after"]["expert_usage"],
+            "seconds": {name: result["seconds"] for name, result in results.items()},
+        }

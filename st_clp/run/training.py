@@ -1,0 +1,260 @@
+"""Training with sentence-transformers' Trainer, and its arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import logging
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.base.modules import Dense, Router
+from sentence_transformers.sentence_transformer.modules import BoW
+from transformers import ProgressCallback, TrainerCallback
+
+from st_clp.encoding import hardware_has_bf16
+from st_clp.mining import TrainingRow
+from st_clp.mining.rows import to_dataset
+from st_clp.option_values import read_number, shown
+from st_clp.options import MiningOptions, RefreshOptions
+from st_clp.refresh import AnceCallback
+from st_clp.run.modelling import column_kinds, load_cross_encoder, make_loss
+from st_clp.settings import RunSettings, SettingsError
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+    from st_clp.data import Collection
+    from st_clp.queries import QueryOptions
+
+logger = logging.getLogger(__name__)
+
+# What the Trainer takes without a word and then trains nothing with, or ends in a division by zero.
+LEAST_ARGUMENTS = {
+    "gradient_accumulation_steps": 1,
+    "per_device_train_batch_size": 1,
+    "dataloader_num_workers": 0,
+    "save_steps": 1e-9,
+    "save_total_limit": 1,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "warmup_steps": 0,
+    "num_train_epochs": 1e-9,
+}
+
+
+def make_trainer(
+    model: SentenceTransformer,
+    datasets: Mapping[str, Dataset],
+    settings: RunSettings,
+    checkpoints: Path,
+    refresh: AnceCallback | None = None,
+) -> SentenceTransformerTrainer:
+    """The Trainer of a run. Each collection is a dataset of its own, so that a batch holds one language.
+
+    Args:
+        model: Converted, and with what is not to train frozen.
+        datasets: Collection name to training rows in CLPLoss's columns.
+        settings: The run's settings.
+        checkpoints: Folder for checkpoints.
+        refresh: What refreshes the negatives; its ``train_dataset`` is trained on.
+
+    Raises:
+        SettingsError: A training argument cannot be used here.
+    """
+    from datasets import DatasetDict
+
+    rows: Dataset | DatasetDict = next(iter(datasets.values())) if len(datasets) == 1 else DatasetDict(dict(datasets))
+    columns = [name for name in next(iter(datasets.values())).column_names if name != "label"]
+    steps = number_of_steps(settings, map(len, datasets.values()))
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        args=make_arguments(model, settings, checkpoints, columns, steps=steps),
+        train_dataset=rows if refresh is None else refresh.train_dataset,
+        loss=make_loss(model, settings),
+        callbacks=[refresh] if refresh is not None else None,
+    )
+    trainer.add_callback(LossesBeforeResuming)
+    if refresh is not None:
+        refresh.log = trainer.log
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(LossInProgressBar)
+    return trainer
+
+
+def number_of_steps(settings: RunSettings, rows: Iterable[int]) -> int:
+    """Steps of a training on one device, about: of so many rows of each collection, each batch of one of them."""
+    return max(1, int(sum(number // settings.batch_size + 1 for number in rows) * settings.epochs))
+
+
+def make_refresh(
+    collections: Mapping[str, Collection],
+    rows: Mapping[str, Iterable[TrainingRow]],
+    options: MiningOptions,
+    settings: RunSettings,
+    query_options: QueryOptions,
+    query_store: str | os.PathLike[str],
+) -> AnceCallback | None:
+    """What refreshes the negatives as the settings have it; None where they are mined once.
+
+    Args:
+        collections: Name to collection.
+        rows: The same names, to the rows that training begins with.
+        options: What they were mined with.
+        settings: The run's settings.
+        query_options: How their queries were made.
+        query_store: What keeps the queries that are generated.
+    """
+    if settings.steps_between_refreshes is None:
+        return None
+    datasets = {
+        name: to_dataset(
+            found,
+            num_negatives=settings.num_negatives,
+            queries_per_negative=settings.queries_per_negative,
+            details=True,
+        )
+        for name, found in rows.items()
+    }
+    return AnceCallback(
+        collections,
+        datasets,
+        options=options,
+        refresh=RefreshOptions.of(settings),
+        dtype=settings.encode_dtype,
+        batch_size=settings.encode_batch_size,
+        cross_encoder=load_cross_encoder(settings.cross_encoder),
+        negative_queries=settings.negative_queries,
+        query_options=query_options,
+        query_store=query_store,
+    )
+
+
+class LossInProgressBar(ProgressCallback):
+    """The Trainer's progress bar with the loss in it, in place of a line for each logged step."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Show the latest loss."""
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+
+class LossesBeforeResuming(TrainerCallback):
+    """Gives the model card the losses that were logged before a run was stopped: its own callback saw none of them."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Take them from the checkpoint's state."""
+        model.model_card_data.training_logs = [
+            {"Epoch": entry["epoch"], "Step": entry["step"], "Training Loss": entry["loss"]}
+            for entry in state.log_history
+            if "loss" in entry
+        ]
+
+
+def make_arguments(
+    model: SentenceTransformer, settings: RunSettings, checkpoints: Path, columns: list[str], *, steps: int
+) -> SentenceTransformerTrainingArguments:
+    """The Trainer's arguments; ``settings.training_arg`` overrides everything."""
+    bf16 = settings.bf16 if settings.bf16 is not None else hardware_has_bf16(model.device)
+    arguments: dict[str, Any] = {
+        "output_dir": str(checkpoints),
+        "num_train_epochs": settings.epochs,
+        "per_device_train_batch_size": settings.batch_size,
+        "learning_rate": settings.peak_learning_rate,
+        "warmup_steps": settings.warmup,
+        "bf16": bf16,
+        "use_cpu": model.device.type == "cpu",
+        "seed": settings.seed,
+        "data_seed": settings.seed,
+        "logging_steps": max(1, steps // 50),
+        # About ten checkpoints in a training, so that little is lost when it is stopped.
+        "save_strategy": "steps",
+        "save_steps": max(1, steps // 10),
+        "save_total_limit": 2,
+        "report_to": "none",
+        "prompts": column_kinds(columns, model.prompts.get("query"), model.prompts.get("document")),
+    }
+    if any(isinstance(module, Router) for module in model.modules()):
+        arguments["router_mapping"] = column_kinds(columns, "query", "document")
+    try:
+        return SentenceTransformerTrainingArguments(**{**arguments, **read_training_arguments(settings)})
+    except SettingsError:
+        raise
+    except Exception as error:  # of whatever reads the argument: transformers, accelerate, torch
+        raise _unusable_arguments(error) from error
+
+
+def read_training_arguments(settings: RunSettings) -> dict[str, Any]:
+    """``settings.training_arg`` with its numbers read by the kinds that the arguments declare.
+
+    Raises:
+        SettingsError: An argument is not known (the message gives the nearest one) or is no number where one is due.
+    """
+    kinds = get_type_hints(SentenceTransformerTrainingArguments)
+    found = {}
+    for name, value in settings.training_arg.items():
+        if name not in kinds:
+            nearest = difflib.get_close_matches(name, kinds, n=1)
+            advice = f"; did you mean {nearest[0]}?" if nearest else ""
+            raise SettingsError(f"training_arg: SentenceTransformerTrainingArguments has no {name!r}{advice}")
+        found[name] = _read_argument(name, kinds[name], value)
+    return found
+
+
+def _read_argument(name: str, kind: Any, value: Any) -> Any:
+    kinds = get_args(kind) or (kind,)
+    wanted = next((one for one in (float, int, bool) if one in kinds), None)
+    if wanted is None or str in kinds or (value is None and type(None) in kinds):
+        return value
+    try:
+        read = value if wanted is bool else read_number(f"training_arg: {name}", wanted, value)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    if not isinstance(read, wanted) or (wanted is not bool and isinstance(read, bool)):
+        raise SettingsError(f"training_arg: {name} must be of the kind {wanted.__name__}, got {shown(value)}")
+    if read < LEAST_ARGUMENTS.get(name, read):
+        raise SettingsError(f"training_arg: {name} must be at least {LEAST_ARGUMENTS[name]}, got {read}")
+    return read
+
+
+def check_training_arguments(settings: RunSettings) -> None:
+    """Build a Trainer with the run's arguments around a model of one weight, so that what it refuses is known at once.
+
+    Raises:
+        SettingsError: An argument is not known, or it cannot be used.
+    """
+    from datasets import Dataset
+
+    if "output_dir" in read_training_arguments(settings):
+        raise SettingsError("training_arg: output_dir is the run's own; name the run's folder with --output")
+    # A trial makes no repository.
+    trial = dataclasses.replace(settings, training_arg={**settings.training_arg, "push_to_hub": False})
+    columns = ["anchor", "positive", "negative_1", "negative_query_1"]
+    model = SentenceTransformer(modules=[BoW(vocab=["a"]), Dense(1, 1)])
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = make_arguments(model, trial, Path(folder), columns, steps=100)
+        try:
+            trainer = SentenceTransformerTrainer(
+                model=model,
+                args=arguments,
+                train_dataset=Dataset.from_dict({name: ["a"] * settings.batch_size for name in columns}),
+                loss=make_loss(model, trial),
+            )
+            next(iter(trainer.get_train_dataloader()))
+            trainer.create_optimizer_and_scheduler(100)
+        except Exception as error:  # of whatever reads the argument: transformers, accelerate, torch
+            raise _unusable_arguments(error) from error
+
+
+def _unusable_arguments(error: Exception) -> SettingsError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return SettingsError(f"the training arguments cannot be used: {reason}")
