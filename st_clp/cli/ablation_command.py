@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from st_clp.cli.advice import after_a_stop
+from st_clp.cli.error_messages import after_a_stop
 from st_clp.cli.settings_command import CONFIG, Extra, given_settings, settings_command
 from st_clp.option_values import read_number
 from st_clp.settings import RunSettings, SettingsError

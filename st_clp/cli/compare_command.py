@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from st_clp.cli.advice import with_advice
+from st_clp.cli.error_messages import with_error_messages
 from st_clp.files import whole_file
 from st_clp.terminal import NARROWEST, new_console, print_whole
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 SHOWN = 3
 
 
-@with_advice
+@with_error_messages
 def compare(
     evaluations: Annotated[
         list[Path],

@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-from st_clp.cli.advice import with_advice
+from st_clp.cli.error_messages import with_error_messages
 
 
-@with_advice
+@with_error_messages
 def demo(
     output: Annotated[str, typer.Option(help="The folder for the run.")] = "demo-run",
 ) -> None:

@@ -7,14 +7,14 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from st_clp.cli.advice import with_advice
+from st_clp.cli.error_messages import with_error_messages
 from st_clp.terminal import new_console
 
 HUB_SECONDS = 5.0
 SECRET = re.compile("(TOKEN|KEY|SECRET|PASSWORD)$")
 
 
-@with_advice
+@with_error_messages
 def doctor() -> None:
     """Print versions, devices, what computes there, whether the Hub can be reached, and where things are kept.
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from st_clp.cli.advice import SAME_COMMAND, after_a_stop
+from st_clp.cli.error_messages import SAME_COMMAND, after_a_stop
 from st_clp.cli.settings_command import ARGUMENT, Extra, settings_command
 from st_clp.declaring import names_of
 from st_clp.options import DataOptions, EncodingOptions, EvaluationOptions, OwnDocumentOption

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from st_clp.cli.advice import after_a_stop
+from st_clp.cli.error_messages import after_a_stop
 from st_clp.cli.mine_command import QUERY_SETTINGS
 from st_clp.cli.settings_command import Extra, given_settings, settings_command
 from st_clp.options import Encoding, QueryOptions

@@ -77,7 +77,7 @@ def _queries(**options: Any) -> None:
         for collection in load_training_collections(settings):
             documents = _documents(collection, rows)
             if dry_run:
-                _say_outlook(console, chain, collection, documents, settings)
+                _say_cost(console, chain, collection, documents, settings)
             else:
                 _make(console, chain, collection, documents, settings)
         tokens, cost = chain.store.spent()
@@ -100,14 +100,14 @@ def _documents(collection: Collection, rows: Path | None) -> list[Document]:
     return [document for document in documents if document.text.strip()]
 
 
-def _say_outlook(
+def _say_cost(
     console: Console, chain: QueryChain, collection: Collection, documents: list[Document], settings: RunSettings
 ) -> None:
-    from st_clp.queries import JudgedQueries, outlook
+    from st_clp.queries import JudgedQueries, estimate_cost
 
     judged = JudgedQueries(collection, seed=settings.seed)
     console.print(f"{collection.name}: {len(documents):,} documents")
-    for line in outlook(chain, documents, judged, language=collection.language):
+    for line in estimate_cost(chain, documents, judged, language=collection.language):
         console.print(f"  {line}")
 
 

@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from st_clp.cli.advice import with_advice
+from st_clp.cli.error_messages import with_error_messages
 from st_clp.files import read_json
 from st_clp.terminal import new_console
 
 
-@with_advice
+@with_error_messages
 def report(
     folders: Annotated[
         list[Path],

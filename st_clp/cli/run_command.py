@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from st_clp.cli.advice import under_way
+from st_clp.cli.error_messages import under_way
 from st_clp.cli.settings_command import CONFIG, given_settings, settings_command
 from st_clp.settings import RunSettings
 from st_clp.terminal import new_console

@@ -9,11 +9,11 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from st_clp.cli.advice import with_advice
+from st_clp.cli.error_messages import with_error_messages
 from st_clp.terminal import new_console
 
 
-@with_advice
+@with_error_messages
 def search(
     path: Annotated[str, typer.Argument(help="The output folder of a finished run.")],
     query: Annotated[

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
-from st_clp.cli.advice import with_advice
+from st_clp.cli.error_messages import with_error_messages
 from st_clp.declaring import Options, declared, group_of
 from st_clp.option_values import kind_of
 from st_clp.settings import RunSettings, SettingsError
@@ -60,7 +60,7 @@ def settings_command(
     kinds = {parameter.name: parameter for parameter in parameters}
     parameters += [_hidden(alias, kinds[name]) for alias, name in former.items()]
 
-    @with_advice
+    @with_error_messages
     def command(**options: Any) -> None:
         for alias, name in former.items():
             given = options.pop(alias)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from st_clp.cli.advice import with_advice
+from st_clp.cli.error_messages import with_error_messages
 from st_clp.terminal import new_console
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ Folders = Annotated[list[Path], typer.Argument(help="Folders that are a store or
 
 
 @store.command()
-@with_advice
+@with_error_messages
 def ls(
     folder: Annotated[Path, typer.Argument(help="Where to look.")] = Path("."),
 ) -> None:
@@ -45,7 +45,7 @@ def ls(
 
 
 @store.command()
-@with_advice
+@with_error_messages
 def verify(folders: Folders) -> None:
     """Compare every byte with the checksums; ends with status 1 where something is damaged."""
     from st_clp.encoding.inspection import verify as look
@@ -72,7 +72,7 @@ def verify(folders: Folders) -> None:
 
 
 @store.command()
-@with_advice
+@with_error_messages
 def rm(
     folders: Folders,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,

@@ -8,6 +8,7 @@ from st_clp.options import QueryOptions
 from st_clp.queries.budget import Budget, Prices
 from st_clp.queries.chain import Need, QueriesAccount, QueryChain
 from st_clp.queries.chat import ChatClient, EndpointError
+from st_clp.queries.cost_estimate import SourceCost, estimate_cost
 from st_clp.queries.endpoint import EndpointQueries
 from st_clp.queries.interface import (
     JUDGMENTS,
@@ -18,13 +19,12 @@ from st_clp.queries.interface import (
     Usage,
 )
 from st_clp.queries.judgments import JudgedQueries
-from st_clp.queries.lead import TitleOrLead
 from st_clp.queries.local import LocalQueries
 from st_clp.queries.making import make_chain, parse_sources
-from st_clp.queries.outlook import SourceOutlook, outlook
 from st_clp.queries.prompts import Prompts
 from st_clp.queries.query_store import QueryStore
 from st_clp.queries.roundtrip import RoundTrip
+from st_clp.queries.title import TitleOrLead
 
 __all__ = [
     "JUDGMENTS",
@@ -46,10 +46,10 @@ __all__ = [
     "QuerySource",
     "QueryStore",
     "RoundTrip",
-    "SourceOutlook",
+    "SourceCost",
     "TitleOrLead",
     "Usage",
+    "estimate_cost",
     "make_chain",
-    "outlook",
     "parse_sources",
 ]

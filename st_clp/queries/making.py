@@ -11,10 +11,10 @@ from st_clp.queries.chain import QueryChain
 from st_clp.queries.chat import ChatClient
 from st_clp.queries.endpoint import EndpointQueries
 from st_clp.queries.interface import JUDGMENTS, GeneratingSource, QuerySource
-from st_clp.queries.lead import DEFAULT_WEIGHT, TitleOrLead
 from st_clp.queries.local import LocalQueries
 from st_clp.queries.prompts import Prompts
 from st_clp.queries.query_store import QueryStore
+from st_clp.queries.title import DEFAULT_WEIGHT, TitleOrLead
 
 LOCAL, OPENAI, TITLE = "local", "openai", "title"
 KNOWN = f"{JUDGMENTS}, {LOCAL}:MODEL, {OPENAI}:MODEL and {TITLE}"

@@ -26,7 +26,7 @@ from st_clp.refresh.dataset import columns_to_refresh, mining_options_of, named,
 from st_clp.refresh.generation import is_whole, write_first
 from st_clp.refresh.history import Refresh
 from st_clp.refresh.layout import Layout
-from st_clp.refresh.miners import Miner, MinerBeside, MinerHere, What, free_device
+from st_clp.refresh.miners import InProcessMiner, Miner, MiningJob, SubprocessMiner, free_device
 from st_clp.refresh.processes import Processes
 from st_clp.refresh.refresh_account import MEASURES
 from st_clp.refresh.refresher import Refresher
@@ -224,11 +224,11 @@ class AnceCallback(TrainerCallback):
 
     def _make_miner(self, model: SentenceTransformer, *, show_progress_bar: bool) -> Miner:
         mining = {"show_progress_bar": show_progress_bar, **self._mining}
-        what = What(model, self._collections, self._options, mining)
+        job = MiningJob(model, self._collections, self._options, mining)
         if not self._asynchronous:
-            return MinerHere(what, self._layout)
+            return InProcessMiner(job, self._layout)
         device = self._device or free_device(model.device)
-        return MinerBeside(what, self._layout, device=device, threads=self._threads)
+        return SubprocessMiner(job, self._layout, device=device, threads=self._threads)
 
     def _leave_threads(self, model: SentenceTransformer) -> None:
         """Give the process beside its share of the processor, from the first step to the last.

@@ -23,7 +23,7 @@ POLL = 0.2  # seconds
 
 
 @dataclass(frozen=True)
-class What:
+class MiningJob:
     """What is mined.
 
     Attributes:
@@ -55,16 +55,16 @@ class Miner(Protocol):
         """End."""
 
 
-class MinerHere:
+class InProcessMiner:
     """Mines in this process when it is asked whether it has finished.
 
     Args:
-        what: What to mine.
+        job: What to mine.
         layout: Where the files lie.
     """
 
-    def __init__(self, what: What, layout: Layout) -> None:
-        self._what = what
+    def __init__(self, job: MiningJob, layout: Layout) -> None:
+        self._job = job
         self._layout = layout
 
     def begin(self, step: int, previous: int) -> None:
@@ -78,10 +78,10 @@ class MinerHere:
         """Mine, with the weights as they are."""
         with snapshot.random_state_kept():
             mine_generation(
-                snapshot.detached_copy(self._what.model),
-                self._what.collections,
-                self._what.options,
-                self._what.mining,
+                snapshot.detached_copy(self._job.model),
+                self._job.collections,
+                self._job.options,
+                self._job.mining,
                 previous=self._layout.negatives(previous),
                 folder=self._layout.negatives(step),
                 stores=self._layout.embeddings,
@@ -92,11 +92,11 @@ class MinerHere:
         """Nothing to end."""
 
 
-class MinerBeside:
+class SubprocessMiner:
     """Mines a copy of the weights in another process.
 
     Args:
-        what: What to mine.
+        job: What to mine.
         layout: Where the files lie.
         device: What to mine on.
         threads: Threads on a processor.
@@ -106,16 +106,16 @@ class MinerBeside:
         OSError: The weights cannot be written.
     """
 
-    def __init__(self, what: What, layout: Layout, *, device: str, threads: int) -> None:
-        self._what = what
+    def __init__(self, job: MiningJob, layout: Layout, *, device: str, threads: int) -> None:
+        self._job = job
         self._layout = layout
-        snapshot.write_frozen(what.model, layout.frozen)
+        snapshot.write_frozen(job.model, layout.frozen)
         job = Job(
-            snapshot.skeleton(what.model),
+            snapshot.skeleton(job.model),
             layout.frozen,
-            dict(what.collections),
-            what.options,
-            {**what.mining, "show_progress_bar": False},
+            dict(job.collections),
+            job.options,
+            {**job.mining, "show_progress_bar": False},
             device,
             threads,
             layout.embeddings,
@@ -127,7 +127,7 @@ class MinerBeside:
         """Copy the weights, and have them mined."""
         # A run that was stopped may have mined this step too, with weights that may differ in their last bits.
         shutil.rmtree(self._layout.negatives(step), ignore_errors=True)
-        snapshot.write_trained(self._what.model, self._layout.snapshot(step))
+        snapshot.write_trained(self._job.model, self._layout.snapshot(step))
         self.take_up(step, previous)
 
     def take_up(self, step: int, previous: int) -> None:

@@ -13,7 +13,7 @@ from st_clp.queries.judgments import JudgedQueries
 
 
 @dataclass(frozen=True)
-class SourceOutlook:
+class SourceCost:
     """What one source would have to do.
 
     Attributes:
@@ -49,19 +49,19 @@ class SourceOutlook:
         return text
 
 
-def outlook(
+def estimate_cost(
     chain: QueryChain,
     documents: Sequence[Document],
     judged: JudgedQueries | None = None,
     *,
     language: str | None = None,
-) -> list[SourceOutlook]:
+) -> list[SourceCost]:
     """What each source would have to do for these documents. Nothing is generated, sent or written.
 
     Which documents a source that generates will leave for the next is not known before: the next is counted as if it
     left none but those that the store says it failed for.
     """
-    found: list[SourceOutlook] = []
+    found: list[SourceCost] = []
     left = list(documents)
     for source in chain.sources:
         if source == JUDGMENTS and judged is None:
@@ -72,11 +72,11 @@ def outlook(
             missing, known = source.missing(left, language)
             estimate = source.source.estimate(missing, language)
             left = source.failed(left, language)
-            found.append(SourceOutlook(name, asked, known - len(left), len(left), estimate))
+            found.append(SourceCost(name, asked, known - len(left), len(left), estimate))
             continue
         actual = judged if source == JUDGMENTS else source
         assert isinstance(actual, QuerySource)
         with_query = {answer.doc_id for answer in actual.generate(left, language=language) if answer.queries}
-        found.append(SourceOutlook(actual.name, len(left), len(with_query)))
+        found.append(SourceCost(actual.name, len(left), len(with_query)))
         left = [document for document in left if document.doc_id not in with_query]
     return found

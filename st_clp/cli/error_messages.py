@@ -34,7 +34,7 @@ after_a_stop: list[str] = []
 SAME_COMMAND = "What was encoded is kept; the same command goes on from there."
 
 
-def with_advice(command: Callable[P, None]) -> Callable[P, None]:
+def with_error_messages(command: Callable[P, None]) -> Callable[P, None]:
     """End a command with a message, not a traceback, where it meets an error that its user can mend."""
 
     @functools.wraps(command)
