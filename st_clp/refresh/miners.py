@@ -110,7 +110,7 @@ class SubprocessMiner:
         self._job = job
         self._layout = layout
         snapshot.write_frozen(job.model, layout.frozen)
-        job = Job(
+        sent = Job(
             snapshot.skeleton(job.model),
             layout.frozen,
             dict(job.collections),
@@ -120,7 +120,7 @@ class SubprocessMiner:
             threads,
             layout.embeddings,
         )
-        self._process = BackgroundMiner(job, layout.log)
+        self._process = BackgroundMiner(sent, layout.log)
         self._process.start()
 
     def begin(self, step: int, previous: int) -> None:
