@@ -188,3 +188,11 @@ def test_help_and_wrong_options_wait_for_no_library(arguments: list[str]) -> Non
     heavy = {"torch", "transformers", "sentence_transformers", "numpy", "pandas", "datasets", "faiss", "beir", "scipy"}
     assert not heavy & set(found["modules"])
     assert len(found["modules"]) < 500  # typer and rich are 300 of them
+
+
+def test_every_module_can_be_imported_and_says_nothing() -> None:
+    """As tools for documentation do, and whoever looks around."""
+    code = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)"
+    done = subprocess.run([sys.executable, "-c", code, *product_modules()], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
