@@ -11,7 +11,7 @@ PRINT_VERSION := -c 'import sys; print("%d.%d" % sys.version_info[:2])'
 VERSION := $(shell $(PYTHON) $(PRINT_VERSION))
 PYTEST := -m pytest tests --numprocesses auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test test-lowest lint bench docs dist mutate campaign clean
+.PHONY: demo test test-quick test-lowest lint bench docs dist mutate campaign clean
 .DEFAULT_GOAL := help
 
 help:  ## show what can be made
@@ -47,6 +47,9 @@ demo: $(VENV)/installed-$(VERSION)  ## mine, fine-tune, evaluate, save and searc
 # Most tests start processes or run tiny models on one thread, so there is one worker a core.
 test: $(VENV)/installed-$(VERSION)  ## the tests, in under 10 minutes on 2 cores
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
+
+test-quick: $(VENV)/installed-$(VERSION)  ## those tests that take no time, in under 90 seconds on 2 cores
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "not slow"
 
 test-lowest: $(LOWEST)/installed-$(VERSION)  ## the tests, with the lowest version of each dependency that setup.cfg allows
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(LOWEST)/bin/python $(PYTEST)

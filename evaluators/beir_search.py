@@ -15,6 +15,7 @@ from typing import cast
 
 from beir.retrieval.search import BaseSearch
 from sentence_transformers import SentenceTransformer
+from torch import device as Device
 
 from evaluators.runs import Run, make_run, without_identical_ids
 from st_clp.data import CollectionError, Corpus, Document, MemoryCorpus
@@ -198,7 +199,7 @@ class BEIRSearch(BaseSearch):
                 f"score_function must be one of {', '.join(SCORE_FUNCTIONS)}, or None for the model's own similarity; "
                 f"got {score_function!r}"
             )
-        return cast(SentenceTransformer, _Similarity(SCORE_FUNCTIONS[score_function]))
+        return cast(SentenceTransformer, _Similarity(SCORE_FUNCTIONS[score_function], self.model.device))
 
 
 @dataclass(frozen=True)
@@ -206,6 +207,7 @@ class _Similarity:
     """Cosine or dot product, whatever the model's own similarity is."""
 
     similarity_fn_name: str
+    device: Device
 
 
 class _BEIRCorpus(Corpus):

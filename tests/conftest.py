@@ -29,6 +29,21 @@ WORDS = (
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
+# What takes long: whole runs, processes that are started or killed, real text, a browser.
+SLOW = (
+    "campaigns/ integration/ test_real_text test_processes in_browser test_package test_packaging test_refresh "
+    "encoding/test_store queries/test_store queries/test_endpoint queries/test_budget queries/test_pairs moe/test_saving "
+    "moe/test_training moe/test_card moe/test_specialization losses/test_training evaluators/test_benchmarks "
+    "evaluators/test_beir_search test_what_a_batch_frees test_pytrec_eval_is_needed"
+).split()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if any(part in item.nodeid for part in SLOW):
+            item.add_marker(pytest.mark.slow)
+
+
 def build_tiny_bert(folder: Path, *, seed: int = 0, layers: int = 2, dropout: float = 0.0) -> Path:
     """Write a BERT of width 32 and its word-piece tokenizer to ``folder``; letters are in its vocabulary too."""
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)] + list("0123456789?.,-")
