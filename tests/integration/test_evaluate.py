@@ -89,7 +89,11 @@ def test_evaluate_compare_and_report(
     code, text = invoke("compare", model_folder, model_folder, "--format", "json")
     (difference,) = json.loads(text)[0]["differences"]
     assert (difference["difference"], difference["p"]) == (0, 1)
-    for kind, beginning in (("latex", r"\begin{tabular}"), ("csv", "before,after,collection"), ("table", "model →")):
+    for kind, beginning in (
+        ("latex", r"\begin{tabular}"),
+        ("csv", "before,after,collection"),
+        ("table", "tiny0/model →"),
+    ):
         file = tmp_path / f"out.{kind}"
         code, text = invoke("compare", model_folder, run_folder, "--format", kind, "--output", file)
         assert code == 0, text
