@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.stats import false_discovery_control
 
@@ -40,6 +40,7 @@ differences = st.lists(st.sampled_from([-1.0, -0.5, -0.37, 0.0, 0.25, 0.63, 1.0]
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(differences, min_size=1, max_size=2))
+@example([[-1.0, -0.5, 0.0, 0.25, 1.0], [-0.5, -0.5, -0.37, 0.63, 1.0]])  # a mean of 0, but for rounding
 def test_with_few_queries_the_p_value_is_exact(samples) -> None:
     arrays = [np.array(sample) for sample in samples]
     assert p_value(arrays, seed=0) == pytest.approx(p_by_enumeration(arrays), abs=1e-12)
