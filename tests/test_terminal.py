@@ -11,7 +11,7 @@ from rich.table import Table
 from typer.testing import CliRunner
 
 from st_clp import cli
-from st_clp.run.report import METRICS, print_scores
+from st_clp.run.report import METRICS, print_scores, short_names
 from st_clp.terminal import NARROWEST, new_console, print_whole, show_what_can_be_shown
 
 SCORES = dict.fromkeys(METRICS, 0.1234)
@@ -50,7 +50,7 @@ def test_no_width_cuts_off_a_figure(width: int) -> None:
     assert written.getvalue().count(".123 → .123") == len(METRICS)
     assert max(map(len, lines)) <= max(80, width)
     # what is folded is all there, and no markup
-    assert "".join(line.split("│")[1].strip() for line in lines if line.startswith("│")) == name
+    assert "".join(line.split("│")[1].strip() for line in lines if line.startswith("│")) == short_names([name])[name]
 
 
 def test_a_table_of_many_figures_is_whole_too() -> None:
@@ -76,3 +76,15 @@ def test_names_are_not_taken_for_markup_by_the_store_commands(tmp_path: Path) ->
     folder.mkdir()
     result = CliRunner().invoke(cli.app, ["store", "ls", str(folder)])
     assert "[red]x holds no embedding store" in " ".join(result.output.split())
+
+
+def test_long_names_are_told_apart_by_their_ends() -> None:
+    names = ["/home/me/data/one/mine/dev", "/home/me/data/two/mine/dev", "/srv/other/dev", "miracl/ko/dev", "alone"]
+    assert short_names(names) == {
+        names[0]: "one/mine/dev",
+        names[1]: "two/mine/dev",
+        names[2]: "other/dev",
+        names[3]: "ko/dev",
+        names[4]: "alone",
+    }
+    assert short_names(["a/dev", "b/a/dev"]) == {"a/dev": "a/dev", "b/a/dev": "b/a/dev"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,17 @@ def score_rows(before: Scores, after: Scores) -> list[list[str]]:
     return rows
 
 
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """Name to its end: the collection's folder and its split, or as much more as tells the names apart."""
+    found = {}
+    for name in names:
+        parts = name.split("/")
+        ends = ("/".join(parts[-number:]) for number in range(2, len(parts) + 1))
+        apart = (end for end in ends if sum(f"/{other}".endswith(f"/{end}") for other in names) == 1)
+        found[name] = next(apart, name)
+    return found
+
+
 def print_scores(console: Console, before: Scores, after: Scores) -> None:
     """The table on the terminal."""
     table = Table(title="Before → after fine-tuning", title_justify="left", title_style="bold")
@@ -70,10 +81,11 @@ def print_scores(console: Console, before: Scores, after: Scores) -> None:
     for metric in METRICS:
         table.add_column(TITLES[metric], justify="right", no_wrap=True)
     rows = score_rows(before, after)
+    shown = short_names(list(after))
     for number, row in enumerate(rows):
         # Without the zeros before the points the table fits into 80 columns.
         table.add_row(
-            escape(row[0]),
+            escape(shown.get(row[0], row[0])),
             *(cell.replace("0.", ".") for cell in row[1:]),
             end_section=number == len(rows) - 2 and len(rows) > 1,
         )
