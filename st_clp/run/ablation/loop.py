@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from st_clp.encoding import hardware_has_bf16
 from st_clp.mining import TrainingRow
@@ -46,7 +47,12 @@ class Trained:
 
 
 def train(
-    model: SentenceTransformer, rows: Rows, settings: RunSettings, *, mine_again: Callable[[], Rows] | None = None
+    model: SentenceTransformer,
+    rows: Rows,
+    settings: RunSettings,
+    *,
+    mine_again: Callable[[], Rows] | None = None,
+    progress: str | None = None,
 ) -> Trained:
     """Make the model what the settings train, and train it, in place.
 
@@ -55,6 +61,7 @@ def train(
         rows: Collection to its rows; a batch holds rows of one.
         settings: The run's, with its learning rate.
         mine_again: Called after each epoch but the last for the rows of the next one, where these are to be refreshed.
+        progress: What to call the training in a progress bar; None shows none.
     """
     prepare_model(model, settings)
     loss = make_loss(model, settings)
@@ -70,6 +77,7 @@ def train(
     losses: list[Tensor] = []
     seconds = 0.0
     model.train()
+    bar = tqdm(total=steps, desc=progress, unit=" steps", disable=progress is None, leave=False)
     while len(losses) < steps:
         if losses and mine_again is not None:
             batches = {name: _Batches(model, found, settings) for name, found in mine_again().items()}
@@ -78,11 +86,13 @@ def train(
         for features, labels in _in_order(batches, generator):
             losses.append(_step(model, loss, features, labels, optimizer, settings))
             schedule.step()
+            bar.update()
             if len(losses) == steps:
                 break
         if on_gpu:
             torch.cuda.synchronize(model.device)
         seconds += time.perf_counter() - started
+    bar.close()
     model.eval()
     peak = torch.cuda.max_memory_allocated(model.device) if on_gpu else None
     return Trained(steps, seconds, torch.stack(losses).tolist(), peak)

@@ -167,7 +167,7 @@ class Ablation:
     def _evaluate(self, model: SentenceTransformer, title: str, folder: Path, *, stored: bool = False) -> None:
         parts = {}
         corpora = [collection.corpus for collection in self.evaluate]
-        with EvaluationCall(model, corpora, show_progress_bar=False) as call:
+        with EvaluationCall(model, corpora, show_progress_bar=True) as call:
             for name, collection in zip(self.names, self.evaluate, strict=True):
                 store = self._store(collection) if stored else None
                 part = CollectionEvaluator(collection, name, METRICS, store_dir=store, options=self._options)
@@ -254,7 +254,8 @@ class Ablation:
                 new = {name: self._mine(model, collection, settings, None) for name, collection in self.train.items()}
                 return {name: [row for row in new[name] if row.query_id in kept[name]] for name in new}
 
-        trained = train(model, rows, settings, mine_again=again)
+        called = f"{variant.name}, seed {settings.seed}, rate {settings.learning_rate:g}"
+        trained = train(model, rows, settings, mine_again=again, progress=called)
         share, score = self._average(model, settings, rows, held_out)
         return model, self._note(settings, trained, share, score)
 
