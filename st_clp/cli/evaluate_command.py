@@ -125,18 +125,11 @@ def _evaluate(
         after_a_stop.append(SAME_COMMAND)
         evaluator(loaded)
         after_a_stop.clear()
-    called = name or _model_name(model) or ", ".join(file.stem for file in from_run or [])
+    from st_clp.run.modelling import model_name
+
+    called = name or model_name(model) or ", ".join(file.stem for file in from_run or [])
     found = evaluator.save(output, model_name=called, model=loaded, dtype=evaluator.options.encode_dtype)
     print_evaluation(new_console(), found)
-
-
-def _model_name(model: str) -> str:
-    """What to call a model: its folder's name, with the folder above where that alone says nothing."""
-    if not model or not Path(model).is_dir():
-        return model
-    path = Path(model).resolve()
-    says_nothing = path.name in ("model", "final", "best", "output") or path.name.startswith("checkpoint-")
-    return f"{path.parent.name}/{path.name}" if says_nothing and path.parent.name else path.name
 
 
 def _load(sources: list[str], split: str | None, text_field: list[str] | None) -> dict[str, Collection]:

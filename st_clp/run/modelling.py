@@ -20,6 +20,15 @@ if TYPE_CHECKING:
     from st_clp.moe import TrainableParameters
 
 
+def model_name(model: str) -> str:
+    """What to call a model: its folder's name, with the folder above where that alone says nothing; or its Hub name."""
+    if not model or not Path(model).is_dir():
+        return model
+    path = Path(model).resolve()
+    says_nothing = path.name in ("model", "final", "best", "output") or path.name.startswith("checkpoint-")
+    return f"{path.parent.name}/{path.name}" if says_nothing and path.parent.name else path.name
+
+
 def load_base_model(name: str, *, max_seq_length: int | None = None) -> SentenceTransformer:
     """The model to fine-tune, from a folder or the Hugging Face Hub.
 

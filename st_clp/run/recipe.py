@@ -33,7 +33,7 @@ from st_clp.refresh import AnceCallback, plot_refreshes
 from st_clp.run.averaging import ChosenShare, WeightAverage, choose_share, hold_out
 from st_clp.run.folder import RunDirectory, slug
 from st_clp.run.forecast import Forecast, forecast, is_trifle, print_forecast
-from st_clp.run.modelling import load_base_model, load_cross_encoder, prepare_model
+from st_clp.run.modelling import load_base_model, load_cross_encoder, model_name, prepare_model
 from st_clp.run.report import METRICS, machine, print_scores, versions, write_card
 from st_clp.run.splits import load_collections
 from st_clp.run.stages import EVALUATE_AFTER, EVALUATE_BEFORE, MINE, STAGES, TRAIN
@@ -235,7 +235,7 @@ class _Run:
             self._say(f"{name}: nDCG@10 {found['ndcg@10']:.4f}")
         # The model after training is the one in the output folder.
         title = (
-            Path(self.settings.model).name if when == "before" else f"{self.directory.path.resolve().name} (trained)"
+            model_name(self.settings.model) if when == "before" else f"{self.directory.path.resolve().name} (trained)"
         )
         save_parts(
             self.directory.evaluation(when), parts, model_name=title, model=model, dtype=self.settings.encode_dtype
