@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 STEPS = 2  # that are timed, after one that is not
+LONG_ROW = 2  # times the trial's seconds
 ADAM_BYTES = 8  # its two moments of a parameter
 
 
@@ -79,13 +80,17 @@ def try_steps(
     saved = _SavedBytes({parameter.untyped_storage().data_ptr() for parameter in trial.parameters()})
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
         one = _seconds_a_step(trial, settings, rows, 1)
-    # A row of a large batch takes no more than the only row of one, so the time is kept.
-    batch_size = min(settings.batch_size, max(1, int(seconds / (one * (STEPS + 1)))))
-    of_batch = one if batch_size == 1 else _seconds_a_step(trial, settings, rows, batch_size)
+    # What a step takes besides its rows, the optimizer's part, counts once: so a larger batch is tried too, unless one
+    # row takes so long that it hardly matters.
+    affordable = int(seconds / (one * (STEPS + 1)))
+    batch_size = min(settings.batch_size, 1 if one > LONG_ROW * seconds else max(2, affordable))
+    a_row = one
+    if batch_size > 1:
+        a_row = max(0.0, _seconds_a_step(trial, settings, rows, batch_size) - one) / (batch_size - 1)
     together = min(settings.batch_size, settings.mini_batch_size or settings.batch_size)
     trained = [parameter for parameter in trial.parameters() if parameter.requires_grad]
     return StepCost(
-        of_batch * settings.batch_size / batch_size,
+        one + a_row * (settings.batch_size - 1),
         batch_size,
         sum(parameter.nbytes for parameter in trial.parameters()),
         sum(parameter.nbytes + ADAM_BYTES * parameter.numel() for parameter in trained),

@@ -121,8 +121,8 @@ def test_a_trial_step_leaves_the_model_as_it_is(
     before = tiny_model.encode(TEXTS)
     flags = [parameter.requires_grad for parameter in tiny_model.parameters()]
     settings = settings_of(tmp_path, tmp_path, tmp_path, experts=experts, mini_batch_size=mini_batch_size)
-    cost = try_steps(tiny_model, settings, TEXTS, TEXTS, seconds=30)
-    assert cost.batch_size == settings.batch_size  # half a minute is enough for all of them
+    cost = try_steps(tiny_model, settings, TEXTS, TEXTS, seconds=1000)
+    assert cost.batch_size == settings.batch_size  # there is time for all of them
     np.testing.assert_array_equal(tiny_model.encode(TEXTS), before)
     assert [parameter.requires_grad for parameter in tiny_model.parameters()] == flags
     assert all(parameter.grad is None for parameter in tiny_model.parameters())
