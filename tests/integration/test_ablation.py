@@ -154,6 +154,30 @@ def test_stopped_anywhere_it_goes_on_to_the_same_table(
     assert {row["name"] for row in json.loads((stopped / "table.json").read_text())["rows"]} == {"base", "ance", "moe"}
 
 
+@pytest.mark.parametrize("experts", [0, 2])
+def test_variants_that_differ_in_averaging_alone_train_once(
+    settings: RunSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, experts: int
+) -> None:
+    begun = []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        begun.append(options["progress"])
+        return train(*arguments, **options)
+
+    monkeypatch.setattr(study_module, "train", counted)
+    whole, half = f"whole: {{experts: {experts}}}\n", f"half: {{experts: {experts}, average_with_base: 0.5}}\n"
+    scores = {}
+    for name, text in (("together", whole + half), ("alone", half)):
+        own = dataclasses.replace(settings, output=str(tmp_path / name))
+        (tmp_path / "variants.yaml").write_text(text)
+        ablate(own, read_variants(tmp_path / "variants.yaml", own), seeds=2, learning_rates=[3e-3])
+        scores[name] = scores_of(tmp_path / name)
+        assert not (tmp_path / name / "weights").exists()
+    assert len(begun) == 4  # two seeds of the one, and of what was alone
+    assert scores["together"]["half"] == scores["alone"]["half"]
+    assert scores["together"]["half"] != scores["together"]["whole"]
+
+
 def test_more_seeds_and_other_variants_may_be_added_and_nothing_else_changed(
     settings: RunSettings, tmp_path: Path
 ) -> None:

@@ -28,6 +28,7 @@ from st_clp.mining.rows import read_rows, write_rows
 from st_clp.options import Encoding, EvaluationOptions, MiningOptions, QueryOptions
 from st_clp.queries import make_chain
 from st_clp.run.ablation.loop import Trained, train
+from st_clp.run.ablation.shared_weights import SharedWeights
 from st_clp.run.ablation.table import AblationTable, Cell, make_table
 from st_clp.run.ablation.variants import BASE, Variant, default_variants, with_rate
 from st_clp.run.averaging import METRIC, WeightAverage, choose_share, evaluators_of, hold_out
@@ -115,6 +116,7 @@ class Ablation:
         names = distinct_names(self.evaluate)
         self.names, self.unseen = names, names[len(collections.evaluate) :]
         self.base = load_base_model(self.settings.model, max_seq_length=self.settings.max_seq_length)
+        self.weights = SharedWeights(self.folder / "weights", self.variants)
         evaluations = {BASE: [self._base_evaluation()]}
         cells: dict[str, list[Cell]] = {}
         for variant in self.variants:
@@ -125,6 +127,7 @@ class Ablation:
                 evaluations.setdefault(variant.name, []).append(read_evaluation(self._place(variant.name, seed)))
         table = make_table(evaluations, cells, unseen=self.unseen, seed=self.settings.seed)
         self._write(table, evaluations)
+        self.weights.clear()
         return table
 
     def _begin(self, overwrite: bool) -> None:
@@ -246,6 +249,20 @@ class Ablation:
         if len(self.rates) > 1 and not any(held_out.values()):
             raise SettingsError("too few training queries to hold any out: give one rate in --learning-rates")
         model = copy.deepcopy(self.base)
+        trained = self.weights.load(model, settings)
+        if trained is None:
+            trained = self._train_anew(variant, model, settings, rows)
+            self.weights.keep(model, settings, trained)
+        share, score = self._average(model, settings, rows, held_out)
+        return model, self._note(settings, trained, share, score)
+
+    def _train_anew(
+        self,
+        variant: Variant,
+        model: SentenceTransformer,
+        settings: RunSettings,
+        rows: Mapping[str, Sequence[TrainingRow]],
+    ) -> Trained:
         again: Callable[[], Mapping[str, Sequence[TrainingRow]]] | None = None
         if settings.steps_between_refreshes == "epoch":
 
@@ -255,9 +272,7 @@ class Ablation:
                 return {name: [row for row in new[name] if row.query_id in kept[name]] for name in new}
 
         called = f"{variant.name}, seed {settings.seed}, rate {settings.learning_rate:g}"
-        trained = train(model, rows, settings, mine_again=again, progress=called)
-        share, score = self._average(model, settings, rows, held_out)
-        return model, self._note(settings, trained, share, score)
+        return train(model, rows, settings, mine_again=again, progress=called)
 
     def _average(
         self,
