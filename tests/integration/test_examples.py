@@ -89,6 +89,8 @@ def test_mine_and_several_processes(tiny_model_path: Path, collection_path: Path
         text=True,
         timeout=300,
     )
+    if "Backend gloo does not support alltoall" in result.stderr:
+        pytest.skip(f"torch {torch.__version__} cannot gather with gradients between processors, only between GPUs")
     assert result.returncode == 0, result.stderr
     before = embeddings(SentenceTransformer(str(tiny_model_path), device="cpu"))
     assert not np.array_equal(embeddings(SentenceTransformer(str(output), device="cpu")), before)
