@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from evaluators.comparison import Comparison, Difference
@@ -94,8 +94,8 @@ def best_search(changes: Sequence[ShownChange]) -> ShownChange | None:
     return None
 
 
-def _listed(names: object) -> str:
-    every = [str(name) for name in names]  # type: ignore[attr-defined]
+def _listed(names: Iterable[str]) -> str:
+    every = list(names)
     if len(every) > 6:
         return f"{len(every)} collections"
     return every[0] if len(every) == 1 else f"{', '.join(every[:-1])} and {every[-1]}"

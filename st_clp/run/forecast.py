@@ -206,7 +206,8 @@ class _Forecaster:
         every = settings.steps_between_refreshes
         refreshes = 0 if every is None else int(settings.epochs) - 1 if every == "epoch" else (steps - 1) // every
         if refreshes > 0 and not settings.refresh_async:
-            seconds += refreshes * self._searching(MINE, self._collections.train, set(), settings.range_max).seconds  # type: ignore[operator]
+            again = self._searching(MINE, self._collections.train, set(), settings.range_max).seconds
+            seconds += refreshes * (again or 0.0)
             text += f", mined again {refreshes} times"
         return StageCost(TRAIN, seconds, text)
 

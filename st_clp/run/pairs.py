@@ -180,8 +180,9 @@ def _write(
 
 
 def _given(given: Collection | None) -> Iterator[tuple[str, str, Mapping[str, int]]]:
-    for query_id, grades in given.judgments.items() if given else ():
-        yield query_id, given.queries[query_id], grades  # type: ignore[union-attr]
+    if given is not None:
+        for query_id, grades in given.judgments.items():
+            yield query_id, given.queries[query_id], grades
 
 
 def _line(file: IO[str], row: Mapping[str, str]) -> None:

@@ -305,8 +305,12 @@ class Ablation:
 
     def _mined(self, name: str, collection: Collection, settings: RunSettings) -> list[TrainingRow]:
         """The rows that the base mines with these settings: made once for all variants that mine alike."""
-        what = [asdict(MiningOptions.of(settings)), asdict(QueryOptions.for_negatives(settings))]
-        what += [settings.negative_queries, settings.cross_encoder]  # type: ignore[list-item]
+        what = {
+            "mining": asdict(MiningOptions.of(settings)),
+            "queries": asdict(QueryOptions.for_negatives(settings)),
+            "sources": settings.negative_queries,
+            "cross_encoder": settings.cross_encoder,
+        }
         digest = hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=6).hexdigest()
         file = self.folder / "mined" / digest / f"{name}.jsonl"
         if not file.is_file():
