@@ -12,7 +12,10 @@ from torch import nn
 from st_clp.files import read_json
 from st_clp.moe.transformer import MoETransformer
 
-OWN_CLASSES: dict[str, type[nn.Module]] = {"st_clp.moe.MoETransformer": MoETransformer}
+OWN_CLASSES: dict[str, type[nn.Module]] = {
+    "st_clp.MoETransformer": MoETransformer,
+    "st_clp.moe.MoETransformer": MoETransformer,  # as versions up to 0.2.0 wrote it
+}
 """The module classes of st_clp that a saved model may name."""
 
 

@@ -31,9 +31,28 @@ ADAPTERS_KEY = "st_clp_adapters"
 ADAPTERS = "adapters"
 """The folder of the adapters, one folder each."""
 
+CODE_FILE = "st_clp.py"
+CODE = '''"""Names the class of this model, which is part of st-clp. Where that is missing: pip install st-clp
+
+SentenceTransformer(path, trust_remote_code=True) reads this file first and says which package it needs.
+"""
+
+import os
+import sys
+
+if __name__ == "st_clp":  # Python was started in this folder and found this file in place of the package
+    _here = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:] = [place for place in sys.path if os.path.abspath(place) != _here]
+    del sys.modules["st_clp"]
+
+from st_clp import MoETransformer
+'''
+"""A file of the model's folder. Its import is what makes transformers say what to install; it holds no class itself, so
+that objects are pickled, and saved again, under the class of the package."""
+
 
 def close_to_others(folder: str | Path, encoder: nn.Module) -> None:
-    """Complete the ``config.json`` that transformers has written: how to open the folder, and the adapters."""
+    """Complete what transformers has written: how to open the folder, what to install, and the adapters."""
     path = Path(folder) / "config.json"
     config = read_json(path)
     config[WEIGHTS_KEY] = HOW_TO_OPEN
@@ -41,6 +60,10 @@ def close_to_others(folder: str | Path, encoder: nn.Module) -> None:
     if adapters := adapter_configs(encoder):
         config[ADAPTERS_KEY] = {"names": sorted(adapters), "active": _active_adapters(encoder)}
     write_json(path, config, indent=2)
+    here = Path(folder)
+    # sentence-transformers names a module's own folder after its class, and looks for the file in the model's folder
+    for place in (here, here.parent) if here.name.endswith("_MoETransformer") else (here,):
+        (place / CODE_FILE).write_text(CODE, encoding="utf-8")
 
 
 def open_to_us(config: Any) -> dict[str, Any]:

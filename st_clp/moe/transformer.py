@@ -251,7 +251,9 @@ class MoETransformer(Transformer):
 
 
 write_own_snippets()
-MoETransformer.__module__ = "st_clp.moe"  # modules.json records this path: it stays where the code moves
+# modules.json records this path, so it stays where the code moves. It has two parts, as transformers expects of a class
+# whose file lies in the model's folder (saving.CODE_FILE).
+MoETransformer.__module__ = "st_clp"
 
 
 def is_moe(model: nn.Module) -> bool:

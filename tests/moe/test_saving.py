@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -72,7 +73,66 @@ def test_a_fresh_process_gives_the_same_embeddings(
         assert np.array_equal(embeddings, model.encode(TEXTS))
     loaded = st_clp.load(path, device="cpu")
     assert loaded[0].settings == model[0].settings
-    assert json.loads((path / "modules.json").read_text())[0]["type"] == "st_clp.moe.MoETransformer"
+    assert json.loads((path / "modules.json").read_text())[0]["type"] == "st_clp.MoETransformer"
+
+
+HIDDEN = """
+import importlib.machinery, sys
+
+class Hidden(importlib.machinery.PathFinder):
+    # what a process sees of st_clp where it is not installed: a file beside it, but no package
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name.partition(".")[0] == "st_clp":
+            spec = super().find_spec(name, path, target)
+            if spec is None or spec.submodule_search_locations is not None:
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+            return spec
+        return None
+
+sys.meta_path.insert(0, Hidden)
+from sentence_transformers import SentenceTransformer
+SentenceTransformer(sys.argv[1], device="cpu", trust_remote_code=True)
+"""
+
+
+@pytest.mark.parametrize("started", ["elsewhere", "in the model's folder"])
+@pytest.mark.parametrize("routes", [False, True])
+def test_without_st_clp_the_error_says_what_to_install(
+    make_tiny_model: Callable[..., SentenceTransformer], tmp_path: Path, started: str, routes: bool
+) -> None:
+    model = make_tiny_model(seed=1)
+    if routes:
+        router = Router.for_query_document(list(model.children()), list(make_tiny_model(seed=2).children()))
+        model = SentenceTransformer(modules=[router], device="cpu")
+    path = tmp_path / "model"
+    st_clp.upcycle(model).save(str(path))
+    where = tmp_path if started == "elsewhere" else path
+    found = subprocess.run(
+        [sys.executable, "-c", HIDDEN, str(path)], cwd=where, text=True, capture_output=True, timeout=300
+    )
+    assert found.returncode == 1
+    assert "pip install st_clp" in found.stderr.splitlines()[-1]
+
+
+def test_a_model_opened_by_its_own_folder_is_of_the_package(tiny_model: SentenceTransformer, tmp_path: Path) -> None:
+    st_clp.upcycle(tiny_model).save(str(tmp_path / "first"))
+    opened = SentenceTransformer(str(tmp_path / "first"), device="cpu", trust_remote_code=True)
+    assert type(opened[0]) is st_clp.MoETransformer
+    assert np.array_equal(pickle.loads(pickle.dumps(opened)).encode(TEXTS), opened.encode(TEXTS))
+    opened.save(str(tmp_path / "second"))
+    assert np.array_equal(st_clp.load(tmp_path / "second", device="cpu").encode(TEXTS), opened.encode(TEXTS))
+
+
+def test_a_folder_of_an_earlier_version_opens_as_before(tiny_model: SentenceTransformer, tmp_path: Path) -> None:
+    model = st_clp.upcycle(tiny_model)
+    path = tmp_path / "earlier"
+    model.save(str(path))
+    modules = path / "modules.json"
+    modules.write_text(modules.read_text().replace("st_clp.MoETransformer", "st_clp.moe.MoETransformer"))
+    (path / "st_clp.py").unlink()
+    for embeddings in in_a_fresh_process(path):
+        assert np.array_equal(embeddings, model.encode(TEXTS))
 
 
 def test_a_longer_pipeline_and_a_local_hub_folder(tiny_model: SentenceTransformer, tmp_path: Path) -> None:
