@@ -44,9 +44,9 @@ def unpacked(model_path: str, texts: list[str]) -> tuple[str, Encode]:
 
 
 def by_softmax(model_path: str, texts: list[str]) -> tuple[str, Encode]:
-    from st_clp.encoding import attention
+    from st_clp.encoding import packing
 
-    attention._by_powers = lambda *states: False
+    packing._by_powers = lambda *states: False
     return ours(model_path, texts)
 
 

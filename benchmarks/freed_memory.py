@@ -1,4 +1,4 @@
-"""What it gains when freed memory stays with the process while a processor encodes (st_clp/encoding/memory.py).
+"""What it gains when freed memory stays with the process while a processor encodes (st_clp/encoding/batches.py).
 
     python benchmarks/freed_memory.py
 

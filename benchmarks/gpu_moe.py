@@ -20,7 +20,7 @@ from gpu_encoding import product_peak, synchronize
 from test_moe import feed_forwards, forward, forward_and_backward, trainable
 from torch import nn
 
-from st_clp.moe import one_kernel, products
+from st_clp.moe import products
 
 KINDS = ("intermediate", "output", "feed_forward")
 CHOOSE = products.choose
@@ -30,7 +30,7 @@ def by_way(case: Callable[[], None], way: str) -> Callable[[], None]:
     """Run a case with its products the one way, the other, or as the layer chooses."""
     choosers = {
         "each": lambda each, *rest: each,
-        "one": lambda each, *rest: one_kernel.in_one_kernel,
+        "one": lambda each, *rest: products.in_one_kernel,
         "chosen": CHOOSE,
     }
 
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, nargs="+", default=[2, 8])
     given = parser.parse_args()
     if not given.device.startswith("cuda"):
-        one_kernel.DEVICES = (given.device,)  # so that the choice is tried too
+        products.DEVICES = (given.device,)  # so that the choice is tried too
     peak = product_peak(given.device)
     name = torch.cuda.get_device_name() if given.device.startswith("cuda") else given.device
     print(f"{name}, torch {torch.__version__}, bfloat16 product peak {peak / 1e12:.2f} TFLOP/s")

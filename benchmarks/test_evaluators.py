@@ -228,7 +228,7 @@ from evaluators import CollectionEvaluator
 from st_clp import Collection
 from st_clp.data import Corpus, Document
 from st_clp.encoding.building import Builder
-from st_clp.encoding.records import write_manifest
+from st_clp.encoding.shards import write_manifest
 from st_clp.encoding.shards import ShardFiles, start, text_key
 import faiss, pytrec_eval
 

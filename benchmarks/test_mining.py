@@ -33,7 +33,7 @@ from sentence_transformers.util import mine_hard_negatives as peer_mine
 from st_clp import Collection
 from st_clp.encoding import EmbeddingStore, encode_queries
 from st_clp.encoding.encode import CPU_WINDOW
-from st_clp.encoding.records import read_shards
+from st_clp.encoding.shards import read_shards
 from st_clp.mining import MiningOptions, mine
 from st_clp.search import search_rows
 
@@ -309,8 +309,7 @@ print(json.dumps(out))
 
 def write_store(folder: Path, rows: int, *, dim: int = 384, centres: int = 2000, noise: float = 0.6) -> None:
     """A store of clustered unit vectors as float16, and queries from the same clusters."""
-    from st_clp.encoding.records import write_manifest
-    from st_clp.encoding.shards import ShardFiles, start
+    from st_clp.encoding.shards import ShardFiles, start, write_manifest
 
     generator = np.random.default_rng(0)
     middle = generator.normal(size=(centres, dim)).astype(np.float32)

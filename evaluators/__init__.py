@@ -8,9 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from evaluators.beir import BEIREvaluator
-from evaluators.benchmark import BenchmarkEvaluator
+from evaluators.benchmark import BenchmarkEvaluator, MIRACLEvaluator
 from evaluators.collection import CollectionEvaluator
-from evaluators.miracl import MIRACLEvaluator
 
 if TYPE_CHECKING:
     from evaluators.beir_search import BEIRSearch

@@ -3,24 +3,130 @@
 from __future__ import annotations
 
 import logging
+import os
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.evaluation import BaseEvaluator
+from tqdm.auto import tqdm
 
-from evaluators.evaluation import Evaluation
-from evaluators.files import append_row, file_part, require_columns
-from evaluators.metrics import Metric, parse_metrics
-from evaluators.runs import Run, write_run
-from evaluators.saving import save_parts
+from evaluators.evaluation import CollectionResult, Evaluation, judgments_fingerprint, write_evaluation
+from evaluators.metrics import Metric, mean_scores, parse_metrics
+from evaluators.runs import Run, append_row, file_part, require_columns, write_run
+from st_clp.data import Corpus
+from st_clp.encoding import model_fingerprint
 from st_clp.files import write_json
 from st_clp.options import EvaluationOptions
 
 if TYPE_CHECKING:
     from evaluators.collection import CollectionEvaluator
+
+
+class EvaluationCall:
+    """One call of an evaluator; use it as a context.
+
+    Args:
+        model: The model that is evaluated; it must not change until the call is over.
+        corpora: The corpus of each collection, in the order in which they are evaluated.
+        show_progress_bar: Show one bar over the documents of all of them, with its rate and the time that remains.
+
+    Attributes:
+        bar: The bar.
+    """
+
+    def __init__(self, model: SentenceTransformer, corpora: Iterable[Corpus], *, show_progress_bar: bool) -> None:
+        self.model = model
+        # Where one size is not known before the corpus is read, there is a rate but no estimate.
+        sizes = [corpus.expected_size() for corpus in corpora] if show_progress_bar else []
+        total = None if None in sizes else sum(size for size in sizes if size)
+        self.bar = tqdm(total=total, desc="Evaluating", unit=" documents", disable=not show_progress_bar)
+        self._done = 0
+
+    def __enter__(self) -> EvaluationCall:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.close()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The model's, computed once: where all embeddings are there, this is most of the work."""
+        return model_fingerprint(self.model)
+
+    def begin(self, name: str) -> None:
+        """Say which collection is being evaluated."""
+        self.bar.set_description(f"Evaluating {name}")
+
+    def finish(self, documents: int) -> None:
+        """A collection of so many documents is done, however few of them had to be encoded."""
+        self._done += documents
+        if not self.bar.disable:
+            self.bar.update(self._done - self.bar.n)
+
+
+def save_parts(
+    folder: str | os.PathLike[str],
+    parts: Mapping[str, CollectionEvaluator],
+    *,
+    model_name: str,
+    model: SentenceTransformer | None = None,
+    **settings: Any,
+) -> Evaluation:
+    """Save what evaluators of single collections found in their last calls as one evaluation.
+
+    Args:
+        folder: Where to; it is made if it is not there.
+        parts: What to call each collection, and its evaluator.
+        model_name: What to call the model.
+        model: The model, for a fingerprint of its weights; None where only runs were scored.
+        **settings: Anything else that the figures depend on.
+
+    Raises:
+        RuntimeError: An evaluator has not been called.
+        ValueError: An id holds white space, which a run file cannot carry.
+    """
+    return write_evaluation(
+        folder,
+        model=model_name,
+        fingerprint=None if model is None else model_fingerprint(model),
+        results={key: _result(key, part) for key, part in parts.items()},
+        runs={key: part.run for key, part in parts.items()},
+        query_scores={key: part.query_scores for key, part in parts.items()},
+        settings={key: part.get_config_dict() for key, part in parts.items()} | _of_model(model) | settings,
+    )
+
+
+def _of_model(model: SentenceTransformer | None) -> dict[str, Any]:
+    if model is None:
+        return {}
+    return {
+        "max_seq_length": model.max_seq_length,
+        "similarity": str(model.similarity_fn_name),
+        "prompts": dict(model.prompts),
+        "truncate_dim": model.truncate_dim,
+    }
+
+
+def _result(key: str, part: CollectionEvaluator) -> CollectionResult:
+    collection = part.collection
+    (counts,) = part.counts.values()
+    return CollectionResult(
+        key=key,
+        source=collection.name,
+        split=collection.split,
+        language=collection.language,
+        pooled=part.pooled,
+        judgments=judgments_fingerprint(part.judgments),
+        documents=part.num_documents,
+        scores=mean_scores(part.query_scores.values()),
+        counts=counts,
+        computed_in=part.computed_in,
+    )
+
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluators.benchmark import BenchmarkEvaluator
-from evaluators.files import file_part
+from evaluators.runs import file_part
 from st_clp.data import Collection, CollectionError
 
 CQADUPSTACK_PARTS = tuple(

@@ -22,7 +22,7 @@ from st_clp.data import CollectionError, Corpus, Document, MemoryCorpus
 from st_clp.data.checks import require_ids
 from st_clp.declaring import shows, takes
 from st_clp.encoding import EmbeddingStore
-from st_clp.encoding.records import MANIFEST
+from st_clp.encoding.shards import MANIFEST
 from st_clp.encoding.working_model import Task
 from st_clp.options import Encoding
 from st_clp.search import search

@@ -5,23 +5,64 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
 
-from evaluators.base import RetrievalEvaluator
-from evaluators.call import EvaluationCall
-from evaluators.files import file_part
+from evaluators.base import EvaluationCall, RetrievalEvaluator
 from evaluators.metrics import DEFAULT_METRICS, QueryScores, mean_scores, score_queries
-from evaluators.pooling import ReferenceRun, pooled_collection
-from evaluators.runs import Run, cut_run, make_run, without_identical_ids, write_run
+from evaluators.runs import Run, cut_run, file_part, make_run, ranked, read_run, without_identical_ids, write_run
 from st_clp.data import Collection, CollectionError, Corpus, MemoryCorpus
 from st_clp.declaring import shows, takes
 from st_clp.encoding import EmbeddingStore, computed_precision
 from st_clp.encoding.working_model import Task
 from st_clp.options import Encoding, EvaluationOptions
 from st_clp.search import search
+
+ReferenceRun = str | os.PathLike[str] | Mapping[str, Mapping[str, float]]
+
+
+def pooled_collection(collection: Collection, reference: ReferenceRun | None, depth: int) -> tuple[Collection, str]:
+    """The collection over its judged documents and, for each query, the best ``depth`` of a reference run.
+
+    Args:
+        collection: Its judged documents are always in the pool.
+        reference: A TREC run file, or {query id: {document id: score}}; None pools the judged documents alone.
+        depth: How many of the reference run's documents of each query to take.
+
+    Returns:
+        (the collection over the pool, how the pool was made).
+
+    Raises:
+        CollectionError: The run answers none of the collection's queries, or names only documents it does not have.
+        ValueError: ``depth`` is below 1, or a line of the run file is broken.
+    """
+    if depth < 1:
+        raise ValueError(f"pool_depth must be at least 1, got {depth}")
+    wanted = {doc_id for grades in collection.judgments.values() for doc_id in grades}
+    description = "judged documents"
+    if reference is not None:
+        name = "a run" if isinstance(reference, Mapping) else os.fspath(reference)
+        run: Mapping[str, Mapping[str, float]] = reference if isinstance(reference, Mapping) else read_run(reference)
+        answered = {query_id: run[query_id] for query_id in collection.judgments if query_id in run}
+        if not answered:
+            raise CollectionError(f"{name} answers none of the queries of {collection.name}; is it of another split?")
+        for documents in answered.values():
+            wanted.update(doc_id for doc_id, _ in ranked(documents)[:depth])
+        description = f"judged documents and the best {depth} of {os.path.basename(name)}"
+    found = collection.get_documents(wanted)
+    if not found:
+        raise CollectionError(f"{collection.name}: none of the {len(wanted)} documents of the pool is in the corpus")
+    # In an order that does not depend on the run's, so that equal pools have equal embeddings on disk.
+    texts = {doc_id: found[doc_id].text for doc_id in sorted(found)}
+    digest = hashlib.blake2b("\n".join(texts).encode(), digest_size=4).hexdigest()
+    corpus = MemoryCorpus(f"{collection.corpus_name} (pooled {digest})", texts)
+    pool = replace(collection, corpus=corpus)
+    pool.note_absent_documents(texts)
+    return pool, f"{description}: {len(texts):,} documents"
+
 
 logger = logging.getLogger(__name__)
 

@@ -16,9 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from evaluators.files import file_part
 from evaluators.metrics import Judgments, QueryScores
-from evaluators.runs import Run, read_run, write_run
+from evaluators.runs import Run, file_part, read_run, write_run
 from st_clp.files import read_json, require_field, whole_file, write_json
 
 MANIFEST = "evaluation.json"

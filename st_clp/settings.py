@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from st_clp.declaring import option
-from st_clp.files import write_text
+from st_clp.files import read_mapping, write_text
 from st_clp.option_values import SettingsError, shown
 from st_clp.options import (
     DataOptions,
@@ -24,7 +24,6 @@ from st_clp.options import (
     RefreshOptions,
     TrainingOptions,
 )
-from st_clp.yaml_files import read_mapping
 
 __all__ = ["RunSettings", "SettingsError"]
 

@@ -1,16 +1,21 @@
-"""What every command prints through: output that the terminal can show, and text that is not taken for markup."""
+"""What goes to the terminal and into pictures: progress, notices, figures."""
 
 from __future__ import annotations
 
 import codecs
+import importlib
 import io
 import logging
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
+
+from st_clp.files import whole_file
 
 NARROWEST = 12  # columns, of names in a table
 
@@ -102,3 +107,28 @@ def size(number: float) -> str:
             return f"{number:.1f} {unit}"
         number /= 1000
     return f"{number:.1f} TB"
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of matplotlib's, of this size in inches.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed; the message says how to.
+    """
+    try:
+        figures = importlib.import_module("matplotlib.figure")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("a plot needs matplotlib: pip install 'st-clp[plots]'") from error
+    return figures.Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
+    """Write a figure, whole or not at all; the file's ending (``.png``, ``.svg``, ``.pdf``) says what kind of picture.
+
+    Raises:
+        OSError: The file cannot be written.
+        ValueError: matplotlib does not know the ending.
+    """
+    target = Path(path)
+    with whole_file(target, "wb") as file:
+        figure.savefig(file, format=target.suffix[1:] or None)

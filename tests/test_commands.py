@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import st_clp
 from st_clp import cli
-from st_clp.cli import evaluate_command as module
+from st_clp.cli import evaluation_commands as module
 from st_clp.cli.settings_command import settings_command
 from st_clp.options import EvaluationOptions
 

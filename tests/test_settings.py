@@ -18,7 +18,7 @@ from sentence_transformers import SentenceTransformer
 from typer.testing import CliRunner
 
 from st_clp import cli
-from st_clp.cli import run_command
+from st_clp.cli import run_commands
 from st_clp.encoding import hardware_has_bf16
 from st_clp.run.folder import RunDirectory, slug
 from st_clp.run.modelling import column_kinds, load_base_model
@@ -54,7 +54,7 @@ def test_the_command_line_comes_before_the_file_and_both_before_defaults(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[RunSettings] = []
-    monkeypatch.setattr(run_command, "run_settings", lambda settings, **options: seen.append(settings))
+    monkeypatch.setattr(run_commands, "run_settings", lambda settings, **options: seen.append(settings))
     (tmp_path / "run.yaml").write_text("model: a\ncollection: one\nnum-negatives: 7\nseed: 3\nlearning_rate: 1\n")
     arguments = ["--config", str(tmp_path / "run.yaml"), "--seed", "5", "--training-arg", "weight-decay=0.5"]
     result = CliRunner().invoke(cli.app, ["run", *arguments, "--collection", "x", "--collection", "y", "--no-bf16"])

@@ -8,18 +8,12 @@ import typer
 
 import st_clp
 from st_clp.cli import (
-    ablation_command,
-    compare_command,
-    demo_command,
     doctor_command,
-    evaluate_command,
+    evaluation_commands,
     mine_command,
-    pairs_command,
-    queries_command,
-    report_command,
-    run_command,
-    search_command,
-    store_command,
+    query_commands,
+    run_commands,
+    store_commands,
 )
 from st_clp.terminal import log_to_terminal, show_what_can_be_shown
 
@@ -34,17 +28,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-app.command("run", help=run_command.RUN_HELP, no_args_is_help=True)(run_command.run_command())
+app.command("run", help=run_commands.RUN_HELP, no_args_is_help=True)(run_commands.run_command())
 app.command("mine", help=mine_command.MINE_HELP, no_args_is_help=True)(mine_command.mine_command())
-app.command("queries", help=queries_command.QUERIES_HELP, no_args_is_help=True)(queries_command.queries_command())
-app.command("pairs", help=pairs_command.PAIRS_HELP, no_args_is_help=True)(pairs_command.pairs_command())
-app.command("evaluate", help=evaluate_command.EVALUATE_HELP, no_args_is_help=True)(evaluate_command.evaluate_command())
-app.command(no_args_is_help=True)(compare_command.compare)
-app.command(no_args_is_help=True)(report_command.report)
-app.command("ablation", help=ablation_command.ABLATION_HELP, no_args_is_help=True)(ablation_command.ablation_command())
-app.command()(search_command.search)
-app.add_typer(store_command.store, name="store")
-app.command()(demo_command.demo)
+app.command("queries", help=query_commands.QUERIES_HELP, no_args_is_help=True)(query_commands.queries_command())
+app.command("pairs", help=query_commands.PAIRS_HELP, no_args_is_help=True)(query_commands.pairs_command())
+app.command("evaluate", help=evaluation_commands.EVALUATE_HELP, no_args_is_help=True)(
+    evaluation_commands.evaluate_command()
+)
+app.command(no_args_is_help=True)(evaluation_commands.compare)
+app.command(no_args_is_help=True)(evaluation_commands.report)
+app.command("ablation", help=run_commands.ABLATION_HELP, no_args_is_help=True)(run_commands.ablation_command())
+app.command()(store_commands.search)
+app.add_typer(store_commands.store, name="store")
+app.command()(run_commands.demo)
 app.command()(doctor_command.doctor)
 
 

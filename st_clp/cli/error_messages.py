@@ -14,7 +14,7 @@ from typing import Any, ParamSpec
 import typer
 from rich.markup import escape
 
-from st_clp.data.errors import CollectionError
+from st_clp.data.checks import CollectionError
 from st_clp.option_values import is_unicode
 from st_clp.settings import SettingsError
 from st_clp.terminal import new_console

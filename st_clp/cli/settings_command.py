@@ -12,9 +12,9 @@ import typer
 
 from st_clp.cli.error_messages import with_error_messages
 from st_clp.declaring import Options, declared, group_of
+from st_clp.files import parse
 from st_clp.option_values import kind_of
 from st_clp.settings import RunSettings, SettingsError
-from st_clp.yaml_files import parse
 
 # An option that is no setting: its kind, its default and its help; or its kind with what typer is to make of it.
 Extra = tuple[Any, Any, str]

@@ -12,7 +12,10 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from st_clp.data.errors import CollectionError
+
+class CollectionError(ValueError):
+    """A collection cannot be read or used as asked; the message names the place and the remedy."""
+
 
 # pytrec_eval counts the documents of each grade from 0 up, for every query, in an array as long as the largest grade.
 LARGEST_GRADE = 10_000

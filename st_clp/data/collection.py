@@ -9,9 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from st_clp.data.checks import require_grade, require_id, require_ids, require_text, shown
+from st_clp.data.checks import CollectionError, require_grade, require_id, require_ids, require_text, shown
 from st_clp.data.corpus import Corpus, Document, MemoryCorpus
-from st_clp.data.errors import CollectionError
 from st_clp.data.registry import find_source
 
 logger = logging.getLogger(__name__)

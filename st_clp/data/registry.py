@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from st_clp.data.errors import CollectionError
+from st_clp.data.checks import CollectionError
 
 if TYPE_CHECKING:
     from st_clp.data.collection import Collection

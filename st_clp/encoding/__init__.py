@@ -1,9 +1,8 @@
 """From texts to embeddings: encoding in a stream, and the store that keeps a corpus's embeddings."""
 
 from st_clp.encoding.encode import encode_documents, encode_queries
-from st_clp.encoding.fingerprint import model_fingerprint
 from st_clp.encoding.store import EmbeddingStore
-from st_clp.encoding.working_model import computed_precision, hardware_has_bf16, kernels
+from st_clp.encoding.working_model import computed_precision, hardware_has_bf16, kernels, model_fingerprint
 from st_clp.options import ComputeDtype
 
 __all__ = [

@@ -19,20 +19,24 @@ from tqdm.auto import tqdm
 
 from st_clp.data import CollectionError, Corpus, Document
 from st_clp.encoding.encode import Encoder, embedding_dimension, window_size
-from st_clp.encoding.fingerprint import model_fingerprint
 from st_clp.encoding.inspection import verify
-from st_clp.encoding.records import ENCODING, FORMAT, LOCK, read_shards, usable_manifest, write_manifest
 from st_clp.encoding.shards import (
+    ENCODING,
+    FORMAT,
     KEY_BYTES,
+    LOCK,
     KnownEmbeddings,
     ShardFiles,
     foreign_files,
+    read_shards,
     remove_files,
     seal_shards,
     start,
     text_key,
+    usable_manifest,
+    write_manifest,
 )
-from st_clp.encoding.working_model import Task, resolve_dtype
+from st_clp.encoding.working_model import Task, model_fingerprint, resolve_dtype
 from st_clp.options import ComputeDtype, Encoding
 
 logger = logging.getLogger(__name__)

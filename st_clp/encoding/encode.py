@@ -19,8 +19,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from st_clp.declaring import takes
-from st_clp.encoding.batches import Window, batch_at, tokenise
-from st_clp.encoding.memory import keep_freed_memory
+from st_clp.encoding.batches import Window, batch_at, keep_freed_memory, tokenise
 from st_clp.encoding.working_model import Embedded, Task, WorkingModel
 from st_clp.options import EncodingOptions
 

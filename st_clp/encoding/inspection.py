@@ -8,8 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from st_clp.encoding.records import LOCK, MANIFEST, StoreError, read_manifest, read_shards
-from st_clp.encoding.shards import ShardFiles, foreign_files, remove_files
+from st_clp.encoding.shards import (
+    LOCK,
+    MANIFEST,
+    ShardFiles,
+    StoreError,
+    foreign_files,
+    read_manifest,
+    read_shards,
+    remove_files,
+)
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,17 @@
-"""Linear layers whose weights lie as a processor's matrix product reads them.
-
-PyTorch's linear layer hands oneDNN plain weights, which it rearranges for each batch anew, and writes the bias into the
-result before the product adds to it. Weights that are rearranged once and a bias that the product adds itself save 6 %
-of an encoder's time, and the product no longer depends on how many rows there are (``benchmarks/README.md``).
-"""
+"""Faster layers for bfloat16 on a processor: packed weights, and attention by batched products."""
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 
 logger = logging.getLogger(__name__)
 
@@ -57,3 +57,117 @@ def _linear_layers(module: nn.Module) -> Iterator[nn.Linear]:
     elif not getattr(module, "multiplies_by_weights", False):
         for child in module.children():
             yield from _linear_layers(child)
+
+
+NAME = "st_clp_batched_products"
+REPLACED = "sdpa"  # the implementation whose place it can take
+LOG2_E = math.log2(math.e)
+SAFE = 2.0**-100, 2.0**120  # sums of a row's powers, of which bfloat16 knows 2^-126 to 2^127
+SCORES = 1 << 22  # of the score matrix that are computed together: 8 MiB, with heads for many threads in short texts
+
+
+def use_batched_products(model: PreTrainedModel) -> bool:
+    """Let a model attend by batched products, if it is one whose attention can be chosen; whether it does."""
+    if getattr(model.config, "_attn_implementation", None) != REPLACED:
+        return False
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, make_mask)
+    try:
+        model.set_attn_implementation(NAME)
+    except (ValueError, AttributeError):
+        return False
+    return model.config._attn_implementation == NAME
+
+
+def make_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """The mask as transformers asks for it: boolean, True where to attend; None where everything may be attended to."""
+    padding, function = kwargs.get("attention_mask"), kwargs.get("mask_function")
+    if function is bidirectional_mask_function and padding is not None and padding.ndim == 2:
+        padding = padding.bool()
+        # Which keys are padding is the same for every query, so a row will do where others make a square.
+        if bool(padding.all()):
+            return None
+        return padding[:, None, None, :]
+    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention as transformers calls it.
+
+    Args:
+        module: The attention layer.
+        query: (batch, heads, queries, width).
+        key: (batch, heads, keys, width).
+        value: (batch, heads, keys, width).
+        attention_mask: Boolean, broadcast over (batch, heads, queries, keys), True where to attend; None: everywhere.
+        dropout: The share of scores to drop.
+        scaling: What the products are multiplied by. None: 1 / √width.
+        **kwargs: What other implementations take.
+
+    Returns:
+        (batch, queries, heads, width), and None in place of the scores.
+    """
+    plain = not dropout and key.shape == value.shape and query.shape[:2] == key.shape[:2]
+    causal = kwargs.get("is_causal") or (attention_mask is None and getattr(module, "is_causal", False))
+    special = kwargs.get("position_bias") is not None or kwargs.get("softcap") is not None
+    if not plain or causal or special or (attention_mask is not None and attention_mask.dtype != torch.bool):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attend_in_parts(query, key, value, attention_mask, scaling), None
+
+
+def attend_in_parts(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """Some heads at a time, of one text or of several, so that long texts take no memory for all their scores."""
+    batch, heads, queries, width = query.shape
+    keys = key.shape[2]
+    found = query.new_empty(batch * heads, queries, width)
+    query, key, value = (states.reshape(batch * heads, -1, width) for states in (query, key, value))
+    bias = None if mask is None else _bias(mask, query.dtype).expand(batch, heads, -1, keys)
+    together = max(1, SCORES // (queries * keys))
+    for begin in range(0, batch * heads, together):
+        part = torch.arange(begin, min(begin + together, batch * heads))
+        rows = slice(begin, begin + len(part))
+        added = None if bias is None else bias[part // heads, part % heads]
+        if not _by_powers(added, query[rows], key[rows], value[rows], scaling, found[rows]):
+            scores = _scores(added, query[rows], key[rows], scaling)
+            torch.bmm(torch.softmax(scores, dim=-1), value[rows], out=found[rows])
+    return found.view(batch, heads, queries, width).transpose(1, 2).contiguous()
+
+
+def _scores(bias: Tensor | None, query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """The scaled products of some heads' queries and keys, (heads, queries, keys), and the bias, if there is one."""
+    added = query.new_empty(1, 1, 1) if bias is None else bias  # without a bias it is not read
+    return torch.baddbmm(added, query, key.transpose(1, 2), beta=0 if bias is None else 1, alpha=scaling)
+
+
+def _by_powers(bias: Tensor | None, query: Tensor, key: Tensor, value: Tensor, scaling: float, into: Tensor) -> bool:
+    """Attend without taking the greatest score off, and by powers of two; whether the numbers allowed it.
+
+    PyTorch's softmax of bfloat16 takes as long as both products. A power of every score, the sum of a row and a
+    division after the second product take half of that. Where a row's powers are too great or too small for bfloat16,
+    softmax has to do it.
+    """
+    powers = _scores(bias, query, key, scaling * LOG2_E).exp2_()
+    sums = powers.sum(dim=-1, keepdim=True)
+    least, greatest = sums.aminmax()
+    if not (SAFE[0] < least and greatest < SAFE[1]):
+        return False
+    torch.bmm(powers, value, out=into)
+    into /= sums
+    return bool(into.sum().isfinite())  # great powers of great values may have been too much for a product
+
+
+def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores, of the mask's shape: nothing, or the least number where masked."""
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)

@@ -19,31 +19,160 @@ import contextlib
 import hashlib
 import io
 import json
+import logging
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, overload
 
 import numpy as np
 
-from st_clp.encoding.ids import FileIds
-from st_clp.encoding.records import (
-    EMBEDDINGS,
-    ENCODING,
-    FORMAT,
-    IDS,
-    KEYS,
-    MANIFEST,
-    REMEDY,
-    SHARDS,
-    UNSEALED_FORMAT,
-    Shard,
-    StoreError,
-    read_shards,
-    record_line,
-    write_manifest,
-)
-from st_clp.files import UNFINISHED, whole_file
+from st_clp.files import UNFINISHED, parse_object, read_json, require_field, whole_file, write_json
+
+SCAN_BYTES = 64 * 2**20
+ITERATE_ROWS = 65_536
+
+
+class FileIds(Sequence[str]):
+    """The ids in a file of JSON strings, a line each: 8 bytes of memory for each, read as they are asked for.
+
+    Args:
+        path: The file.
+        number: How many of its lines to read.
+    """
+
+    def __init__(self, path: Path, number: int) -> None:
+        self._bytes = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
+        ends: list[np.ndarray] = []
+        found = 0
+        for begin in range(0, len(self._bytes), SCAN_BYTES):
+            if found >= number:
+                break
+            ends.append(np.flatnonzero(self._bytes[begin : begin + SCAN_BYTES] == ord("\n")) + begin + 1)
+            found += len(ends[-1])
+        self._ends = np.concatenate([np.zeros(1, np.int64), *ends])[: number + 1]
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            begin, end, step = index.indices(len(self))
+            if step != 1:
+                return [self[row] for row in range(begin, end, step)]
+            return [json.loads(line) for line in self._read(begin, max(begin, end)).splitlines()]
+        row = range(len(self))[index]
+        return json.loads(self._read(row, row + 1))
+
+    def __iter__(self) -> Iterator[str]:
+        for begin in range(0, len(self), ITERATE_ROWS):
+            yield from self[begin : begin + ITERATE_ROWS]
+
+    def _read(self, begin: int, end: int) -> bytes:
+        return self._bytes[self._ends[begin] : self._ends[end]].tobytes()
+
+
+logger = logging.getLogger(__name__)
+
+MANIFEST, EMBEDDINGS, IDS, KEYS, SHARDS = "manifest.json", "embeddings.bin", "ids.jsonl", "keys.bin", "shards.jsonl"
+LOCK = ".lock"  # what the name of the file beside a store ends in that is locked while it is made
+FORMAT = 3
+UNSEALED_FORMAT = 2
+ENCODING = ("model", "task", "computed_in", "dtype", "dim")  # what must agree for an embedding to be used again
+
+
+class StoreError(ValueError):
+    """A store's files say what cannot be; the message names the file and what to do."""
+
+
+REMEDY = "what made the store makes it anew; `st-clp store rm` removes it"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A run of rows: how many, how long their ids are in bytes, and a checksum over ids, keys and embeddings.
+
+    ``sealed`` tells whether it covers what the embeddings are of as well.
+    """
+
+    rows: int
+    id_bytes: int
+    checksum: str
+    sealed: bool = True
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write a manifest so that it appears whole or not at all."""
+    write_json(folder / MANIFEST, {"format": FORMAT, **manifest})
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest in a folder; None where there is none, or one of a format that this version does not know.
+
+    Raises:
+        StoreError: It cannot be read, or says what cannot be.
+    """
+    file = folder / MANIFEST
+    try:
+        manifest = read_json(file, error=StoreError, remedy=REMEDY)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    if manifest.get("format") not in (FORMAT, UNSEALED_FORMAT):
+        return None
+
+    def field(name: str, kind: type, **limits: float) -> Any:
+        return require_field(manifest, name, kind, str(file), error=StoreError, remedy=REMEDY, **limits)
+
+    for name in ("model", "task", "computed_in", "corpus", "corpus_fingerprint"):
+        field(name, str)
+    if field("dtype", str) not in ("float16", "float32"):
+        raise StoreError(f"{file}: 'dtype' must be float16 or float32, not {manifest['dtype']!r:.60}; {REMEDY}")
+    field("dim", int, least=1, most=1 << 24)
+    if "documents" in manifest:
+        field("documents", int, least=1)
+    return manifest
+
+
+def usable_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest in a folder; None where there is none or it cannot be read, which is said."""
+    try:
+        return read_manifest(folder)
+    except StoreError as error:
+        logger.warning("%s; it is encoded anew", str(error).removesuffix(f"; {REMEDY}"))
+        return None
+
+
+def read_shards(folder: Path) -> list[Shard]:
+    """The shards that are recorded, up to the first line that cannot be read or says what cannot be."""
+    found: list[Shard] = []
+    try:
+        lines = (folder / SHARDS).read_bytes().splitlines()
+    except OSError:
+        return found
+    for number, line in enumerate(lines, start=1):
+        where = f"{folder / SHARDS}, line {number}"
+        try:
+            values = parse_object(line, where, error=StoreError)
+            rows = require_field(values, "rows", int, where, error=StoreError, least=1)
+            id_bytes = require_field(values, "id_bytes", int, where, error=StoreError, least=1)
+            kind = "sealed" if "sealed" in values else "checksum"
+            checksum = require_field(values, kind, str, where, error=StoreError)
+        except StoreError:
+            break
+        found.append(Shard(rows, id_bytes, checksum, kind == "sealed"))
+    return found
+
+
+def record_line(shard: Shard) -> bytes:
+    """A shard's line in the record."""
+    kind = "sealed" if shard.sealed else "checksum"
+    return json.dumps({"rows": shard.rows, "id_bytes": shard.id_bytes, kind: shard.checksum}).encode() + b"\n"
+
 
 KEY_BYTES = 16
 HELD_IDS = 1_000_000  # as Python strings, some 70 bytes each; more are read from the file as they are needed

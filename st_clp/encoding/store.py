@@ -14,8 +14,7 @@ from tqdm.auto import tqdm
 
 from st_clp.data import Collection, Corpus
 from st_clp.declaring import takes
-from st_clp.encoding.records import REMEDY, StoreError, read_manifest
-from st_clp.encoding.shards import ShardFiles, read_ids
+from st_clp.encoding.shards import REMEDY, ShardFiles, StoreError, read_ids, read_manifest
 from st_clp.encoding.working_model import Task
 from st_clp.options import Encoding
 

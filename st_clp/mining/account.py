@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from st_clp.mining.rows import TrainingRow
-from st_clp.pictures import new_figure, save_figure
 from st_clp.queries.chain import UNCOUNTED, QueriesAccount
+from st_clp.terminal import new_figure, save_figure
 
 SOURCES = {
     "judged": "judged not relevant",

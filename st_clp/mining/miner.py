@@ -20,8 +20,7 @@ from st_clp.encoding import EmbeddingStore
 from st_clp.mining.account import MiningAccount
 from st_clp.mining.bm25 import require_bm25
 from st_clp.mining.chooser import Chooser
-from st_clp.mining.ranking import Ranker, Ranking
-from st_clp.mining.rescoring import require_one_score, rescore
+from st_clp.mining.ranking import Ranker, Ranking, require_one_score, rescore
 from st_clp.mining.row_building import choose_negatives, make_rows, needs_of, positives_of, usable_part
 from st_clp.mining.rows import TrainingRow, require_writable, to_dataset, write_rows
 from st_clp.options import Encoding, MiningOptions

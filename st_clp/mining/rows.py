@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from st_clp.data.errors import CollectionError
-from st_clp.data.reading import read_jsonl
+from st_clp.data.checks import CollectionError
+from st_clp.data.corpus import read_jsonl
 from st_clp.files import whole_file
 
 if TYPE_CHECKING:

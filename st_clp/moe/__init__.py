@@ -1,11 +1,9 @@
 """A mixture of experts in any encoder."""
 
-from st_clp.moe.architectures import known_architectures, register_architecture
 from st_clp.moe.configuration import MoESettings
-from st_clp.moe.freezing import TrainableParameters, train_only
-from st_clp.moe.loading import load
+from st_clp.moe.convert import known_architectures, register_architecture
 from st_clp.moe.transformer import MoETransformer, is_moe
-from st_clp.moe.upcycling import to_dense, upcycle
+from st_clp.moe.upcycling import TrainableParameters, load, to_dense, train_only, upcycle
 from st_clp.moe.usage import ExpertUsage, ExpertUsageCallback, LayerUsage, expert_usage, reset_usage
 
 __all__ = [

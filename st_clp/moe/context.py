@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from st_clp.moe.token_sampling import drawn
+from st_clp.moe.router_signal import drawn
 
 
 class ForwardContext:

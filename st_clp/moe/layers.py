@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from st_clp.moe.configuration import MoESettings
-from st_clp.moe.grouped import GatherRows, GroupedLinear, ScatterRows
-from st_clp.moe.products import gathered_products
+from st_clp.moe.products import GatherRows, GroupedLinear, ScatterRows, gathered_products
 from st_clp.moe.router_signal import RouterSignal
 from st_clp.moe.routing import Plan, Router
 

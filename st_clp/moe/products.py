@@ -1,21 +1,215 @@
-"""One product an expert, each in the shapes that a processor multiplies fast.
-
-In bfloat16 and float16 a processor's product takes blocks of rows whose number divides the whole: 1,058 rows, which
-are 2 times 23 times 23, cost up to a quarter more by the row than 1,064, and multiples of 8 up to 1,024 cost nearly the
-same (``benchmarks/moe.md``). How many rows an expert gets is chance. So its product takes a few of the next expert's
-rows along, whose results the next product writes anew, and a long part goes in even pieces. Float32 hardly minds, and
-an accelerator, which has its own choice to make (``one_kernel.py``), is given whole parts.
-"""
+"""The experts' matrix products, grouped by expert or by one kernel."""
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
-from st_clp.moe.one_kernel import choose
+
+class GatherRows(Function):
+    """Rows in token order -> rows sorted by expert; ``source`` (rows,) names each sorted row's token."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, source: Tensor, back: Tensor | None, slots: int) -> Tensor:
+        ctx.save_for_backward(source, back)
+        ctx.shape = tokens.shape
+        ctx.slots = slots
+        return tokens.index_select(0, source)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        source, back = ctx.saved_tensors
+        if back is None:
+            return gradient.new_zeros(ctx.shape).index_add_(0, source, gradient), None, None, None
+        gradient = gradient.index_select(0, back)
+        if ctx.slots > 1:
+            gradient = gradient.view(-1, ctx.slots, gradient.shape[-1]).sum(1)
+        return gradient, None, None, None
+
+
+class ScatterRows(Function):
+    """Sorted rows -> one row a slot (token times experts per token) in token order; unrouted slots are zero."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, back: Tensor | None, slots: int) -> Tensor:
+        ctx.save_for_backward(order)
+        if back is not None:
+            return rows.index_select(0, back)
+        return rows.new_zeros(slots, rows.shape[1]).index_copy_(0, order, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        (order,) = ctx.saved_tensors
+        return gradient.index_select(0, order), None, None, None
+
+
+class GroupedLinear(Function):
+    """``rows[s:t] @ weight[e].T + bias[e]`` for each expert e and its slice s:t of the sorted rows.
+
+    ``shares`` (rows, experts) is the router's distribution over the experts at each row. It leaves the result as it
+    is and receives the gradient that it would have if the layer computed ``sum_e m_e E_e(x)`` with ``m`` one at the
+    chosen expert and zero elsewhere, in value, and ``shares`` in the backward pass (a straight-through estimate).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, shares: Tensor | None, counts: Sequence[int], signal: Any, *parameters: Tensor | None
+    ) -> Tensor:
+        experts = len(counts)
+        weights, biases = parameters[:experts], parameters[experts:]
+        ctx.counts, ctx.signal = counts, signal
+        result = products(rows, counts, [cast(Tensor, weight).t() for weight in weights], biases)
+        # The router's signal is an inner product of either what came in or what went out; the narrower is less to read.
+        ctx.keeps_result = signal is not None and shares is not None and result.shape[1] < rows.shape[1]
+        ctx.save_for_backward(rows, result if ctx.keeps_result else None, *parameters)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        rows, result, *parameters = ctx.saved_tensors
+        experts = len(ctx.counts)
+        weights, biases = parameters[:experts], parameters[experts:]
+        needs_rows, needs_shares, *_ = ctx.needs_input_grad
+        gradient = gradient.contiguous()
+        signal = ctx.signal if needs_shares else None
+        rows_gradient = None
+        if needs_rows or (signal is not None and result is None):
+            rows_gradient = products(gradient, ctx.counts, weights)
+        weight_gradients: list[Tensor | None] = []
+        bias_gradients: list[Tensor | None] = []
+        for expert, part in enumerate(slices(ctx.counts)):
+            needs_weight, needs_bias = ctx.needs_input_grad[4 + expert], ctx.needs_input_grad[4 + experts + expert]
+            # an expert without tokens gets a gradient of zeros, not none: distributed training waits for every one
+            weight_gradients.append(gradient[part].t() @ rows[part] if needs_weight else None)
+            bias_gradients.append(gradient[part].sum(0) if needs_bias else None)
+        shares_gradient = None
+        if needs_shares:
+            shares_gradient = gradient.new_zeros(rows.shape[0], experts, dtype=torch.float32)
+            if signal is not None:
+                signal(shares_gradient, gradient, rows, rows_gradient, result, slices(ctx.counts), weights, biases)
+        return (
+            rows_gradient if needs_rows else None,
+            shares_gradient,
+            None,
+            None,
+            *weight_gradients,
+            *bias_gradients,
+        )
+
+
+logger = logging.getLogger(__name__)
+
+DEVICES = ("cuda",)
+"""Where it is tried."""
+REPEATS, GAIN = 5, 1.05
+"""How often each way is timed, and how much sooner the one kernel must be done: the two round differently."""
+
+Way = Callable[[Tensor, Sequence[int], Sequence[Tensor], Sequence[Tensor | None] | None], Tensor]
+_faster: dict[tuple[object, ...], bool] = {}
+
+
+def choose(
+    each: Way,
+    rows: Tensor,
+    counts: Sequence[int],
+    matrices: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None,
+) -> Way:
+    """Return the faster way for products of this kind: ``each``, a product an expert, or :func:`in_one_kernel`.
+
+    Args:
+        each: What computes one product an expert.
+        rows: (rows, in), sorted by expert.
+        counts: Rows of each expert.
+        matrices: Each expert's (in, out).
+        biases: Each expert's (out,), or None.
+    """
+    if not _can(rows, counts, matrices):
+        return each
+    shape = tuple(matrices[0].shape)
+    magnitude = rows.shape[0].bit_length()  # what is so many rows, to a factor of two, is alike
+    kind = (rows.device, rows.dtype, shape, matrices[0].stride(), len(counts), magnitude, biases is None)
+    if kind not in _faster:
+        _faster[kind] = _is_faster(each, rows, counts, matrices, biases)
+    return in_one_kernel if _faster[kind] else each
+
+
+def in_one_kernel(
+    rows: Tensor, counts: Sequence[int], matrices: Sequence[Tensor], biases: Sequence[Tensor | None] | None
+) -> Tensor:
+    """Multiply each expert's slice of the sorted ``rows`` (rows, in) by its matrix (in, out): (rows, out)."""
+    ends = torch.tensor(counts, device=rows.device).cumsum(0)
+    if matrices[0].stride(0) == 1:  # of a weight (out, in) that is read the other way round
+        stacked = torch.stack([matrix.t() for matrix in matrices]).transpose(1, 2)
+    else:
+        stacked = torch.stack(list(matrices))
+    result = torch.nn.functional.grouped_mm(rows.contiguous(), stacked, offs=ends.int())
+    if biases is not None and biases[0] is not None:
+        added = torch.stack([bias for bias in biases if bias is not None])
+        expert = torch.searchsorted(ends, torch.arange(rows.shape[0], device=rows.device), right=True)
+        result += added.index_select(0, expert)
+    return result
+
+
+def _can(rows: Tensor, counts: Sequence[int], matrices: Sequence[Tensor]) -> bool:
+    """Whether it can be tried: the kernel reads rows of whole 16 bytes, and its results may not differ by a choice."""
+    return (
+        rows.device.type in DEVICES
+        and rows.dtype == torch.bfloat16
+        and rows.shape[0] > 0
+        and len(counts) > 1
+        and all(side % 8 == 0 for side in matrices[0].shape)
+        and hasattr(torch.nn.functional, "grouped_mm")
+        and not torch.are_deterministic_algorithms_enabled()
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _is_faster(
+    each: Way,
+    rows: Tensor,
+    counts: Sequence[int],
+    matrices: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None,
+) -> bool:
+    def seconds(way: Way) -> float:
+        best = float("inf")
+        for _ in range(REPEATS):
+            _finish(rows.device)
+            begin = time.perf_counter()
+            way(rows, counts, matrices, biases)
+            _finish(rows.device)
+            best = min(best, time.perf_counter() - begin)
+        return best
+
+    try:
+        one, several = seconds(in_one_kernel), seconds(each)
+    except RuntimeError as error:  # not for this device
+        logger.debug("no grouped product on %s (%s)", rows.device, error)
+        return False
+    faster = one * GAIN < several
+    logger.debug(
+        "%d rows, %d experts of %s on %s: %.3f ms in one kernel, %.3f ms with one each",
+        rows.shape[0], len(counts), tuple(matrices[0].shape), rows.device, 1e3 * one, 1e3 * several,
+    )  # fmt: skip
+    return faster
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
 
 PIECE = 1024
 """Rows of a piece, at most (in float32, where shorter products are slower, about)."""

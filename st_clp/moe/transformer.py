@@ -12,17 +12,16 @@ from sentence_transformers.base.modules import Transformer
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from st_clp.moe.architectures import find_feed_forwards
-from st_clp.moe.card import write_own_snippets
 from st_clp.moe.configuration import CONFIG_KEY, MoESettings, resolve_layers
 from st_clp.moe.context import ForwardContext, attention_mask, entered, recall_context_in_checkpoints
-from st_clp.moe.convert import build_experts, expert_layers, merge_experts, settings_of
+from st_clp.moe.convert import build_experts, expert_layers, find_feed_forwards, merge_experts, settings_of
 from st_clp.moe.reference import (
     check_writable_as_reference,
     is_reference_config,
     take_reference_settings,
     write_reference,
 )
+from st_clp.moe.router_signal import token_marks
 from st_clp.moe.saving import (
     ADAPTERS,
     check_bare,
@@ -33,8 +32,8 @@ from st_clp.moe.saving import (
     save_adapters,
     unwrapped,
     without_adapters,
+    write_own_snippets,
 )
-from st_clp.moe.token_sampling import token_marks
 
 
 class MoETransformer(Transformer):

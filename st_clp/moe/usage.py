@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from st_clp.moe.convert import expert_layers
 from st_clp.moe.layers import ExpertLinear
 from st_clp.moe.routing import Router
-from st_clp.pictures import new_figure, save_figure
+from st_clp.terminal import new_figure, save_figure
 
 logger = logging.getLogger(__name__)
 

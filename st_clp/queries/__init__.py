@@ -5,11 +5,9 @@ kept in a store, so that nothing is paid for twice.
 """
 
 from st_clp.options import QueryOptions
-from st_clp.queries.budget import Budget, Prices
-from st_clp.queries.chain import Need, QueriesAccount, QueryChain
+from st_clp.queries.chain import Need, QueriesAccount, QueryChain, SourceCost, estimate_cost
 from st_clp.queries.chat import ChatClient, EndpointError
-from st_clp.queries.cost_estimate import SourceCost, estimate_cost
-from st_clp.queries.endpoint import EndpointQueries
+from st_clp.queries.endpoint import Budget, EndpointQueries, Prices
 from st_clp.queries.interface import (
     JUDGMENTS,
     DocumentQueries,
@@ -18,13 +16,12 @@ from st_clp.queries.interface import (
     QuerySource,
     Usage,
 )
-from st_clp.queries.judgments import JudgedQueries
+from st_clp.queries.judgments import JudgedQueries, TitleOrLead
 from st_clp.queries.local import LocalQueries
 from st_clp.queries.making import make_chain, parse_sources
-from st_clp.queries.prompts import Prompts
 from st_clp.queries.query_store import QueryStore
 from st_clp.queries.roundtrip import RoundTrip
-from st_clp.queries.title import TitleOrLead
+from st_clp.queries.wording import Prompts
 
 __all__ = [
     "JUDGMENTS",

@@ -6,15 +6,14 @@ import os
 import re
 
 from st_clp.options import QueryOptions
-from st_clp.queries.budget import Budget, Prices
 from st_clp.queries.chain import QueryChain
 from st_clp.queries.chat import ChatClient
-from st_clp.queries.endpoint import EndpointQueries
+from st_clp.queries.endpoint import Budget, EndpointQueries, Prices
 from st_clp.queries.interface import JUDGMENTS, GeneratingSource, QuerySource
+from st_clp.queries.judgments import DEFAULT_WEIGHT, TitleOrLead
 from st_clp.queries.local import LocalQueries
-from st_clp.queries.prompts import Prompts
 from st_clp.queries.query_store import QueryStore
-from st_clp.queries.title import DEFAULT_WEIGHT, TitleOrLead
+from st_clp.queries.wording import Prompts
 
 LOCAL, OPENAI, TITLE = "local", "openai", "title"
 KNOWN = f"{JUDGMENTS}, {LOCAL}:MODEL, {OPENAI}:MODEL and {TITLE}"

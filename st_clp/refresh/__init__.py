@@ -1,6 +1,6 @@
 """Hard negatives that keep up with the model: mined anew while training goes on."""
 
 from st_clp.refresh.callback import AnceCallback
-from st_clp.refresh.refresh_account import plot_refreshes
+from st_clp.refresh.history import plot_refreshes
 
 __all__ = ["AnceCallback", "plot_refreshes"]

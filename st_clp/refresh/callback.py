@@ -21,15 +21,20 @@ from st_clp.data import Collection
 from st_clp.declaring import shows, takes
 from st_clp.mining.miner import mine
 from st_clp.options import MiningOptions, RefreshOptions
-from st_clp.refresh.collating import Negatives, RefreshingCollator
-from st_clp.refresh.dataset import columns_to_refresh, mining_options_of, named, to_train_on
-from st_clp.refresh.generation import is_whole, write_first
-from st_clp.refresh.history import Refresh
-from st_clp.refresh.layout import Layout
-from st_clp.refresh.miners import InProcessMiner, Miner, MiningJob, SubprocessMiner, free_device
-from st_clp.refresh.processes import Processes
-from st_clp.refresh.refresh_account import MEASURES
-from st_clp.refresh.refresher import Refresher
+from st_clp.refresh.history import MEASURES, Refresh
+from st_clp.refresh.mining_process import InProcessMiner, Miner, MiningJob, SubprocessMiner, free_device
+from st_clp.refresh.refresher import Processes, Refresher
+from st_clp.refresh.rows_in_use import (
+    Layout,
+    Negatives,
+    RefreshingCollator,
+    columns_to_refresh,
+    is_whole,
+    mining_options_of,
+    named,
+    to_train_on,
+    write_first,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict

@@ -18,10 +18,9 @@ from rich.console import Console
 from sentence_transformers import SentenceTransformer
 
 from evaluators import CollectionEvaluator
-from evaluators.call import EvaluationCall
+from evaluators.base import EvaluationCall, save_parts
 from evaluators.collection import distinct_names
 from evaluators.evaluation import MANIFEST as EVALUATION
-from evaluators.saving import save_parts
 from st_clp.data import Collection
 from st_clp.files import write_json
 from st_clp.mining import mine

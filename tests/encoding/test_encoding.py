@@ -25,11 +25,11 @@ from transformers import Qwen3Config, Qwen3Model
 
 from st_clp import upcycle
 from st_clp.encoding import (
-    attention,
     encode,
     encode_documents,
     encode_queries,
     model_fingerprint,
+    packing,
     working_model,
 )
 
@@ -273,7 +273,7 @@ def test_what_is_no_text_is_refused_after_the_windows_before_it(
     keys=st.integers(1, 9),
     kind=st.sampled_from(["none", "keys", "square"]),
     width=st.sampled_from([4, 8]),
-    together=st.sampled_from([1, 40, attention.SCORES]),
+    together=st.sampled_from([1, 40, packing.SCORES]),
     seed=st.integers(0, 100),
 )
 def test_attention_by_products_is_attention(
@@ -286,8 +286,8 @@ def test_attention_by_products_is_attention(
         mask = torch.rand(batch, 1, 1 if kind == "keys" else queries, keys, generator=generator) < 0.6
         mask[..., 0] = True
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(attention, "SCORES", together)
-        found, _ = attention.attend(torch.nn.Identity(), query, key, value, mask, scaling=0.3)
+        patched.setattr(packing, "SCORES", together)
+        found, _ = packing.attend(torch.nn.Identity(), query, key, value, mask, scaling=0.3)
     expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3)
     torch.testing.assert_close(found, expected.transpose(1, 2), atol=1e-5, rtol=1e-5)
 
@@ -312,9 +312,9 @@ def test_scores_of_any_size_are_attended_to_rightly(
     mask[0, ..., 1:] = not masked
     query, key, value = (states.bfloat16().float() for states in (query, key, value))
     expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.5)
-    found, _ = attention.attend(torch.nn.Identity(), query, key, value, mask, scaling=0.5)
+    found, _ = packing.attend(torch.nn.Identity(), query, key, value, mask, scaling=0.5)
     torch.testing.assert_close(found, expected.transpose(1, 2), atol=2e-3, rtol=1e-3)
-    narrow, _ = attention.attend(
+    narrow, _ = packing.attend(
         torch.nn.Identity(), query.bfloat16(), key.bfloat16(), value.bfloat16(), mask, scaling=0.5
     )
     assert narrow.isfinite().all()
@@ -335,7 +335,7 @@ def test_softmax_is_only_taken_where_it_must_be(
     monkeypatch.setattr(torch, "softmax", lambda *states, **options: taken.append(1) or softmax(*states, **options))
     query, key = torch.full((1, 1, 4, 1), score).bfloat16(), torch.ones(1, 1, 6, 1).bfloat16()
     values = torch.arange(6.0).view(1, 1, 6, 1).bfloat16() * value
-    found, _ = attention.attend(torch.nn.Identity(), query, key, values, None, scaling=0.5)
+    found, _ = packing.attend(torch.nn.Identity(), query, key, values, None, scaling=0.5)
     torch.testing.assert_close(found.float(), torch.full((1, 4, 1, 1), 2.5 * value), rtol=0.01, atol=0)
     assert bool(taken) == by_softmax
 
@@ -358,8 +358,8 @@ def test_attention_to_a_long_text_holds_the_scores_of_a_few_heads(square: bool) 
     states = torch.randn(1, heads, length, 4).bfloat16()
     kept = torch.ones(1, 1, length if square else 1, length, dtype=torch.bool)
     with Largest() as largest:
-        attention.attend(torch.nn.Identity(), states, states, states, kept)
-    assert length**2 <= largest.numbers <= attention.SCORES < heads * length**2
+        packing.attend(torch.nn.Identity(), states, states, states, kept)
+    assert length**2 <= largest.numbers <= packing.SCORES < heads * length**2
 
 
 def test_batches_are_smaller_where_the_states_are_wider(
@@ -442,7 +442,7 @@ def test_attention_by_products_gives_every_architecture_its_own_embeddings(name:
     )
     model = getattr(transformers, f"{name}Model")(config).eval()
     changed = copy.deepcopy(model)
-    assert attention.use_batched_products(changed) == (name != "MPNet")
+    assert packing.use_batched_products(changed) == (name != "MPNet")
     for mask in (
         [[1] * 12, [1] * 7 + [0] * 5, [1] + [0] * 11],
         [[1] * 12, [0] * 5 + [1] * 7, [0] * 11 + [1]],
@@ -453,20 +453,20 @@ def test_attention_by_products_gives_every_architecture_its_own_embeddings(name:
         with torch.inference_mode():
             found, expected = (m(input_ids=ids, attention_mask=kept).last_hidden_state for m in (changed, model))
         torch.testing.assert_close(found[kept.bool()], expected[kept.bool()], atol=1e-5, rtol=1e-5)
-    assert model.config._attn_implementation != attention.NAME  # the original is as it was
+    assert model.config._attn_implementation != packing.NAME  # the original is as it was
 
 
 def test_the_bfloat16_copy_attends_by_products_and_the_model_does_not(
     tiny_model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    original = attention.attend
+    original = packing.attend
 
     def counting(*arguments: object, **options: object) -> object:
         seen.append(1)
         return original(*arguments, **options)
 
-    monkeypatch.setattr(attention, "attend", counting)
+    monkeypatch.setattr(packing, "attend", counting)
     monkeypatch.setattr(working_model, "_capabilities", lambda: {"avx512_bf16": True})
     encode_queries(tiny_model, LONG, dtype="auto")
     assert seen

@@ -14,8 +14,7 @@ from typer.testing import CliRunner
 from st_clp import Collection
 from st_clp.cli import app
 from st_clp.encoding import EmbeddingStore, building, shards
-from st_clp.encoding.ids import FileIds
-from st_clp.encoding.records import StoreError
+from st_clp.encoding.shards import FileIds, StoreError
 
 
 @pytest.fixture

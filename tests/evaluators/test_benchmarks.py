@@ -17,7 +17,7 @@ import pytest
 
 from evaluators import BEIREvaluator, BenchmarkEvaluator, CollectionEvaluator, MIRACLEvaluator
 from evaluators.beir import BEIR_DATASETS, CQADUPSTACK_PARTS, NANO_BEIR_DATASETS
-from evaluators.miracl import MIRACL_LANGUAGES
+from evaluators.benchmark import MIRACL_LANGUAGES
 from st_clp import Collection
 from st_clp.data import CollectionError
 

@@ -16,10 +16,9 @@ from hypothesis import strategies as st
 from scipy.stats import false_discovery_control
 
 from evaluators import CollectionEvaluator
-from evaluators.comparison import compare, holm, interval, most_changed, p_value
+from evaluators.comparison import compare, comparisons_text, holm, interval, most_changed, p_value
 from evaluators.evaluation import Evaluation, EvaluationError, read_evaluation
 from evaluators.page import write_page
-from evaluators.tables import comparisons_text
 from st_clp import Collection
 
 

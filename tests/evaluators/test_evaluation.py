@@ -15,10 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evaluators import BenchmarkEvaluator, CollectionEvaluator
-from evaluators.comparison import compare
+from evaluators.comparison import compare, scores_table, to_latex
 from evaluators.evaluation import EvaluationError, judgments_fingerprint, read_evaluation, with_distinct_names
 from evaluators.runs import read_run, write_run
-from evaluators.tables import scores_table, to_latex
 from st_clp.data import CollectionError
 from st_clp.encoding import model_fingerprint
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from evaluators import BenchmarkEvaluator, CollectionEvaluator
+from evaluators.comparison import scores_table
 from evaluators.runs import write_run
-from evaluators.tables import scores_table
 from st_clp import Collection
 from st_clp.data import CollectionError
 
@@ -91,7 +91,7 @@ def test_pooled_figures_are_marked_wherever_they_appear(pooled, tiny_model, tmp_
 
 
 def test_pooled_and_full_figures_do_not_go_into_one_evaluation(collection, random_run, tmp_path) -> None:
-    from evaluators.saving import save_parts
+    from evaluators.base import save_parts
 
     parts = {
         "full": CollectionEvaluator(collection),

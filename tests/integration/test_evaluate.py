@@ -23,8 +23,7 @@ from evaluators.evaluation import read_evaluation
 from st_clp import Collection
 from st_clp.cli import app
 from st_clp.encoding import model_fingerprint
-from st_clp.encoding.records import read_shards
-from st_clp.encoding.shards import ShardFiles
+from st_clp.encoding.shards import ShardFiles, read_shards
 from st_clp.mining import mine
 
 

@@ -15,7 +15,7 @@ from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 
 import st_clp
 from st_clp.losses import CachedCLPLoss, CLPLoss
-from st_clp.losses.penalties import PENALTIES, penalty
+from st_clp.losses.objective import PENALTIES, penalty
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "cosine": {},

@@ -26,9 +26,7 @@ from st_clp.mining import MiningOptions, mine
 from st_clp.mining.rows import to_dataset
 from st_clp.moe import expert_usage
 from st_clp.refresh import plot_refreshes
-from st_clp.refresh.collating import Negatives
-from st_clp.refresh.generation import write_first
-from st_clp.refresh.layout import Layout
+from st_clp.refresh.rows_in_use import Layout, Negatives, write_first
 
 OPTIONS = MiningOptions(num_negatives=2, range_max=8)
 
@@ -253,7 +251,7 @@ def test_another_process_gets_the_same_model_from_its_trained_weights_alone(
 
     from safetensors.torch import load_file
 
-    from st_clp.refresh import snapshot
+    from st_clp.refresh import mining_process as snapshot
 
     model = change(tiny_model)
     sent = pickle.dumps(snapshot.skeleton(model))

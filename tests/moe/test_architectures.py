@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 import st_clp
-from st_clp.moe import architectures, is_moe, known_architectures, register_architecture
+from st_clp.moe import convert, is_moe, known_architectures, register_architecture
 
 TEXTS = ["a cat on the river", "the king", "what is the capital of a country", "red green blue " * 8]
 COMMON: dict[str, Any] = {
@@ -114,7 +114,7 @@ def test_the_list_names_what_is_promised() -> None:
 
 
 def test_a_user_can_add_one(build: Callable[[str], SentenceTransformer], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(architectures, "_ARCHITECTURES", dict(architectures._ARCHITECTURES))
+    monkeypatch.setattr(convert, "_ARCHITECTURES", dict(convert._ARCHITECTURES))
     model = build("bert")
     model[0].model.config.model_type = "mine"
     with pytest.raises(ValueError, match="register_architecture"):

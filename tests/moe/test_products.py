@@ -13,9 +13,8 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from torch import nn
 
 import st_clp
-from st_clp.moe import one_kernel
-from st_clp.moe.grouped import GroupedLinear
-from st_clp.moe.products import gathered_products, one_each, products, slices
+from st_clp.moe import products as product_module
+from st_clp.moe.products import GroupedLinear, gathered_products, one_each, products, slices
 
 
 @settings(max_examples=25, deadline=None)
@@ -101,7 +100,7 @@ def test_all_products_in_one_kernel_are_those_of_one_kernel_each(
     rows = torch.randn(sum(sizes), 16).to(dtype)
     matrices = [torch.randn(8, 16).to(dtype).t() if turned else torch.randn(16, 8).to(dtype) for _ in sizes]
     biases = [torch.randn(8).to(dtype) if bias else None for _ in sizes]
-    found = one_kernel.in_one_kernel(rows, sizes, matrices, biases)
+    found = product_module.in_one_kernel(rows, sizes, matrices, biases)
     # the bias is added to a rounded product, not within it
     torch.testing.assert_close(found, one_each(rows, sizes, matrices, biases), atol=0.05, rtol=0.02)
 
@@ -109,9 +108,9 @@ def test_all_products_in_one_kernel_are_those_of_one_kernel_each(
 @pytest.fixture
 def tried_here(monkeypatch: pytest.MonkeyPatch) -> dict[Any, bool]:
     """Both ways are timed on this processor, as on an accelerator; returns what was found."""
-    monkeypatch.setattr(one_kernel, "DEVICES", ("cpu",))
+    monkeypatch.setattr(product_module, "DEVICES", ("cpu",))
     found: dict[Any, bool] = {}
-    monkeypatch.setattr(one_kernel, "_faster", found)
+    monkeypatch.setattr(product_module, "_faster", found)
     return found
 
 
@@ -122,11 +121,11 @@ def kind(rows: int, experts: int = 2, dtype: torch.dtype = torch.bfloat16) -> tu
 
 def test_each_kind_of_product_is_timed_once(tried_here: dict[Any, bool], monkeypatch: pytest.MonkeyPatch) -> None:
     times: list[int] = []
-    real = one_kernel.in_one_kernel
-    monkeypatch.setattr(one_kernel, "in_one_kernel", lambda *given: times.append(len(given[0])) or real(*given))
+    real = product_module.in_one_kernel
+    monkeypatch.setattr(product_module, "in_one_kernel", lambda *given: times.append(len(given[0])) or real(*given))
     products(*kind(40))
     assert len(tried_here) == 1
-    assert len(times) >= one_kernel.REPEATS
+    assert len(times) >= product_module.REPEATS
     times.clear()
     products(*kind(50))  # as good as the same number
     assert len(tried_here) == 1
@@ -140,39 +139,39 @@ def test_each_kind_of_product_is_timed_once(tried_here: dict[Any, bool], monkeyp
 def test_the_faster_way_is_taken(tried_here: dict[Any, bool], monkeypatch: pytest.MonkeyPatch, faster: bool) -> None:
     given = kind(40)
     fast, slow = (lambda *_: torch.zeros(())), (lambda *_: torch.mm(torch.ones(700, 700), torch.ones(700, 700)))
-    monkeypatch.setattr(one_kernel, "in_one_kernel", fast if faster else slow)
+    monkeypatch.setattr(product_module, "in_one_kernel", fast if faster else slow)
     each = slow if faster else fast
-    chosen = one_kernel.choose(each, *given)
-    assert chosen is (one_kernel.in_one_kernel if faster else each)
+    chosen = product_module.choose(each, *given)
+    assert chosen is (product_module.in_one_kernel if faster else each)
 
 
 def test_where_it_cannot_be_or_fails_each_expert_has_its_product(
     tried_here: dict[Any, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for unfit in (kind(40, dtype=torch.float32), kind(40, experts=1), kind(0)):
-        assert one_kernel.choose(one_each, *unfit) is one_each
+        assert product_module.choose(one_each, *unfit) is one_each
     rows, counts, matrices, biases = kind(40)
-    assert one_kernel.choose(one_each, rows[:, :13], counts, [m[:13] for m in matrices], biases) is one_each
+    assert product_module.choose(one_each, rows[:, :13], counts, [m[:13] for m in matrices], biases) is one_each
     assert not tried_here
 
     def refuse(*given: Any, **options: Any) -> torch.Tensor:
         raise RuntimeError("not for this device")
 
     monkeypatch.setattr(torch.nn.functional, "grouped_mm", refuse)
-    assert one_kernel.choose(one_each, *kind(40)) is one_each
+    assert product_module.choose(one_each, *kind(40)) is one_each
     torch.use_deterministic_algorithms(True)
     try:
         tried_here.clear()
-        assert one_kernel.choose(one_each, *kind(40)) is one_each
+        assert product_module.choose(one_each, *kind(40)) is one_each
         assert not tried_here
     finally:
         torch.use_deterministic_algorithms(False)
 
 
 def test_a_processor_does_not_try(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(one_kernel, "_faster", {})
+    monkeypatch.setattr(product_module, "_faster", {})
     products(*kind(40))
-    assert not one_kernel._faster
+    assert not product_module._faster
 
 
 @pytest.mark.parametrize("projection", ["intermediate", "output", "feed_forward"])
@@ -194,7 +193,7 @@ def test_a_mixture_trains_the_same_either_way(
 
     def always(each: Any, *given: Any) -> Any:
         calls.append(1)
-        return one_kernel.in_one_kernel
+        return product_module.in_one_kernel
 
     monkeypatch.setattr("st_clp.moe.products.choose", always)
     found = train()

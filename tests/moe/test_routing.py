@@ -22,9 +22,8 @@ import st_clp
 from st_clp import CachedCLPLoss, CLPLoss
 from st_clp.moe import expert_usage, reset_usage
 from st_clp.moe.context import ForwardContext, entered
-from st_clp.moe.grouped import GroupedLinear
 from st_clp.moe.precise import PreciseLinear, inner_products
-from st_clp.moe.products import slices
+from st_clp.moe.products import GroupedLinear, slices
 
 TEXTS = ["a cat on the river", "the king", "what is the capital of a country", "red green blue " * 8]
 OTHERS = ["the king cat", "a river", "red", "blue flower"]
@@ -186,7 +185,7 @@ def test_tokens_tried_count_as_many_fold_as_they_are_few(sizes: list[int], data:
 
 
 def test_one_token_in_n_is_tried_and_others_with_other_weights() -> None:
-    from st_clp.moe.token_sampling import drawn, token_marks
+    from st_clp.moe.router_signal import drawn, token_marks
 
     marks = token_marks({"input_ids": torch.randint(5, 90, (64, 50), generator=torch.manual_seed(0))}, None)
     assert marks is not None
@@ -203,7 +202,7 @@ def test_one_token_in_n_is_tried_and_others_with_other_weights() -> None:
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.booleans(), st.integers(0, 5))
 @settings(deadline=None, max_examples=60)
 def test_a_token_is_tried_however_its_text_is_batched(lengths: list[int], left: bool, more: int) -> None:
-    from st_clp.moe.token_sampling import token_marks
+    from st_clp.moe.router_signal import token_marks
 
     texts = [torch.randint(5, 90, (length,), generator=torch.manual_seed(length)) for length in lengths]
     width = max(lengths) + more

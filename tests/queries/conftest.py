@@ -254,7 +254,7 @@ class _Server(ThreadingHTTPServer):
 def endpoint(tiny_causal_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-    monkeypatch.setattr("st_clp.queries.pace.FIRST_WAIT", 0.01)
+    monkeypatch.setattr("st_clp.queries.chat.FIRST_WAIT", 0.01)
     server = Endpoint(tiny_causal_path)
     yield server
     server.close()

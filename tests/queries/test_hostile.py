@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from st_clp.queries import Budget, ChatClient, Prices, QueryOptions, QueryStore, Usage
-from st_clp.queries.pace import LONGEST_PAUSE, Pace, back_off, retry_after
+from st_clp.queries.chat import LONGEST_PAUSE, Pace, back_off, retry_after
 
 from .conftest import Endpoint, make_documents
 from .test_endpoint import chain_for
@@ -135,8 +135,8 @@ def test_a_long_wait_has_an_end_and_is_said(caplog: pytest.LogCaptureFixture) ->
 def test_an_endless_retry_after_ends(
     endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("st_clp.queries.pace.LONGEST_PAUSE", 0.2)
-    monkeypatch.setattr("st_clp.queries.pace.LONG_PAUSE", 0.1)
+    monkeypatch.setattr("st_clp.queries.chat.LONGEST_PAUSE", 0.2)
+    monkeypatch.setattr("st_clp.queries.chat.LONG_PAUSE", 0.1)
     for value, said in (("inf", False), ("99999999999", True)):
         endpoint.retry_after = value
         endpoint.fault = lambda document, before: "429" if before < 1 else None

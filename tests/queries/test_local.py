@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 
 from st_clp.data import Document
 from st_clp.queries import LocalQueries, Prompts, QueryStore, make_chain
-from st_clp.queries.cached_source import CachedSource
-from st_clp.queries.decoding import SeededSampling
+from st_clp.queries.local import SeededSampling
+from st_clp.queries.query_store import CachedSource
 from st_clp.queries.wording import clean, comparable, fault, same_script
 
 from .conftest import make_documents

@@ -7,11 +7,17 @@ from collections.abc import Container, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from st_clp.data.checks import add_judgment, read_grade, readable_path, require_grade, require_id, shown
+from st_clp.data.checks import (
+    CollectionError,
+    add_judgment,
+    read_grade,
+    readable_path,
+    require_grade,
+    require_id,
+    shown,
+)
 from st_clp.data.collection import Collection
-from st_clp.data.corpus import Corpus, Document, FileCorpus
-from st_clp.data.errors import CollectionError
-from st_clp.data.reading import find_file, id_field, read_jsonl, read_lines, text_field
+from st_clp.data.corpus import Corpus, Document, FileCorpus, find_file, id_field, read_jsonl, read_lines, text_field
 from st_clp.data.registry import register_source
 
 DEFAULT_FIELDS = ("title", "text")

@@ -15,9 +15,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from st_clp.data.checks import CollectionError
 from st_clp.data.collection import Collection
 from st_clp.data.corpus import Corpus, MemoryCorpus
-from st_clp.data.errors import CollectionError
 from st_clp.data.registry import register_source
 
 PREFIX = "embedded/"

@@ -13,10 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from st_clp.data.checks import add_judgment, require_grade
+from st_clp.data.checks import CollectionError, add_judgment, require_grade
 from st_clp.data.collection import Collection
 from st_clp.data.corpus import Corpus, Document
-from st_clp.data.errors import CollectionError
 from st_clp.data.registry import register_source
 
 logger = logging.getLogger(__name__)

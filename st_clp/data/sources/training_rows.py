@@ -14,11 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from st_clp.data.checks import readable_path, require_text
+from st_clp.data.checks import CollectionError, readable_path, require_text
 from st_clp.data.collection import Collection
-from st_clp.data.corpus import Corpus, MemoryCorpus
-from st_clp.data.errors import CollectionError
-from st_clp.data.reading import read_jsonl, text_field
+from st_clp.data.corpus import Corpus, MemoryCorpus, read_jsonl, text_field
 from st_clp.data.registry import register_source
 
 SPLIT = "train"

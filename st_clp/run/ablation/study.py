@@ -16,19 +16,17 @@ from rich.console import Console
 from sentence_transformers import SentenceTransformer
 
 from evaluators import CollectionEvaluator
-from evaluators.call import EvaluationCall
+from evaluators.base import EvaluationCall, save_parts
 from evaluators.collection import distinct_names
 from evaluators.evaluation import MANIFEST, Evaluation, read_evaluation
 from evaluators.page import write_page
-from evaluators.saving import save_parts
 from st_clp.data import Collection
 from st_clp.files import read_json, whole_file, write_json
 from st_clp.mining import TrainingRow, mine
 from st_clp.mining.rows import read_rows, write_rows
 from st_clp.options import Encoding, EvaluationOptions, MiningOptions, QueryOptions
 from st_clp.queries import make_chain
-from st_clp.run.ablation.loop import Trained, train
-from st_clp.run.ablation.shared_weights import SharedWeights
+from st_clp.run.ablation.loop import SharedWeights, Trained, train
 from st_clp.run.ablation.table import AblationTable, Cell, make_table
 from st_clp.run.ablation.variants import BASE, Variant, default_variants, with_rate
 from st_clp.run.averaging import METRIC, WeightAverage, choose_share, evaluators_of, hold_out

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluators.files import file_part
+from evaluators.runs import file_part
+from st_clp.files import read_mapping
 from st_clp.settings import RunSettings, SettingsError
-from st_clp.yaml_files import read_mapping
 
 BASE = "base"  # the model as it is, which is a row of every table
 

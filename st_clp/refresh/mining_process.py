@@ -1,0 +1,449 @@
+"""Mining while training goes on: snapshots of the model, and the process that mines them."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import pickle
+import random
+import shutil
+import struct
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Queue
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
+from torch import nn
+
+from st_clp.data import Collection
+from st_clp.files import whole_file
+from st_clp.options import MiningOptions
+from st_clp.refresh.rows_in_use import Layout, is_whole, mine_generation
+
+
+def detached_copy(model: SentenceTransformer) -> SentenceTransformer:
+    """A copy to mine with, in evaluation mode, that leaves nothing of it in the model that is trained.
+
+    Neither training mode, nor what a mixture of experts counts, nor the precision that the Trainer wraps around
+    ``forward`` is touched. What does not train is shared, not copied.
+    """
+    return _copy(model, {id(p): p for p in model.parameters() if not p.requires_grad}).eval()
+
+
+def skeleton(model: SentenceTransformer) -> SentenceTransformer:
+    """A copy without weights, which another process can be sent; :func:`fill` gives it weights."""
+    empty = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
+    copied = _copy(model, empty).eval()
+    for module in copied.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.cpu())
+    return copied
+
+
+def _copy(model: SentenceTransformer, shared: dict[int, Any]) -> SentenceTransformer:
+    # The card holds the data that are trained on; tokenizers are only read.
+    card = type(model.model_card_data)()
+    kept = [module.processor for module in model.modules() if isinstance(module, Transformer)]
+    memo = {**shared, id(model.model_card_data): card, **{id(item): item for item in kept}}
+    copied = copy.deepcopy(model, memo=memo)
+    for module in copied.modules():
+        # The Trainer's mixed precision sits on the instance, over the class's own method.
+        for name in ("forward", "_original_forward"):
+            module.__dict__.pop(name, None)
+    return copied
+
+
+def write_frozen(model: SentenceTransformer, path: Path) -> None:
+    """Write the weights that do not train."""
+    trained = _trained_names(model)
+    _write(path, {name: tensor for name, tensor in model.state_dict().items() if name not in trained})
+
+
+def write_trained(model: SentenceTransformer, path: Path) -> None:
+    """Write the weights that train, and the buffers, which change too."""
+    trained = _trained_names(model)
+    _write(path, {name: tensor for name, tensor in model.state_dict().items() if name in trained})
+
+
+def fill(model: SentenceTransformer, *paths: Path) -> None:
+    """Give a :func:`skeleton` the weights in these files.
+
+    Raises:
+        ValueError: Some weight is in none of them.
+    """
+    for path in paths:
+        model.load_state_dict(load_file(path), strict=False, assign=True)
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if missing:
+        raise ValueError(f"the snapshot lacks {len(missing)} of the model's weights, {missing[0]} among them")
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Leave the random numbers of the training as they are, whatever is drawn meanwhile."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def _trained_names(model: SentenceTransformer) -> set[str]:
+    frozen = {name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
+    return set(model.state_dict()) - frozen
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    # Tied weights share their memory, which safetensors refuses; each name gets a copy.
+    copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    with whole_file(path, "wb") as file:
+        save_file(copies, file.name)
+
+
+NICENESS = 10  # it takes the processor's time that training leaves
+
+
+@dataclass
+class Job:
+    """What stays the same over the refreshes.
+
+    Attributes:
+        model: The model without weights.
+        frozen: The file with the weights that do not train.
+        collections: Collection name to collection.
+        options: What to mine.
+        mining: Further arguments of ``mine``.
+        device: What to mine on.
+        threads: How many threads to use on a processor.
+        stores: Folder for the embeddings.
+    """
+
+    model: Any
+    frozen: Path
+    collections: dict[str, Any]
+    options: Any
+    mining: dict[str, Any]
+    device: str
+    threads: int
+    stores: Path
+
+
+def main() -> None:
+    """Read a job, then mine each snapshot that is named, a line of JSON each."""
+    stream = sys.stdin.buffer
+    # Read at once and understood later: the training waits for the first and not for the second.
+    (length,) = struct.unpack("!Q", stream.read(8))
+    content = stream.read(length)
+    commands: Queue[bytes] = Queue()
+
+    def listen() -> None:
+        for line in iter(stream.readline, b""):
+            commands.put(line)
+        os._exit(0)  # whoever asked is gone
+
+    threading.Thread(target=listen, daemon=True).start()
+    if hasattr(os, "nice"):
+        os.nice(NICENESS)
+    import torch
+
+    # From the training process itself, by a pipe: nobody else can have written it.
+    job: Job = pickle.loads(content)
+    torch.set_num_threads(job.threads)
+    while True:
+        _mine(job, {name: Path(path) for name, path in json.loads(commands.get()).items()})
+
+
+def _mine(job: Job, command: dict[str, Path]) -> None:
+    from st_clp.refresh.mining_process import fill
+    from st_clp.refresh.rows_in_use import mine_generation
+
+    fill(job.model, job.frozen, command["snapshot"])
+    mine_generation(
+        job.model.to(job.device),
+        job.collections,
+        job.options,
+        job.mining,
+        previous=command["previous"],
+        folder=command["folder"],
+        stores=job.stores,
+    )
+
+
+_START = "from st_clp.refresh.mining_process import main; main()"
+_TAIL = 2000  # characters of its log that a failure quotes
+
+
+class BackgroundMiner:
+    """Mines snapshots in a process of its own, one at a time.
+
+    The process starts anew if it ended. It runs no code of the script that trains.
+
+    Args:
+        job: What stays the same over the refreshes.
+        log: File for what the process prints.
+
+    Raises:
+        TypeError: The model, a collection or an option cannot be sent to another process.
+    """
+
+    def __init__(self, job: Job, log: Path) -> None:
+        try:
+            self._content = pickle.dumps(job)
+        except Exception as error:  # pickle raises whatever the object's own methods raise
+            raise TypeError(
+                f"this model or collection cannot be sent to another process, which asynchronous refreshes need: "
+                f"{error}. Refresh synchronously (asynchronous=False)"
+            ) from error
+        self._threads = job.threads
+        self._log = log
+        self._process: subprocess.Popen[bytes] | None = None
+        self._folder: Path | None = None
+
+    def start(self) -> None:
+        """Start the process if there is none, so that it has read its libraries when it is wanted."""
+        if self._process is not None and self._process.poll() is None:
+            return
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        threads = str(self._threads)
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            "TOKENIZERS_PARALLELISM": "false" if self._threads == 1 else "true",
+        }
+        # In a process group that torchrun made, the child must not take itself for one of its processes.
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            environment.pop(name, None)
+        with open(self._log, "ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _START], stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment
+            )
+        weakref.finalize(self, _end, self._process)
+        self._send(struct.pack("!Q", len(self._content)) + self._content)
+
+    def mine(self, snapshot: Path, *, previous: Path, folder: Path) -> None:
+        """Begin to mine a snapshot.
+
+        Args:
+            snapshot: The trained weights.
+            previous: The generation in use.
+            folder: Where to write the generation.
+        """
+        self.start()
+        self._folder = folder
+        command = {"snapshot": str(snapshot), "previous": str(previous), "folder": str(folder)}
+        self._send(json.dumps(command).encode() + b"\n")
+
+    def ready(self) -> bool:
+        """Whether the generation is there.
+
+        Raises:
+            RuntimeError: The process ended without it; the message says how, with the end of its log.
+        """
+        process, folder = self._process, self._folder
+        if process is None or folder is None:
+            raise RuntimeError("nothing is being mined")
+        status = process.poll()  # before looking: what it wrote last is then seen
+        if is_whole(folder):
+            return True
+        if status is not None:
+            raise RuntimeError(f"the mining process {_ending(status)}; the end of {self._log}:\n{self._last_words()}")
+        return False
+
+    def stop(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            _end(self._process)
+
+    @property
+    def pid(self) -> int | None:
+        """The process's id; None where none was started."""
+        return self._process.pid if self._process is not None else None
+
+    def _send(self, content: bytes) -> None:
+        stream = self._process.stdin if self._process is not None else None
+        # A process that has ended already is found by ready().
+        with contextlib.suppress(BrokenPipeError):
+            if stream is not None:
+                stream.write(content)
+                stream.flush()
+
+    def _last_words(self) -> str:
+        try:
+            return self._log.read_text(encoding="utf-8", errors="replace")[-_TAIL:].strip()
+        except OSError as error:
+            return f"(cannot be read: {error})"
+
+
+def _ending(status: int) -> str:
+    return f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.kill()
+        process.wait()
+    if process.stdin is not None:
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+
+
+POLL = 0.2  # seconds
+
+
+@dataclass(frozen=True)
+class MiningJob:
+    """What is mined.
+
+    Attributes:
+        model: The model that is trained.
+        collections: Collection name to collection, in the order of the training set.
+        options: What to mine.
+        mining: Further arguments of ``mine``.
+    """
+
+    model: SentenceTransformer
+    collections: Mapping[str, Collection]
+    options: MiningOptions
+    mining: Mapping[str, Any]
+
+
+class Miner(Protocol):
+    """Mines one generation at a time. Whatever a method raises, the refresh has failed."""
+
+    def begin(self, step: int, previous: int) -> None:
+        """Begin to mine with the weights as they are, after ``step`` steps; the generation ``previous`` is in use."""
+
+    def take_up(self, step: int, previous: int) -> None:
+        """Go on with what was begun in a run that was stopped."""
+
+    def finished(self, step: int, previous: int, *, wait: bool) -> bool:
+        """Whether the generation is there; ``wait`` until it is."""
+
+    def close(self) -> None:
+        """End."""
+
+
+class InProcessMiner:
+    """Mines in this process when it is asked whether it has finished.
+
+    Args:
+        job: What to mine.
+        layout: Where the files lie.
+    """
+
+    def __init__(self, job: MiningJob, layout: Layout) -> None:
+        self._job = job
+        self._layout = layout
+
+    def begin(self, step: int, previous: int) -> None:
+        """Nothing: the weights are there."""
+
+    def take_up(self, step: int, previous: int) -> None:
+        """What was begun beside an earlier run cannot be gone on with here."""
+        raise RuntimeError("it was begun in another process, and this run refreshes synchronously")
+
+    def finished(self, step: int, previous: int, *, wait: bool) -> bool:
+        """Mine, with the weights as they are."""
+        with random_state_kept():
+            mine_generation(
+                detached_copy(self._job.model),
+                self._job.collections,
+                self._job.options,
+                self._job.mining,
+                previous=self._layout.negatives(previous),
+                folder=self._layout.negatives(step),
+                stores=self._layout.embeddings,
+            )
+        return True
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+class SubprocessMiner:
+    """Mines a copy of the weights in another process.
+
+    Args:
+        job: What to mine.
+        layout: Where the files lie.
+        device: What to mine on.
+        threads: Threads on a processor.
+
+    Raises:
+        TypeError: The model or a collection cannot be sent to another process.
+        OSError: The weights cannot be written.
+    """
+
+    def __init__(self, job: MiningJob, layout: Layout, *, device: str, threads: int) -> None:
+        self._job = job
+        self._layout = layout
+        write_frozen(job.model, layout.frozen)
+        sent = Job(
+            skeleton(job.model),
+            layout.frozen,
+            dict(job.collections),
+            job.options,
+            {**job.mining, "show_progress_bar": False},
+            device,
+            threads,
+            layout.embeddings,
+        )
+        self._process = BackgroundMiner(sent, layout.log)
+        self._process.start()
+
+    def begin(self, step: int, previous: int) -> None:
+        """Copy the weights, and have them mined."""
+        # A run that was stopped may have mined this step too, with weights that may differ in their last bits.
+        shutil.rmtree(self._layout.negatives(step), ignore_errors=True)
+        write_trained(self._job.model, self._layout.snapshot(step))
+        self.take_up(step, previous)
+
+    def take_up(self, step: int, previous: int) -> None:
+        """Have the copy of the weights mined that lies on the disk, if that is not done already."""
+        if is_whole(self._layout.negatives(step)):
+            return
+        weights = self._layout.snapshot(step)
+        if not weights.is_file():
+            raise FileNotFoundError(f"the weights that it was to mine with are not in {weights}")
+        self._process.mine(weights, previous=self._layout.negatives(previous), folder=self._layout.negatives(step))
+
+    def finished(self, step: int, previous: int, *, wait: bool) -> bool:
+        """Whether the other process has mined it."""
+        while not is_whole(self._layout.negatives(step)) and not self._process.ready():
+            if not wait:
+                return False
+            time.sleep(POLL)
+        return True
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.stop()
+
+
+def free_device(used: torch.device) -> str:
+    """A GPU that training does not use, or else what it uses."""
+    if used.type != "cuda":
+        return str(used)
+    distributed = torch.distributed
+    processes = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    number = torch.cuda.device_count()
+    return f"cuda:{number - 1}" if number > processes else str(used)
