@@ -1,10 +1,9 @@
 """Everything that was generated, in one SQLite file: nothing is paid for twice.
 
-An answer is kept under its generator, its prompt and the document's text. Before a document is worked on it is claimed,
-so that two processes that share the file do not both pay for it; the claims of a process that died lapse at once where
-this can be seen, and within seconds where it cannot. The file also holds what was spent, so that a budget covers all
-who share it and outlives a process that is killed. It is in SQLite's WAL mode: processes of one machine may share it,
-not machines over a network file system.
+An answer is kept under its generator, its prompt and the document's text, as soon as it is there. One process at a time
+generates into a file; others that share it wait, and find its answers. The file also holds what was spent, so that a
+budget covers all who share it and outlives a process that is killed. It is in SQLite's WAL mode: processes of one
+machine may share it, not machines over a network file system.
 """
 
 from __future__ import annotations
@@ -17,19 +16,19 @@ import os
 import sqlite3
 import threading
 import time
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
+
+from filelock import FileLock, Timeout
 
 from st_clp.data import Document
 from st_clp.queries.interface import DocumentQueries, GeneratingSource, QuerySource, Usage
 
 logger = logging.getLogger(__name__)
 
-LEASE_SECONDS = 10.0  # without a sign of life for so long, a process's claims lapse
 FORMAT = 1
 NANO = 10**9  # money is counted in whole billionths, so that sums are exact
 
@@ -40,11 +39,6 @@ CREATE TABLE IF NOT EXISTS answers (
   PRIMARY KEY (generator, prompt, document)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS generators (generator TEXT PRIMARY KEY, description TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS prompts (prompt TEXT PRIMARY KEY, template TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS claims (
-  generator TEXT NOT NULL, prompt TEXT NOT NULL, document TEXT NOT NULL, owner TEXT NOT NULL,
-  PRIMARY KEY (generator, prompt, document)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS owners (
-  owner TEXT PRIMARY KEY, machine TEXT NOT NULL, pid INTEGER NOT NULL, alive_until REAL NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS spending (
   id INTEGER PRIMARY KEY CHECK (id = 1), tokens INTEGER NOT NULL, nano INTEGER NOT NULL);
 INSERT OR IGNORE INTO spending VALUES (1, 0, 0);
@@ -87,11 +81,8 @@ class QueryStore:
 
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
         self.path = None if path is None else Path(path)
-        self.owner = uuid.uuid4().hex
-        self._machine = _machine()
         self._lock = threading.RLock()
-        self._closed = threading.Event()
-        self._heart: threading.Thread | None = None
+        self._closed = False
         self._connection: sqlite3.Connection | None = None
 
     def open(self) -> QueryStore:
@@ -150,7 +141,8 @@ class QueryStore:
             expected = _columns(ours)
         if version > FORMAT and found.keys() >= expected.keys():
             raise ValueError(f"{self.path} was written by a later version of st_clp (format {version})")
-        if found and found != expected:
+        # Versions up to 0.2.0 had further tables, for processes that generated at the same time.
+        if found and any(found.get(name) != columns for name, columns in expected.items()):
             raise ValueError(f"{self.path} is no store of queries: its tables are another program's; name another file")
         (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
         if verdict != "ok":
@@ -187,37 +179,25 @@ class QueryStore:
                     found[Key(*kind, document)] = StoredAnswer(tuple(json.loads(queries)), cause, Usage(*usage))
         return found
 
-    def claim(self, key: Key) -> bool:
-        """Take a document to work on; False where it was answered meanwhile or a living process works on it."""
-        self._live()
-        with self._transaction() as database:
-            where = "WHERE generator = ? AND prompt = ? AND document = ?"
-            if database.execute(f"SELECT 1 FROM answers {where}", key).fetchone():
-                return False
-            self._bury(database)
-            changed = database.execute(
-                "INSERT INTO claims VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET owner = excluded.owner "
-                "WHERE owner = excluded.owner OR owner NOT IN (SELECT owner FROM owners WHERE alive_until > ?)",
-                (*key, self.owner, time.time()),
-            )
-            return changed.rowcount == 1
-
-    def _bury(self, database: sqlite3.Connection) -> None:
-        """Strike off owners of this machine whose process is no more."""
-        if not self._machine:
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """Wait until no other process generates into this file, and keep others waiting; a killed one holds up none."""
+        if self.path is None:
+            yield
             return
-        for owner, pid in database.execute(
-            "SELECT owner, pid FROM owners WHERE machine = ? AND pid != ?", (self._machine, os.getpid())
-        ).fetchall():
-            try:
-                os.kill(pid, 0)
-            except ProcessLookupError:
-                database.execute("DELETE FROM owners WHERE owner = ?", (owner,))
-            except OSError:
-                continue
+        lock = FileLock(self.path.with_name(f"{self.path.name}.lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            logger.warning("another process is generating into %s; waiting for it", self.path)
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
 
     def put(self, key: Key, answer: StoredAnswer) -> None:
-        """Keep an answer and let go of its document."""
+        """Keep an answer."""
         usage = answer.usage
         with self._transaction() as database:
             database.execute(
@@ -232,18 +212,6 @@ class QueryStore:
                     time.time(),
                 ),
             )
-            self._release(database, [key])
-
-    def release(self, keys: Sequence[Key]) -> None:
-        """Let go of documents that were claimed and not answered."""
-        with self._transaction() as database:
-            self._release(database, keys)
-
-    def _release(self, database: sqlite3.Connection, keys: Sequence[Key]) -> None:
-        database.executemany(
-            "DELETE FROM claims WHERE generator = ? AND prompt = ? AND document = ? AND owner = ?",
-            [(*key, self.owner) for key in keys],
-        )
 
     def name(self, generator: str, description: str, prompt: str) -> None:
         """Write down which generator and prompt the hashes stand for."""
@@ -271,50 +239,12 @@ class QueryStore:
         with self._reading() as database:
             return int(database.execute("SELECT COUNT(*) FROM answers").fetchone()[0])
 
-    def _live(self) -> None:
-        """Say that this process is alive, now and from now on."""
-        if self._heart is None:
-            self._beat()
-            self._heart = threading.Thread(target=self._beat_on, name="st_clp-query-store", daemon=True)
-            self._heart.start()
-
-    def _beat(self) -> None:
-        now = time.time()
-        with self._transaction() as database:
-            database.execute(
-                "INSERT OR REPLACE INTO owners VALUES (?, ?, ?, ?)",
-                (self.owner, self._machine, os.getpid(), now + LEASE_SECONDS),
-            )
-            database.execute("DELETE FROM owners WHERE alive_until < ?", (now - 100 * LEASE_SECONDS,))
-
-    def _beat_on(self) -> None:
-        while not self._closed.wait(LEASE_SECONDS / 5):
-            with self._lock:
-                if not self._closed.is_set():
-                    self._try(self._beat, "claims lapse until it can be written again")
-
     def close(self) -> None:
-        """Let go of everything, of what killed processes have left too, and close the file."""
+        """Close the file."""
         with self._lock:
-            if self._closed.is_set():
-                return
-            self._closed.set()
+            self._closed = True
             if self._connection is not None:
-                # What is asked for may be over for another reason, which this must not hide.
-                self._try(self._let_go, "claims lapse by themselves")
                 self._connection.close()
-
-    def _let_go(self) -> None:
-        with self._transaction() as database:
-            database.execute("DELETE FROM owners WHERE owner = ?", (self.owner,))
-            self._bury(database)
-            database.execute("DELETE FROM claims WHERE owner NOT IN (SELECT owner FROM owners)")
-
-    def _try(self, work: Callable[[], None], otherwise: str) -> None:
-        try:
-            work()
-        except (OSError, ValueError) as error:
-            logger.warning("%s; %s", error, otherwise)
 
     def __enter__(self) -> QueryStore:
         return self.open()
@@ -345,23 +275,12 @@ def _use_wal(connection: sqlite3.Connection) -> None:
             time.sleep(0.1)
 
 
-def _machine() -> str:
-    """What the processes share whose numbers can be looked up; empty where that is not known."""
-    try:
-        # Containers may have one machine's name and kernel, and numbers of their own.
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
-
-
 def digest(text: str) -> str:
     """32 hexadecimal digits of a text's hash."""
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 LOOKED_UP_TOGETHER = 1000
-LOOK_AGAIN_SECONDS = 0.2
 
 
 class CachedSource(QuerySource):
@@ -380,70 +299,33 @@ class CachedSource(QuerySource):
 
     def generate(self, documents: Iterable[Document], *, language: str | None = None) -> Iterator[DocumentQueries]:
         """As :meth:`QuerySource.generate`; documents with one text are generated for once."""
-        generator, prompt = self.source.fingerprint(), self.source.prompt(language)
-        self.store.name(generator, self.source.describe(), prompt)
-        same: dict[Key, list[Document]] = {}  # what is generated for, and who else has that text
-        mine: set[Key] = set()
-        elsewhere: dict[Key, None] = {}
-
-        def answer(key: Key, stored: StoredAnswer) -> Iterator[DocumentQueries]:
-            for document in same.pop(key):
-                yield DocumentQueries(document.doc_id, self._mark(stored.queries), stored.cause)
-
-        def claimed(keys: Iterable[Key]) -> Iterator[Document]:
-            """The documents to generate for; each is claimed when the source has room for it."""
-            for key in keys:
-                if self.store.claim(key):
-                    mine.add(key)
-                    # Its key in place of its id: ids of several documents stand for one text.
-                    yield same[key][0]._replace(doc_id=key.document)
-                else:
-                    elsewhere[key] = None
-
-        def generated(keys: list[Key]) -> Iterator[DocumentQueries]:
-            by_hash = {key.document: key for key in keys}
-            for found in self.source.generate(claimed(keys), language=language):
-                key = by_hash[found.doc_id]
+        self.store.name(self.source.fingerprint(), self.source.describe(), self.source.prompt(language))
+        unknown: dict[Key, list[Document]] = {}
+        for document, key, stored in self._look_up(documents, language):
+            if stored is None:
+                unknown.setdefault(key, []).append(document)
+            else:
+                yield self._known(document, stored)
+        if not unknown:
+            return
+        with self.store.generating():
+            # Whoever was waited for may have answered some.
+            for key, stored in self.store.get(list(unknown)).items():
+                yield from (self._known(document, stored) for document in unknown.pop(key))
+            keys = {key.document: key for key in unknown}
+            # The key in place of the id: documents of several ids may have one text.
+            wanted = (same[0]._replace(doc_id=key.document) for key, same in list(unknown.items()))
+            for found in self.source.generate(wanted, language=language):
+                key = keys[found.doc_id]
                 texts = tuple(query.text for query in found.queries)
                 if found.final:
                     self.store.put(key, StoredAnswer(texts, found.cause, found.usage))
-                else:
-                    self.store.release([key])
-                mine.discard(key)
-                for number, document in enumerate(same.pop(key)):
-                    usage = found.usage if number == 0 else type(found.usage)()
+                for number, document in enumerate(unknown.pop(key)):
+                    usage = found.usage if number == 0 else Usage()
                     yield replace(found, doc_id=document.doc_id, queries=self._mark(texts), usage=usage)
 
-        try:
-            stream = iter(documents)
-            unknown: list[Key] = []
-            while some := list(itertools.islice(stream, LOOKED_UP_TOGETHER)):
-                fresh = []
-                for document in some:
-                    key = Key.of(generator, prompt, document.text)
-                    if key not in same:
-                        fresh.append(key)
-                    same.setdefault(key, []).append(document)
-                known = self.store.get(fresh)
-                unknown += [key for key in fresh if key not in known]
-                for key, stored in known.items():
-                    yield from answer(key, stored)
-            while unknown:
-                yield from generated(unknown)
-                unknown = []
-                # What other processes work on is waited for; where one died, its documents are taken over.
-                while elsewhere and not unknown:
-                    for key, stored in self.store.get(list(elsewhere)).items():
-                        del elsewhere[key]
-                        yield from answer(key, stored)
-                    unknown = [key for key in elsewhere if self.store.claim(key)]
-                    for key in unknown:
-                        del elsewhere[key]
-                        mine.add(key)
-                    if elsewhere and not unknown:
-                        time.sleep(LOOK_AGAIN_SECONDS)
-        finally:
-            self.store.release(list(mine))
+    def _known(self, document: Document, stored: StoredAnswer) -> DocumentQueries:
+        return DocumentQueries(document.doc_id, self._mark(stored.queries), stored.cause)
 
     def missing(self, documents: Iterable[Document], language: str | None) -> tuple[list[Document], int]:
         """(one document for each text that the store has no answer for, how many documents it has an answer for)."""

@@ -16,7 +16,7 @@ OF_THE_GO = frozenset(("created", "seconds", "query_usage"))
 UNFINISHED = (".partial", ".replaced", ".begun", ".tmp", "-wal", "-shm", "-journal")
 KEPT_OF_QUERIES = {
     "answers": "generator, prompt, document, queries, cause, prompt_tokens, completion_tokens, cost",
-    **dict.fromkeys(("generators", "prompts", "claims", "owners"), "*"),
+    **dict.fromkeys(("generators", "prompts"), "*"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The store: what is kept, who works on what, and what becomes of it all when a process is killed."""
+"""The store: what is kept, who generates, and what becomes of it all when a process is killed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from typer.testing import CliRunner
 
 from st_clp.cli import app
 from st_clp.queries import QueryOptions, QueryStore, Usage, make_chain
-from st_clp.queries import query_store as store_module
 from st_clp.queries.query_store import Key, StoredAnswer
 
 from .conftest import KEY, Endpoint
@@ -33,49 +32,13 @@ def test_an_answer_is_found_by_generator_prompt_and_text_alone(tmp_path: Path) -
     key = Key.of("model", "prompt", "text")
     others = [Key.of("other", "prompt", "text"), Key.of("model", "other", "text"), Key.of("model", "prompt", "other")]
     with QueryStore(tmp_path / "new folder" / "q.sqlite") as store:
-        assert store.claim(key)
         store.put(key, ANSWER)
     with QueryStore(tmp_path / "new folder" / "q.sqlite") as store:
         assert store.get([key, *others]) == {key: ANSWER}
-        assert not store.claim(key)  # it is answered
         many = [Key.of("model", "prompt", str(i)) for i in range(1200)]
         for other in many:
             store.put(other, ANSWER)
         assert set(store.get(many)) == set(many)
-
-
-def test_a_document_is_worked_on_by_one_and_taken_over_from_the_dead(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    key, other = Key.of("m", "p", "a"), Key.of("m", "p", "b")
-    monkeypatch.setattr(store_module, "LEASE_SECONDS", 0.5)
-    with QueryStore(tmp_path / "q.sqlite") as one, QueryStore(tmp_path / "q.sqlite") as two:
-        assert one.claim(key)
-        assert not two.claim(key)
-        assert two.claim(other)
-        time.sleep(0.8)
-        assert not two.claim(key)  # it has been alive all the time
-        one.release([key])
-        assert two.claim(key)
-        two.release([key])
-        assert one.claim(key)
-        one._closed.set()  # as if it had been killed: nothing beats any more, nothing is released
-        time.sleep(0.8)
-        assert two.claim(key)
-
-
-def test_what_a_killed_process_has_claimed_does_not_outlast_the_next_that_closes_the_file(tmp_path: Path) -> None:
-    child = os.fork()
-    if child == 0:
-        QueryStore(tmp_path / "q.sqlite").claim(Key.of("m", "p", "a"))
-        os.kill(os.getpid(), signal.SIGKILL)
-    os.waitpid(child, 0)
-    with QueryStore(tmp_path / "q.sqlite") as living, QueryStore(tmp_path / "q.sqlite") as passing:
-        assert living.claim(Key.of("m", "p", "b"))
-        passing.close()
-        database = sqlite3.connect(tmp_path / "q.sqlite")
-        for table in ("claims", "owners"):
-            assert database.execute(f"SELECT owner FROM {table}").fetchall() == [(living.owner,)]
 
 
 def test_two_in_one_process_at_once_pay_once_for_each_document(endpoint: Endpoint, tmp_path: Path) -> None:
@@ -126,23 +89,23 @@ def test_a_file_that_is_no_store_is_refused_and_left_as_it_is(tmp_path: Path) ->
     refused(tmp_path / "damaged", ValueError, "damaged one")
 
 
-def test_a_store_that_breaks_while_it_is_used_is_said_and_closes(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(store_module, "LEASE_SECONDS", 0.1)
-    died: list[object] = []
-    monkeypatch.setattr(threading, "excepthook", died.append)
-    with QueryStore(tmp_path / "q.sqlite") as store:
-        assert store.claim(Key.of("g", "p", "text"))
+def test_a_store_that_breaks_while_it_is_used_is_said_and_closes(endpoint: Endpoint, tmp_path: Path) -> None:
+    with chain_for(endpoint, tmp_path / "q.sqlite") as chain:
         with closing(sqlite3.connect(tmp_path / "q.sqlite")) as other:
-            other.execute("DROP TABLE owners")
-        deadline = time.monotonic() + 10
-        while "claims lapse until" not in caplog.text and time.monotonic() < deadline:
-            time.sleep(0.02)
+            other.execute("DROP TABLE answers")
         with pytest.raises(OSError, match=r"q\.sqlite cannot be used: no such table"):
-            store.claim(Key.of("g", "p", "another"))
-    assert "claims lapse by themselves" in caplog.text
-    assert not died
+            chain.generate(make_documents(3))
+
+
+def test_a_store_of_an_earlier_version_is_used_on(tmp_path: Path) -> None:
+    key = Key.of("g", "p", "text")
+    with QueryStore(tmp_path / "q.sqlite") as store:
+        store.put(key, ANSWER)
+    with closing(sqlite3.connect(tmp_path / "q.sqlite")) as database:
+        database.execute("CREATE TABLE claims (generator TEXT, prompt TEXT, document TEXT, owner TEXT)")
+        database.execute("CREATE TABLE owners (owner TEXT, machine TEXT, pid INTEGER, alive_until REAL)")
+    with QueryStore(tmp_path / "q.sqlite") as store:
+        assert store.get([key]) == {key: ANSWER}
 
 
 def test_no_file_is_made_for_sources_that_cannot_be_used(tmp_path: Path) -> None:
