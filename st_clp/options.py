@@ -8,9 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
-from st_clp.address import require_address, require_key_variable
 from st_clp.declaring import Options, option
-from st_clp.option_values import SettingsError
+from st_clp.option_values import SettingsError, require_address, require_key_variable
 
 ComputeDtype = Literal["auto", "model", "bfloat16"]
 SamplingStrategy = Literal["top", "random"]

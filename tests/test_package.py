@@ -81,7 +81,7 @@ ROOMS: Mapping[str, str] = {
     "data": "data",
     "losses": "losses",
     "moe": "moe",
-    "leaves": "address declaring files option_values options pictures settings terminal yaml_files",
+    "leaves": "declaring files option_values options settings terminal",
 }
 ROOM_OF = {
     "st_clp": "leaves",  # the package itself: its version

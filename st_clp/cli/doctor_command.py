@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from st_clp.cli.error_messages import with_error_messages
+from st_clp.cli.settings_command import with_error_messages
 from st_clp.terminal import new_console
 
 HUB_SECONDS = 5.0

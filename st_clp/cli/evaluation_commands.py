@@ -13,8 +13,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from st_clp.cli.error_messages import SAME_COMMAND, after_a_stop, with_error_messages
-from st_clp.cli.settings_command import ARGUMENT, Extra, settings_command
+from st_clp.cli.settings_command import (
+    ARGUMENT,
+    SAME_COMMAND,
+    Extra,
+    after_a_stop,
+    settings_command,
+    with_error_messages,
+)
 from st_clp.declaring import names_of
 from st_clp.files import read_json, whole_file
 from st_clp.options import DataOptions, EncodingOptions, EvaluationOptions, OwnDocumentOption

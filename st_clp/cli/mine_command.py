@@ -6,8 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from st_clp.cli.error_messages import SAME_COMMAND, after_a_stop
-from st_clp.cli.settings_command import CONFIG, Extra, given_settings, settings_command
+from st_clp.cli.settings_command import CONFIG, SAME_COMMAND, Extra, after_a_stop, given_settings, settings_command
 from st_clp.declaring import names_of
 from st_clp.files import write_json
 from st_clp.options import (

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from st_clp.cli.error_messages import after_a_stop
 from st_clp.cli.mine_command import QUERY_SETTINGS
-from st_clp.cli.settings_command import CONFIG, Extra, given_settings, settings_command
+from st_clp.cli.settings_command import CONFIG, Extra, after_a_stop, given_settings, settings_command
 from st_clp.options import Encoding, QueryOptions
 from st_clp.run.folder import QUERY_STORE
 from st_clp.settings import RunSettings, SettingsError

@@ -15,8 +15,15 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from st_clp.cli.error_messages import after_a_stop, under_way, with_error_messages
-from st_clp.cli.settings_command import CONFIG, Extra, given_settings, settings_command
+from st_clp.cli.settings_command import (
+    CONFIG,
+    Extra,
+    after_a_stop,
+    given_settings,
+    settings_command,
+    under_way,
+    with_error_messages,
+)
 from st_clp.option_values import read_number
 from st_clp.settings import RunSettings, SettingsError
 from st_clp.terminal import new_console, print_whole

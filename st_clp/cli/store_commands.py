@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from st_clp.cli.error_messages import with_error_messages
+from st_clp.cli.settings_command import with_error_messages
 from st_clp.terminal import new_console
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from st_clp.data import Collection
 from st_clp.declaring import takes
 from st_clp.encoding import EmbeddingStore
 from st_clp.encoding.building import Builder
-from st_clp.encoding.trial import SAMPLE, WARM_UP, sample_of, token_counts, tokens_a_second
+from st_clp.encoding.encode import SAMPLE, WARM_UP, sample_of, token_counts, tokens_a_second
 from st_clp.encoding.working_model import Task
 from st_clp.mining.ranking import PAIRS_A_BATCH, query_store_dir, require_one_score
 from st_clp.options import Encoding, MiningOptions

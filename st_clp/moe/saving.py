@@ -1,4 +1,5 @@
-"""How a mixture is written: so that nothing else opens it by mistake, and with any adapters, whole.
+"""How a mixture is written: whole, so that nothing else opens it by mistake, and with a card that says how to open it;
+and the layout of the paper's checkpoints.
 
 transformers would open the encoder's folder with random weights in every feed-forward and a line in a report. The
 config therefore names as its weights file a sentence, which transformers refuses and repeats.
@@ -10,6 +11,7 @@ adapter beside it in the library's own format.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ from sentence_transformers.sentence_transformer.model_card import SentenceTransf
 from torch import Tensor, nn
 
 from st_clp.files import read_json, write_json
+from st_clp.moe.configuration import CONFIG_KEY, MoESettings
 from st_clp.moe.convert import expert_layers
 
 INSTALL = """
@@ -248,3 +251,82 @@ def _own_weights(encoder: nn.Module, wrappers: dict[str, nn.Module]) -> dict[str
         else:
             own[".".join(kept)] = value
     return own
+
+
+REFERENCE_KEYS = ("moe", "num_experts", "num_experts_per_tok", "only_train")
+
+
+def is_reference_config(config: Any) -> bool:
+    """Whether an encoder's config is a published checkpoint's."""
+    return getattr(config, CONFIG_KEY, None) is None and getattr(config, "moe", None) is not None
+
+
+def take_reference_settings(config: Any, path: str | Path) -> MoESettings:
+    """Read the mixture's settings from a published checkpoint's config, and take their keys out of it.
+
+    Raises:
+        ValueError: If a key is missing, or has a value that the reference does not know.
+    """
+    if missing := [key for key in REFERENCE_KEYS[:3] if getattr(config, key, None) is None]:
+        hint = " It is one of st_clp's own: open it with st_clp.load." if hasattr(config, CONFIG_KEY) else ""
+        raise ValueError(f"{path} is not a reference checkpoint: its config.json has no {', '.join(missing)}.{hint}")
+    if config.moe not in ("intermediate", "output"):
+        raise ValueError(f"{path}: config.json has moe {config.moe!r}; the reference knows intermediate and output.")
+    settings = MoESettings(
+        num_experts=config.num_experts,
+        num_experts_per_tok=config.num_experts_per_tok,
+        projection=config.moe,
+        layers=tuple(range(config.num_hidden_layers)),
+        routing="reference",
+        balance="none",
+        only_train=getattr(config, "only_train", None),
+    )
+    for key in REFERENCE_KEYS:
+        if hasattr(config, key):
+            delattr(config, key)
+    return settings
+
+
+def check_writable_as_reference(encoder: Any, settings: MoESettings) -> None:
+    """Refuse a mixture that the reference's layout cannot hold.
+
+    Raises:
+        ValueError: If the reference would compute other embeddings from the same weights; the message says why.
+    """
+    reasons = []
+    if encoder.config.model_type != "xlm-roberta":
+        reasons.append(f"its encoder is {encoder.config.model_type}, and the reference's is xlm-roberta")
+    if settings.projection not in ("intermediate", "output"):
+        reasons.append("both projections are mixtures, and the reference converts one")
+    if settings.layers != tuple(range(encoder.config.num_hidden_layers)):
+        reasons.append("not every layer is converted")
+    if any(bool(value.any()) for name, value in encoder.named_buffers() if ".gate.balance_" in name):
+        reasons.append("its routers choose with a balance bias, which the reference does not have")
+    if reasons:
+        raise ValueError(
+            "This mixture cannot be written in the reference's layout: " + "; ".join(reasons) + ". model.save keeps "
+            "everything; st_clp.to_dense gives a model that any program opens."
+        )
+
+
+def write_reference(encoder: Any, settings: MoESettings, path: str | Path) -> None:
+    """Write ``config.json`` and ``model.safetensors`` in the reference's layout; the folder is made if need be."""
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {key: value for key, value in encoder.config.to_dict().items() if key != CONFIG_KEY}
+    config |= {
+        "architectures": [type(encoder).__name__],
+        "moe": settings.projection,
+        "num_experts": settings.num_experts,
+        "num_experts_per_tok": settings.num_experts_per_tok,
+        "only_train": settings.only_train or settings.projection,
+        "torch_dtype": str(encoder.dtype).removeprefix("torch."),
+    }
+    text = json.dumps(config, indent=2, sort_keys=True, default=str)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    weights = {
+        name: value.detach().cpu().contiguous()
+        for name, value in encoder.state_dict().items()
+        if ".gate.balance_" not in name
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

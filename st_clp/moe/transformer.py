@@ -15,24 +15,22 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from st_clp.moe.configuration import CONFIG_KEY, MoESettings, resolve_layers
 from st_clp.moe.context import ForwardContext, attention_mask, entered, recall_context_in_checkpoints
 from st_clp.moe.convert import build_experts, expert_layers, find_feed_forwards, merge_experts, settings_of
-from st_clp.moe.reference import (
-    check_writable_as_reference,
-    is_reference_config,
-    take_reference_settings,
-    write_reference,
-)
 from st_clp.moe.router_signal import token_marks
 from st_clp.moe.saving import (
     ADAPTERS,
     check_bare,
     check_writable,
+    check_writable_as_reference,
     close_to_others,
+    is_reference_config,
     load_adapters,
     open_to_us,
     save_adapters,
+    take_reference_settings,
     unwrapped,
     without_adapters,
     write_own_snippets,
+    write_reference,
 )
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from st_clp.address import read_key, require_address, require_key_variable
+from st_clp.option_values import read_key, require_address, require_key_variable
 from st_clp.queries.interface import Usage
 
 logger = logging.getLogger(__name__)

@@ -17,12 +17,11 @@ from tqdm.auto import tqdm
 
 from st_clp.data import Collection, Corpus
 from st_clp.encoding.building import Builder
-from st_clp.encoding.trial import SAMPLE, sample_of, token_counts, tokens_a_second
+from st_clp.encoding.encode import SAMPLE, sample_of, token_counts, tokens_a_second
 from st_clp.mining.estimate import search_seconds
 from st_clp.options import Encoding
-from st_clp.run.folder import RunDirectory
+from st_clp.run.folder import EVALUATE_AFTER, EVALUATE_BEFORE, MINE, STAGES, TRAIN, RunDirectory
 from st_clp.run.splits import Collections
-from st_clp.run.stages import EVALUATE_AFTER, EVALUATE_BEFORE, MINE, STAGES, TRAIN
 from st_clp.run.training import number_of_steps
 from st_clp.run.training_trial import StepCost, try_steps
 from st_clp.settings import RunSettings

@@ -30,12 +30,11 @@ from st_clp.options import Encoding, EvaluationOptions, MiningOptions, QueryOpti
 from st_clp.queries import make_chain
 from st_clp.refresh import AnceCallback, plot_refreshes
 from st_clp.run.averaging import ChosenShare, WeightAverage, choose_share, hold_out
-from st_clp.run.folder import RunDirectory, slug
+from st_clp.run.folder import EVALUATE_AFTER, EVALUATE_BEFORE, MINE, STAGES, TRAIN, RunDirectory, slug
 from st_clp.run.forecast import Forecast, forecast, is_trifle, print_forecast
 from st_clp.run.modelling import load_base_model, load_cross_encoder, model_name, prepare_model
 from st_clp.run.report import METRICS, machine, print_scores, versions, write_card
 from st_clp.run.splits import load_collections
-from st_clp.run.stages import EVALUATE_AFTER, EVALUATE_BEFORE, MINE, STAGES, TRAIN
 from st_clp.run.training import check_training_arguments, make_refresh, make_trainer
 from st_clp.settings import RunSettings, SettingsError
 from st_clp.terminal import new_console
