@@ -39,6 +39,7 @@ class Chooser:
         prefer: Knows the documents that are taken first; None where there is no preference.
 
     Attributes:
+        options: What to choose.
         refused: Query id to the candidates that the filters refused, reason to count.
         skipped: Query id to the candidates that ``range_min`` skipped.
         short: The queries for which the filters left fewer candidates than negatives are wanted.
@@ -54,7 +55,7 @@ class Chooser:
     ) -> None:
         self._collection = collection
         self._corpus_ids = corpus_ids
-        self._options = options
+        self.options = options
         self._number = options.num_negatives
         self._judged_negatives: JudgedNegatives = options.judged_negatives or (
             "first" if collection.judged_negatives else "rank"
@@ -74,7 +75,7 @@ class Chooser:
             CollectionError: The corpus has too few other documents.
         """
         # Seeded by the query, so that its negatives do not depend on the other queries.
-        generator = random.Random(f"{self._options.seed}\0{query_id}")
+        generator = random.Random(f"{self.options.seed}\0{query_id}")
         candidates = ranking.candidates(query_id)
         judged = {doc_id for doc_id, grade in self._collection.judgments[query_id].items() if grade <= 0}
         judged -= ranking.excluded(query_id)
@@ -104,10 +105,10 @@ class Chooser:
         generator: random.Random,
     ) -> list[Choice]:
         """What becomes of a query with too few negatives."""
-        if self._options.on_shortage in ("fewer", "drop"):
+        if self.options.on_shortage in ("fewer", "drop"):
             return chosen
         relaxed = [Choice.of(candidate, "relaxed") for candidate in refused]
-        if self._options.on_shortage == "relax":
+        if self.options.on_shortage == "relax":
             chosen = [*chosen, *relaxed][: self._number]
         if len(chosen) < self._number:
             chosen = [*chosen, *self._fill(query_id, chosen, refused, candidates, ranking, generator)]
@@ -120,7 +121,7 @@ class Chooser:
             known = [c for c in passed if self._prefer.knows(c.doc_id, query_id=query_id)]
         taken = {candidate.doc_id for candidate in known}
         others = [candidate for candidate in passed if candidate.doc_id not in taken]
-        if self._options.sampling_strategy == "random":
+        if self.options.sampling_strategy == "random":
             known = _draw(known, number, generator)
             others = _draw(others, number - len(known), generator)
         return known + others
@@ -129,7 +130,7 @@ class Chooser:
         self, query_id: str, candidates: list[Candidate], judged: set[str], positive_score: float, *, by_score: bool
     ) -> tuple[list[Candidate], list[Candidate]]:
         """(candidates that may be negatives, best first; those within range that were refused, nearest miss first)."""
-        options = self._options
+        options = self.options
         passed: list[Candidate] = []
         refused: list[tuple[float, Candidate]] = []
         reasons: Counter[str] = Counter()

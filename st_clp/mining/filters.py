@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from st_clp.options import MiningOptions
+from st_clp.search import normalised_text
 
 
 @dataclass(frozen=True)
@@ -49,4 +51,30 @@ def refusal(candidate: Candidate, positive_score: float, options: MiningOptions)
             return Refusal(reason, candidate.score - min(limit for _, limit in limits))
     if options.min_score is not None and candidate.score < options.min_score:
         return Refusal("below min_score", options.min_score - candidate.score)
+    return None
+
+
+@dataclass(frozen=True)
+class RowTexts:
+    """What a candidate's text is looked at beside, as :func:`st_clp.search.normalised_text` has it.
+
+    Attributes:
+        query: The query.
+        answers: Its relevant documents.
+    """
+
+    query: str
+    answers: Set[str]
+
+
+def text_refusal(text: str, row: RowTexts, options: MiningOptions) -> str | None:
+    """Why a candidate may not be a negative for its text; None where it may.
+
+    Texts are looked at of those alone that would be taken, so a filter that reads them may cost something.
+    """
+    found = normalised_text(text)
+    if found == row.query:
+        return "the query's own text"
+    if found in row.answers:
+        return "same text as a relevant document"
     return None

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from st_clp.data import Collection, Document
 from st_clp.encoding import EmbeddingStore
 from st_clp.mining.chooser import Choice, Chooser
+from st_clp.mining.filters import RowTexts, text_refusal
 from st_clp.mining.ranking import Ranking
 from st_clp.mining.rows import Negative, TrainingRow
 from st_clp.queries import Need, NegativeQuery
@@ -40,7 +41,6 @@ def choose_negatives(
     excluded and made again until there is none. What ``range_min`` skips is looked at too: it is to skip candidates.
     """
     passed_over: Counter[str] = Counter()
-    own = {query_id: normalised_text(collection.queries[query_id]) for query_id in ranking.query_ids}
     blank: set[str] = set()
     chosen: dict[str, list[Choice]] = {}
     documents: dict[str, Document] = {}
@@ -62,14 +62,15 @@ def choose_negatives(
         blank |= empty
         passed_over["document without text"] += len(empty)
         for query_id in open_queries:
-            texts = {doc_id: normalised_text(documents[doc_id].text) for doc_id in taken[query_id] - blank}
             answers = {normalised_text(documents[doc_id].text) for doc_id in ranking.positive_scores[query_id]}
-            itself = {doc_id for doc_id, text in texts.items() if text == own[query_id]}
-            copies = {doc_id for doc_id, text in texts.items() if text in answers} - itself
-            ranking.exclude(query_id, itself | copies)
-            passed_over["the query's own text"] += len(itself)
-            passed_over["same text as a relevant document"] += len(copies)
-            if itself or copies or taken[query_id] & blank:
+            row = RowTexts(normalised_text(collection.queries[query_id]), answers)
+            reasons = {
+                doc_id: text_refusal(documents[doc_id].text, row, chooser.options) for doc_id in taken[query_id] - blank
+            }
+            refused = {doc_id: reason for doc_id, reason in reasons.items() if reason is not None}
+            ranking.exclude(query_id, set(refused))
+            passed_over.update(refused.values())
+            if refused or taken[query_id] & blank:
                 again.append(query_id)
         open_queries = again
     return chosen, documents, passed_over
