@@ -142,6 +142,7 @@ class CollectionEvaluator(RetrievalEvaluator):
         self.collection = collection
         self.num_documents: int | None = None  # known once they are encoded
         self.computed_in: str | None = None
+        options.require_folder(store_dir, "store_dir")
         self.store_dir = store_dir
         self.judgments = _judged_queries(collection)
         self._run: Run | None = None
@@ -172,9 +173,10 @@ class CollectionEvaluator(RetrievalEvaluator):
         queries = self._store(call, MemoryCorpus(f"{self.collection.name} queries", asked), folder, "query")
         ignored = self.options.ignore_identical_ids and not set(query_ids).isdisjoint(store.ids)
         # One document more makes up for the query's own.
-        run = make_run(
-            query_ids, *search(call.model, queries.rows(range(len(queries))), store, self.run_depth + ignored)
+        found = search(
+            call.model, queries.rows(range(len(queries))), store, self.run_depth + ignored, cluster=self.options
         )
+        run = make_run(query_ids, *found)
         if ignored:
             run = cut_run(run, self.run_depth)
         call.finish(len(store))

@@ -66,6 +66,50 @@ class DataOptions(Options):
 
 
 @dataclass(frozen=True)
+class ClusterOptions(Options):
+    """Whether encoding and search are spread out over several processes and machines, by Ray."""
+
+    group = "Several machines"
+
+    ray: str | None = option(
+        None,
+        "Encode and search on a Ray cluster: local starts one on this machine, auto joins the one that RAY_ADDRESS "
+        "names or that runs here, or give its address. By default in this process.",
+        changes_results=False,
+    )
+    workers: int | None = option(
+        None,
+        "Worker processes on the cluster, at most. By default as many as it has room for.",
+        least=1,
+        changes_results=False,
+    )
+    cpus_per_worker: int = option(1, "Processor cores of each worker.", least=1, changes_results=False)
+    gpus_per_worker: float | None = option(
+        None,
+        "GPUs of each worker; a fraction shares one. By default 1 where the cluster has GPUs.",
+        least=0,
+        changes_results=False,
+    )
+
+    def _check(self) -> None:
+        if self.ray is None and (self.workers is not None or self.gpus_per_worker is not None):
+            raise SettingsError("workers and gpus_per_worker are for a Ray cluster: name one (ray), or leave them out")
+
+    def require_folder(self, folder: object, name: str) -> None:
+        """Refuse to work on a cluster without a folder that its machines share.
+
+        Raises:
+            SettingsError: There is none.
+        """
+        if self.ray is not None and folder is None:
+            raise SettingsError(f"ray: the workers write embeddings to a folder that all of them share; give {name}")
+
+
+# How to take a cluster out of options that are handed on.
+HERE = {"ray": None, "workers": None, "gpus_per_worker": None}
+
+
+@dataclass(frozen=True)
 class EncodingOptions(Options):
     """How texts are encoded."""
 
@@ -86,8 +130,10 @@ class EncodingOptions(Options):
 
 
 @dataclass(frozen=True)
-class Encoding(EncodingOptions):
-    """How texts are encoded, and whether that is shown."""
+class Encoding(ClusterOptions, EncodingOptions):
+    """How texts are encoded, where, and whether that is shown."""
+
+    group = EncodingOptions.group
 
     show_progress_bar: bool = option(True, "Show progress.", changes_results=False)
 
@@ -106,7 +152,7 @@ class OwnDocumentOption(Options):
 
 
 @dataclass(frozen=True)
-class EvaluationOptions(OwnDocumentOption, EncodingOptions):
+class EvaluationOptions(ClusterOptions, OwnDocumentOption, EncodingOptions):
     """How retrieval is evaluated, and what is written of it."""
 
     group = "Evaluation"

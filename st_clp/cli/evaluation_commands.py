@@ -23,7 +23,7 @@ from st_clp.cli.settings_command import (
 )
 from st_clp.declaring import names_of
 from st_clp.files import read_json, whole_file
-from st_clp.options import DataOptions, EncodingOptions, EvaluationOptions, OwnDocumentOption
+from st_clp.options import ClusterOptions, DataOptions, EncodingOptions, EvaluationOptions, OwnDocumentOption
 from st_clp.terminal import NARROWEST, new_console, print_whole
 
 if TYPE_CHECKING:
@@ -53,7 +53,13 @@ class EvaluateSettings(EvaluationOptions, DataOptions):
 
 
 SETTINGS = [
-    *("eval_split", *names_of(EncodingOptions, OwnDocumentOption), "pool_depth", "max_seq_length", "text_field"),
+    *(
+        "eval_split",
+        *names_of(EncodingOptions, OwnDocumentOption, ClusterOptions),
+        "pool_depth",
+        "max_seq_length",
+        "text_field",
+    ),
 ]
 # What the options were called before all commands called them alike.
 ALIASES = {ARGUMENT: "model", "split": "eval_split", "dtype": "encode_dtype", "batch_size": "encode_batch_size"}

@@ -10,6 +10,7 @@ from st_clp.cli.settings_command import CONFIG, SAME_COMMAND, Extra, after_a_sto
 from st_clp.declaring import names_of
 from st_clp.files import write_json
 from st_clp.options import (
+    ClusterOptions,
     Encoding,
     EncodingOptions,
     MiningOptions,
@@ -45,7 +46,7 @@ kept: mining again with other options encodes nothing, and a run that was stoppe
 QUERY_SETTINGS = [*names_of(QuerySettings), "negative_queries", "query_store"]
 SETTINGS = [
     *("model", "collection", "output", "train_split", "max_train_queries", "text_field", "max_seq_length"),
-    *names_of(EncodingOptions, MiningSettings, SeedOption),
+    *names_of(EncodingOptions, MiningSettings, SeedOption, ClusterOptions),
     "cross_encoder",
     *QUERY_SETTINGS,
 ]

@@ -10,7 +10,18 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from st_clp.cli.settings_command import with_error_messages
+from st_clp.cli.settings_command import (
+    CONFIG,
+    SAME_COMMAND,
+    after_a_stop,
+    given_settings,
+    settings_command,
+    with_error_messages,
+)
+from st_clp.declaring import names_of
+from st_clp.options import ClusterOptions, Encoding, EncodingOptions
+from st_clp.run.folder import slug
+from st_clp.settings import RunSettings
 from st_clp.terminal import new_console
 
 if TYPE_CHECKING:
@@ -18,7 +29,48 @@ if TYPE_CHECKING:
 
 
 store = typer.Typer(
-    help="Look at, check and remove the embeddings that runs and mining have kept.", no_args_is_help=True
+    help="Build embeddings ahead; look at, check and remove those that runs and mining have kept.", no_args_is_help=True
+)
+
+BUILD_HELP = """Encode the documents of collections and keep the embeddings.
+
+`st-clp mine --store` and `st-clp evaluate --store` with the same folder find them there. Stopped, it goes on where it
+was.
+
+**Examples**
+
+`st-clp store build --model BAAI/bge-m3 --collection miracl/en --output embeddings`
+
+`st-clp store build --model BAAI/bge-m3 --collection miracl/en --output /shared/embeddings --ray auto`
+"""
+BUILD_SETTINGS = [
+    *("model", "collection", "output", "train_split", "text_field", "max_seq_length"),
+    *names_of(EncodingOptions, ClusterOptions),
+]
+
+
+def _build(**options: Any) -> None:
+    from st_clp.encoding import EmbeddingStore
+    from st_clp.run.modelling import load_base_model
+    from st_clp.run.splits import load_collection_to_encode
+
+    config = options.pop("config")
+    values = RunSettings.read_yaml(config) if config else {}
+    settings = RunSettings.from_dict({**values, **given_settings(options)}, where=str(config or "command line"))
+    settings.require("model", "collection", "output")
+    console = new_console(soft_wrap=True, markup=False)
+    collections = [load_collection_to_encode(source, settings) for source in settings.collection]
+    model = load_base_model(settings.model, max_seq_length=settings.max_seq_length)
+    after_a_stop.append(SAME_COMMAND)
+    for collection in collections:
+        folder = Path(settings.output) / slug(collection.corpus_name)
+        built = EmbeddingStore.build(model, collection, folder, encoding=Encoding.of(settings))
+        console.print(f"{folder}: {len(built):,} documents of {collection.corpus_name}, {built.dim} dimensions")
+    after_a_stop.clear()
+
+
+store.command("build", help=BUILD_HELP, no_args_is_help=True)(
+    settings_command(_build, "build", BUILD_SETTINGS, {"config": CONFIG})
 )
 
 Folders = Annotated[list[Path], typer.Argument(help="Folders that are a store or hold some.")]

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,10 @@ class Builder:
             logger.warning("%s is damaged: what does not match its checksum is encoded anew", folders[0])
         return known
 
+    @cached_property
+    def _encoder(self) -> Encoder:
+        return Encoder(self._model, self._task, replace(self._encoding, encode_dtype=self.computed_in))
+
     @property
     def dim(self) -> int:
         """The width of the embeddings."""
@@ -180,25 +185,40 @@ class Builder:
 
     def _finish(self, folder: Path, manifest: dict[str, Any], known: KnownEmbeddings | None) -> None:
         """Encode what is not in ``folder`` yet, which may hold the beginning of this store."""
+        files = self._begin(folder, manifest)
+        with self._progress() as progress:
+            self._fill(files, iter(self._corpus), known, progress)
+        if not self._conclude(folder, manifest):
+            raise self._empty()
+
+    def _begin(self, folder: Path, manifest: dict[str, Any]) -> ShardFiles:
+        """The files in ``folder``, which are made where there are none."""
         begun = usable_manifest(folder)
         if begun is None:
             remove_files(folder)
             start(folder, manifest)
         elif begun["format"] != FORMAT:
             seal_shards(folder, begun)
-        files = ShardFiles(folder, manifest)
-        stream = iter(self._corpus)
-        with self._progress() as progress:
-            first = self._skip_finished(files, stream, progress)
-            documents = itertools.chain(first, stream)
-            for shard, embeddings in self._encode(documents, known):
-                files.add([d.doc_id for d in shard], [text_key(d.text) for d in shard], embeddings)
+        return ShardFiles(folder, manifest)
+
+    def _fill(
+        self, files: ShardFiles, stream: Iterator[Document], known: KnownEmbeddings | None, progress: Any = None
+    ) -> None:
+        """Encode what is not in the files yet of the documents that they are to hold."""
+        first = self._skip_finished(files, stream, progress)
+        for shard, embeddings in self._encode(itertools.chain(first, stream), known):
+            files.add([d.doc_id for d in shard], [text_key(d.text) for d in shard], embeddings)
+            if progress is not None:
                 progress.update(len(shard))
+
+    def _conclude(self, folder: Path, manifest: dict[str, Any]) -> int:
+        """Note that all documents are in ``folder``, and how many there are; without any nothing is left of it."""
         total = sum(shard.rows for shard in read_shards(folder))
-        if not total:
+        if total:
+            write_manifest(folder, {**manifest, "documents": total})
+        else:
             remove_files(folder)
-            raise self._empty()
-        write_manifest(folder, {**manifest, "documents": total})
+        return total
 
     def _skip_finished(self, files: ShardFiles, stream: Iterator[Document], progress: Any) -> list[Document]:
         """Pass over the documents whose shards are there and right; what was read further comes back."""
@@ -212,7 +232,8 @@ class Builder:
                 read_further = documents
                 break
             kept += 1
-            progress.update(len(documents))
+            if progress is not None:
+                progress.update(len(documents))
         files.keep(kept)
         return read_further
 
@@ -234,8 +255,7 @@ class Builder:
                 waiting.append((window, rows))
                 yield [document.text for document, row in zip(window, rows, strict=True) if row < 0]
 
-        encoder = Encoder(self._model, self._task, replace(self._encoding, encode_dtype=self.computed_in))
-        for encoded in encoder.encode_windows(unknown_texts()):
+        for encoded in self._encoder.encode_windows(unknown_texts()):
             window, rows = waiting.popleft()
             embeddings = np.empty((len(window), encoded.shape[1]), dtype=np.float32)
             embeddings[rows < 0] = encoded

@@ -30,10 +30,12 @@ class EmbeddingStore:
     Args:
         ids: Document ids.
         embeddings: float16 or float32, (number of documents, dim); may be a memory map.
+        path: The folder that they lie in; None where they are in memory alone.
     """
 
-    def __init__(self, ids: Sequence[str], embeddings: np.ndarray) -> None:
+    def __init__(self, ids: Sequence[str], embeddings: np.ndarray, path: Path | None = None) -> None:
         self.ids = ids
+        self.path = path
         self._embeddings = embeddings
 
     def __len__(self) -> int:
@@ -51,11 +53,17 @@ class EmbeddingStore:
             yield list(self.ids[begin : begin + len(embeddings)]), embeddings
             begin += len(embeddings)
 
-    def blocks(self, rows: int = SHARD_ROWS) -> Iterator[np.ndarray]:
-        """Yield the float32 embeddings (at most ``rows``, dim) in corpus order; not to be written to."""
-        for begin in range(0, len(self), rows):
+    def blocks(self, rows: int = SHARD_ROWS, begin: int = 0, end: int | None = None) -> Iterator[np.ndarray]:
+        """Yield the float32 embeddings (at most ``rows``, dim) in corpus order; not to be written to.
+
+        Args:
+            rows: How many at a time.
+            begin, end: The first row, and the last and one; None ends with the store.
+        """
+        end = len(self) if end is None else min(end, len(self))
+        for first in range(begin, end, rows):
             # By PyTorch, which converts float16 several times as fast.
-            yield torch.from_numpy(self._read(begin, begin + rows)).float().numpy()
+            yield torch.from_numpy(self._read(first, min(first + rows, end))).float().numpy()
 
     def _read(self, begin: int, end: int) -> np.ndarray:
         embeddings = self._embeddings
@@ -114,9 +122,12 @@ class EmbeddingStore:
         from st_clp.encoding.building import Builder
 
         corpus = texts.corpus if isinstance(texts, Collection) else texts
-        builder = Builder(model, corpus, task, encoding, progress, fingerprint)
         if path is None:
-            return cls(*builder.in_memory())
+            return cls(*Builder(model, corpus, task, encoding, progress, fingerprint).in_memory())
+        kind = Builder
+        if encoding.ray is not None:
+            from st_clp.encoding.ray_encoding import ClusterBuilder as kind
+        builder = kind(model, corpus, task, encoding, progress, fingerprint)
         builder.in_folder(Path(path))
         return cls.open(path)
 
@@ -138,4 +149,4 @@ class EmbeddingStore:
                 f"{folder} is damaged: its manifest names {manifest['documents']:,} documents, and there are "
                 f"{len(ids):,} ids and {len(embeddings):,} embeddings; {REMEDY}"
             )
-        return cls(ids, embeddings)
+        return cls(ids, embeddings, folder)

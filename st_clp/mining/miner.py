@@ -148,6 +148,7 @@ def mine(
     """As :func:`mine_hard_negatives`, but returns the rows with ids, ranks, scores and the account."""
     options = options or MiningOptions()
     _require_possible(model, collection, options, cross_encoder)
+    encoding.require_folder(store_dir, "store_dir")
     query_options = (query_options or QueryOptions(seed=options.seed)).with_samples(options.queries_per_negative)
     if isinstance(negative_queries, str):
         # What is wrong with a source is said before anything is encoded.

@@ -193,7 +193,7 @@ class Ranker:
         store_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         self._model, self._collection, self._store, self._options = model, collection, store, options
-        self._show_progress_bar = encoding.show_progress_bar
+        self._show_progress_bar, self._encoding = encoding.show_progress_bar, encoding
         self._positives = collection.positives()
         query_ids = list(self._positives)
         self._texts = [collection.queries[query_id] for query_id in query_ids]
@@ -246,7 +246,12 @@ class Ranker:
     def _by_model(self) -> tuple[np.ndarray, np.ndarray, SearchNote | None]:
         if self._options.index is None:
             scores, rows = search_rows(
-                self._model, self._queries, self._store, self._depth, show_progress_bar=self._show_progress_bar
+                self._model,
+                self._queries,
+                self._store,
+                self._depth,
+                show_progress_bar=self._show_progress_bar,
+                cluster=self._encoding,
             )
             return rows, scores, None
         index = ApproximateIndex(

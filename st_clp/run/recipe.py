@@ -26,7 +26,7 @@ from st_clp.files import write_json
 from st_clp.mining import mine
 from st_clp.mining.rows import TrainingRow, read_rows, to_dataset, write_rows
 from st_clp.moe import expert_usage, is_moe, load
-from st_clp.options import Encoding, EvaluationOptions, MiningOptions, QueryOptions
+from st_clp.options import HERE, Encoding, EvaluationOptions, MiningOptions, QueryOptions
 from st_clp.queries import make_chain
 from st_clp.refresh import AnceCallback, plot_refreshes
 from st_clp.run.averaging import ChosenShare, WeightAverage, choose_share, hold_out
@@ -320,7 +320,7 @@ class _Run:
             return None
         averaging = WeightAverage(model, self._base_model())
         if share == "auto":
-            options = EvaluationOptions.of(self.settings, write_csv=False)
+            options = EvaluationOptions.of(self.settings, write_csv=False, **HERE)
             chosen = choose_share(model, averaging, held_out, rows, options)
         else:
             averaging.set(share)

@@ -11,7 +11,8 @@ from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
 from st_clp.encoding import EmbeddingStore
-from st_clp.search.exact import import_faiss, is_inner_product, prepare, require_fitting, search_rows
+from st_clp.search.exact import require_fitting, search_rows
+from st_clp.search.top_k import import_faiss, is_inner_product, prepare
 
 logger = logging.getLogger(__name__)
 

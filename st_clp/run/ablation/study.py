@@ -24,7 +24,7 @@ from st_clp.data import Collection
 from st_clp.files import read_json, whole_file, write_json
 from st_clp.mining import TrainingRow, mine
 from st_clp.mining.rows import read_rows, write_rows
-from st_clp.options import Encoding, EvaluationOptions, MiningOptions, QueryOptions
+from st_clp.options import HERE, Encoding, EvaluationOptions, MiningOptions, QueryOptions
 from st_clp.queries import make_chain
 from st_clp.run.ablation.loop import SharedWeights, Trained, train
 from st_clp.run.ablation.table import AblationTable, Cell, make_table
@@ -102,7 +102,7 @@ class Ablation:
         self.seeds = [settings.seed + number for number in range(seeds)]
         self.folder = Path(settings.output)
         self._unseen = list(unseen)
-        self._options = EvaluationOptions.of(settings, write_csv=False)
+        self._options = EvaluationOptions.of(settings, write_csv=False, **HERE)
 
     def go(self, *, overwrite: bool) -> AblationTable:
         """Do what is not done, and make the table."""

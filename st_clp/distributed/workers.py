@@ -1,0 +1,233 @@
+"""Workers on a Ray cluster that take pieces of work, one after the other.
+
+Ray places them. Where one is lost, with its process or its node, its pieces go to the others, and a new one is started
+as soon as there is room; Ray's own restarts would wait for room with the pieces in hand. A piece must therefore be such
+that doing it twice does no harm. Ray Data's pools of actors hand on batches of rows; a piece here is a run of documents
+whose result lies on disk under its own name, which is how stopped work is taken up.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from st_clp.distributed.cluster import connect, import_ray
+from st_clp.options import ClusterOptions
+
+logger = logging.getLogger(__name__)
+
+Piece = TypeVar("Piece", bound=tuple[Any, ...])
+
+IN_HAND = 2  # pieces that a worker has at a time, so that it never waits for the next
+LOOK_SECONDS = 5.0  # between looks at whether the cluster has grown
+PATIENCE = 30.0  # seconds without any worker, after which it is said
+TRIES = 5  # workers that may be lost at one piece, before it is the piece that is at fault
+
+
+class Workers:
+    """Processes that each make something once, such as a model on its device, and then call it with pieces of work.
+
+    Use them as a context. As many are started as the cluster has room for, more when it grows, and not more than
+    ``options.workers``.
+
+    Args:
+        options: Which cluster, and what each worker takes of it.
+        make: Makes what is called; runs in the worker, which is sent it.
+        arguments: Of ``make``. Each is kept in the cluster once, however many workers there are.
+
+    Attributes:
+        number: How many there are.
+        lost: How many were lost.
+    """
+
+    def __init__(self, options: ClusterOptions, make: Callable[..., Callable[..., Any]], *arguments: Any) -> None:
+        self._ray = connect(options)
+        self._options = options
+        self._kept = [self._ray.put(argument) for argument in (make, *arguments)]
+        self._takes = self._resources()
+        remote = self._ray.remote(_Worker)
+        self._kind = remote.options(max_restarts=0, **self._takes)
+        self._all: list[Any] = []
+        self._looked = 0.0
+        self.lost = 0
+
+    @property
+    def number(self) -> int:
+        """How many there are."""
+        return len(self._all)
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for worker in self._all:
+            self._ray.kill(worker, no_restart=True)
+
+    def run(self, pieces: Iterator[Piece]) -> Iterator[tuple[Piece, Any]]:
+        """Yield (piece, what the call with it returned) as they are finished.
+
+        Args:
+            pieces: The arguments of each call; taken when a worker is free.
+
+        Raises:
+            Exception: What a call has raised, with the name of the node that it was on.
+            RuntimeError: Five workers were lost, one after the other, at the same piece.
+        """
+        work = _Queue(pieces)
+        ready: dict[Any, int] = {}  # worker to how many pieces it has in hand
+        starting: dict[Any, Any] = {}
+        running: dict[Any, tuple[Any, Piece]] = {}
+        waiting_since = time.monotonic()
+        while True:
+            starting.update(self._start())
+            for worker in [worker for worker, held in ready.items() for _ in range(IN_HAND - held)]:
+                if (piece := work.next()) is None:
+                    break
+                running[worker.call.remote(self._kept, *piece)] = worker, piece
+                ready[worker] += 1
+            if work.over and not running:
+                return
+            done, _ = self._ray.wait([*running, *starting], num_returns=1, timeout=LOOK_SECONDS)
+            if ready:
+                waiting_since = time.monotonic()
+            elif time.monotonic() - waiting_since > PATIENCE:
+                logger.warning("no worker: the cluster has no room for one that takes %s", self._takes)
+                waiting_since = time.monotonic()
+            for reference in done:
+                begun = reference in starting
+                worker, piece = (starting.pop(reference), None) if begun else running.pop(reference)
+                try:
+                    found = self._ray.get(reference)
+                except (self._ray.exceptions.RayActorError, self._ray.exceptions.OutOfMemoryError) as error:
+                    self._lose(worker, ready, error)
+                    if piece is not None:
+                        work.again(piece)
+                    continue
+                if begun:
+                    ready[worker] = 0
+                    continue
+                if worker in ready:
+                    ready[worker] -= 1
+                if isinstance(found, _Failure):
+                    raise found.as_error()
+                assert piece is not None
+                yield piece, found
+
+    def _lose(self, worker: Any, ready: dict[Any, int], error: Exception) -> None:
+        """Count a worker that is gone, once, and let another be started."""
+        ready.pop(worker, None)
+        if worker in self._all:
+            self._all.remove(worker)
+            self._ray.kill(worker, no_restart=True)
+            self.lost += 1
+            self._looked = 0.0
+            kind = "out of memory" if isinstance(error, self._ray.exceptions.OutOfMemoryError) else "gone"
+            logger.warning("a worker is lost (%s); others go on with its work", kind)
+
+    def _start(self) -> dict[Any, Any]:
+        """Start as many as there is room for by now; the reference that each is ready by, to the worker."""
+        if time.monotonic() - self._looked < LOOK_SECONDS and self._all:
+            return {}
+        self._looked = time.monotonic()
+        new = [self._kind.remote() for _ in range(self._room() - len(self._all))]
+        self._all += new
+        return {worker.ready.remote(): worker for worker in new}
+
+    def _room(self) -> int:
+        """How many workers the cluster has room for, one at least; not more than were asked for."""
+        has = self._ray.cluster_resources()
+        room = min(int(has.get(kind, 0) / self._takes[f"num_{kind.lower()}s"]) for kind in self._counted())
+        return max(1, min(room, self._options.workers or room))
+
+    def _counted(self) -> list[str]:
+        return [kind for kind in ("CPU", "GPU") if self._takes[f"num_{kind.lower()}s"]]
+
+    def _resources(self) -> dict[str, float]:
+        """What a worker takes, as Ray's options."""
+        gpus = self._options.gpus_per_worker
+        if gpus is None:
+            gpus = 1.0 if self._ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
+        return {"num_cpus": self._options.cpus_per_worker, "num_gpus": gpus}
+
+
+class _Queue:
+    """Pieces that are to be done: those that a lost worker had first."""
+
+    def __init__(self, pieces: Iterator[Any]) -> None:
+        self._pieces: Iterator[Any] = pieces
+        self._again: deque[Any] = deque()
+        self._lost: Counter[Any] = Counter()
+        self._more = True
+
+    @property
+    def over(self) -> bool:
+        """Whether all were taken."""
+        return not self._more and not self._again
+
+    def next(self) -> Any:
+        """The next piece; None where there is none by now."""
+        if self._again:
+            return self._again.popleft()
+        piece = next(self._pieces, None) if self._more else None
+        self._more = piece is not None
+        return piece
+
+    def again(self, piece: Any) -> None:
+        """Have a piece done again.
+
+        Raises:
+            RuntimeError: It was lost too often.
+        """
+        self._lost[piece] += 1
+        if self._lost[piece] >= TRIES:
+            raise RuntimeError(
+                f"{TRIES} workers were lost at the same work ({', '.join(map(str, piece))}): give each more memory, or "
+                "look into Ray's logs for what ends them"
+            )
+        self._again.append(piece)
+
+
+class _Failure:
+    """An error that a call has raised, on its way to whoever asked."""
+
+    def __init__(self, error: Exception, node: str) -> None:
+        self._kind: type[Exception] = type(error)
+        self._text = f"on node {node}: {error}"
+
+    def as_error(self) -> Exception:
+        """The error, of its kind where a text alone makes one."""
+        try:
+            return self._kind(self._text)
+        except TypeError:
+            return RuntimeError(f"{self._kind.__name__} {self._text}")
+
+
+class _Worker:
+    """What runs on the cluster."""
+
+    def __init__(self) -> None:
+        self._made: Callable[..., Any] | None = None
+
+    def ready(self) -> bool:
+        """Whether the process is there; what is to be made is made by the first call, whose errors are told."""
+        return True
+
+    def call(self, kept: list[Any], *piece: Any) -> Any:
+        """The result, or the failure.
+
+        Args:
+            kept: References to what makes the thing to call, and to its arguments. Kept in the
+                cluster once, they are fetched by the first call.
+            *piece: The arguments.
+        """
+        try:
+            if self._made is None:
+                make, *arguments = import_ray().get(kept)
+                self._made = make(*arguments)
+            return self._made(*piece)
+        except Exception as error:  # of whatever the call reads, encodes and writes
+            return _Failure(error, socket.gethostname())

@@ -1,0 +1,366 @@
+"""Work on a Ray cluster: the bytes of one process, whoever is killed meanwhile."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from typer.testing import CliRunner
+
+from evaluators import CollectionEvaluator
+from st_clp.cli import app
+from st_clp.data import Collection, CollectionError, Corpus, Document, MemoryCorpus
+from st_clp.encoding import EmbeddingStore, building, ray_encoding
+from st_clp.mining import MiningOptions, mine
+from st_clp.option_values import SettingsError
+from st_clp.options import ClusterOptions
+from st_clp.search import search_rows
+
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+pytest.importorskip("ray", reason="Ray is not installed: pip install 'st-clp[ray]'")
+import ray
+from ray.cluster_utils import Cluster
+
+WORDS = "river lake mountain city king queen book song red blue green water fire stone gold one two three".split()
+NUMBER = 2500  # documents: five windows
+ON = {"ray": "auto", "workers": 3}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """Three nodes of one core each, in this machine; this process is part of the cluster."""
+    # A lost node is noticed in two seconds in place of half a minute.
+    soon = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
+    head = {"num_cpus": 1, "include_dashboard": False, "_system_config": soon}
+    nodes = Cluster(initialize_head=True, head_node_args=head)
+    for _ in range(2):
+        nodes.add_node(num_cpus=1)
+    ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
+    yield nodes
+    ray.shutdown()
+    nodes.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part is one window; as one thread sums in another order than two, all use one."""
+    monkeypatch.setattr(ray_encoding, "PART_DOCUMENTS", 512)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def collection() -> Collection:
+    generator = random.Random(0)
+    documents = {f"d{n}": " ".join(generator.choices(WORDS, k=generator.randrange(1, 12))) for n in range(NUMBER)}
+    queries = {f"q{n}": " ".join(generator.choices(WORDS, k=3)) for n in range(20)}
+    judgments = {query_id: {f"d{generator.randrange(NUMBER)}": 1} for query_id in queries}
+    return Collection.from_dict(documents, queries, judgments, name="words")
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def expected(
+    collection: Collection, tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, bytes]:
+    """The store that one process makes."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("expected") / "store"
+    model = SentenceTransformer(str(tiny_model_path), device="cpu")
+    EmbeddingStore.build(model, collection, folder, show_progress_bar=False)
+    return content(folder)
+
+
+def test_the_store_has_the_bytes_of_one_process_and_nothing_is_left_beside_it(
+    cluster: Cluster,
+    collection: Collection,
+    tiny_model: SentenceTransformer,
+    expected: dict[str, bytes],
+    tmp_path: Path,
+) -> None:
+    built = EmbeddingStore.build(tiny_model, collection, tmp_path / "store", show_progress_bar=False, **ON)
+    assert content(tmp_path / "store") == expected
+    assert len(built) == NUMBER
+    assert {path.name for path in tmp_path.iterdir()} <= {"store", "store.lock"}
+
+
+def test_mining_and_evaluation_are_those_of_one_process(
+    cluster: Cluster, collection: Collection, tiny_model: SentenceTransformer, tmp_path: Path
+) -> None:
+    def mined(where: str, **on: Any) -> tuple[list[Any], dict[str, Any]]:
+        found = mine(
+            tiny_model,
+            collection,
+            MiningOptions(num_negatives=2, range_max=20),
+            store_dir=tmp_path / where,
+            show_progress_bar=False,
+            **on,
+        )
+        return found.rows, {k: v for k, v in found.account.to_dict().items() if k != "seconds"}
+
+    def evaluated(where: str, **on: Any) -> tuple[dict[str, float], bytes]:
+        evaluator = CollectionEvaluator(collection, store_dir=tmp_path / where, **on)
+        scores = evaluator(tiny_model)
+        evaluator.write_run(tmp_path / f"{where}.trec")
+        return scores, (tmp_path / f"{where}.trec").read_bytes()
+
+    assert mined("cluster", **ON) == mined("here")
+    assert evaluated("cluster 2", **ON) == evaluated("here 2")
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "euclidean"])
+def test_a_search_over_several_shards_finds_what_one_process_finds_ties_too(
+    cluster: Cluster, tiny_model: SentenceTransformer, tmp_path: Path, similarity: str
+) -> None:
+    generator = np.random.default_rng(0)
+    vectors = generator.integers(-2, 3, (150_000, tiny_model.get_embedding_dimension() or 0)).astype(np.float32)
+    vectors[140_000:] = vectors[:10_000]  # the same again in another shard
+    tiny_model.similarity_fn_name = similarity  # type: ignore[assignment]
+    folder = tmp_path / "store"
+    manifest = dict.fromkeys(("model", "task", "computed_in", "corpus", "corpus_fingerprint"), "x")
+    manifest |= {"dtype": "float32", "dim": vectors.shape[1]}  # type: ignore[dict-item]
+    building.start(folder, manifest)
+    files = building.ShardFiles(folder, manifest)
+    for begin in range(0, len(vectors), 50_000):
+        some = vectors[begin : begin + 50_000]
+        ids = [f"d{begin + place}" for place in range(len(some))]
+        files.add(ids, [building.text_key(name) for name in ids], some)
+    building.write_manifest(folder, {**manifest, "documents": len(vectors)})
+    store = EmbeddingStore.open(folder)
+    queries = vectors[::5000][:20]
+    here = search_rows(tiny_model, queries, store, 7)
+    there = search_rows(tiny_model, queries, store, 7, cluster=ClusterOptions(**ON))
+    for found, wanted in zip(there, here, strict=True):
+        assert np.array_equal(found, wanted)
+
+
+class SlowCorpus(MemoryCorpus):
+    """Takes a while to read, so that there is something to kill."""
+
+    def __iter__(self) -> Iterator[Document]:
+        for place, document in enumerate(super().__iter__()):
+            if place % 64 == 0:
+                time.sleep(0.02)
+            yield document
+
+
+def workers_of_ray() -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        line = " ".join(process.info["cmdline"] or [])
+        if line.startswith("ray::_Worker"):
+            found.append(process)
+    return found
+
+
+@pytest.mark.parametrize("round", range(3))
+def test_workers_killed_at_random_moments_cost_nothing(
+    cluster: Cluster,
+    collection: Collection,
+    tiny_model: SentenceTransformer,
+    expected: dict[str, bytes],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    round: int,
+) -> None:
+    generator = random.Random(round)
+    corpus = SlowCorpus("words", {d.doc_id: d.text for d in collection.corpus})
+    over = threading.Event()
+    killed = [0]
+
+    def kill() -> None:
+        while killed[0] < 6 and not over.wait(generator.uniform(0.2, 1.2)):
+            if workers := workers_of_ray():
+                generator.choice(workers).kill()
+                killed[0] += 1
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        EmbeddingStore.build(tiny_model, corpus, tmp_path / "store", show_progress_bar=False, **ON)
+    finally:
+        over.set()
+        killer.join()
+    assert killed[0] >= 1
+    assert content(tmp_path / "store") == expected
+    assert {path.name for path in tmp_path.iterdir()} <= {"store", "store.lock"}
+
+
+def test_a_node_that_is_lost_costs_nothing_and_one_that_comes_is_used(
+    cluster: Cluster,
+    collection: Collection,
+    tiny_model: SentenceTransformer,
+    expected: dict[str, bytes],
+    tmp_path: Path,
+) -> None:
+    corpus = SlowCorpus("words", {d.doc_id: d.text for d in collection.corpus})
+    node = cluster.add_node(num_cpus=1)
+    timer = threading.Timer(2.0, lambda: cluster.remove_node(node, allow_graceful=False))
+    timer.start()
+    EmbeddingStore.build(tiny_model, corpus, tmp_path / "store", show_progress_bar=False, ray="auto")
+    timer.join()
+    assert content(tmp_path / "store") == expected
+
+
+SCRIPT = """
+import sys
+import torch
+from sentence_transformers import SentenceTransformer
+from st_clp.data import Collection
+from st_clp.encoding import EmbeddingStore, ray_encoding
+torch.set_num_threads(1)
+ray_encoding.PART_DOCUMENTS = 512
+model = SentenceTransformer(sys.argv[1], device="cpu")
+collection = Collection.load(sys.argv[2], split="train")
+print("begins", flush=True)
+EmbeddingStore.build(model, collection, sys.argv[3], ray="local", workers=2, show_progress_bar=False)
+"""
+
+
+def write_beir(collection: Collection, folder: Path) -> Path:
+    import json
+
+    (folder / "qrels").mkdir(parents=True)
+    lines = [json.dumps({"_id": d.doc_id, "text": d.text}) for d in collection.corpus]
+    (folder / "corpus.jsonl").write_text("\n".join(lines) + "\n")
+    lines = [json.dumps({"_id": query_id, "text": text}) for query_id, text in collection.queries.items()]
+    (folder / "queries.jsonl").write_text("\n".join(lines) + "\n")
+    rows = [f"{q}\t{d}\t{g}" for q, grades in collection.judgments.items() for d, g in grades.items()]
+    (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\n" + "\n".join(rows) + "\n")
+    return folder
+
+
+def test_a_killed_driver_loses_nothing_and_one_process_goes_on_with_its_parts(
+    collection: Collection,
+    tiny_model: SentenceTransformer,
+    tiny_model_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = write_beir(collection, tmp_path / "collection")
+    read = Collection.load(str(source), split="train")
+    EmbeddingStore.build(tiny_model, read, tmp_path / "expected", show_progress_bar=False)
+    command = [sys.executable, "-c", SCRIPT, str(tiny_model_path), str(source), str(tmp_path / "store")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 120
+
+    def on_disk() -> int:
+        found = list(tmp_path.glob("store.partial*/**/shards.jsonl"))
+        return sum(len(path.read_bytes().splitlines()) for path in found if path.exists())
+
+    while on_disk() < 1 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert on_disk() >= 1 or (tmp_path / "store").exists()
+    EmbeddingStore.build(tiny_model, read, tmp_path / "store", show_progress_bar=False)
+    assert content(tmp_path / "store") == content(tmp_path / "expected")
+
+
+class BrokenCorpus(MemoryCorpus):
+    def __iter__(self) -> Iterator[Document]:
+        raise CollectionError("corpus.jsonl is not there")
+
+
+def test_what_goes_wrong_on_a_node_is_said_with_its_name(
+    cluster: Cluster, tiny_model: SentenceTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus: Corpus = MemoryCorpus("bad", {"d1": "a river", "d2": "half \ud800 a character"})
+    with pytest.raises(CollectionError, match=r"on node .*: bad: document 'd2' is no valid text"):
+        EmbeddingStore.build(tiny_model, corpus, tmp_path / "store", show_progress_bar=False, **ON)
+
+
+def test_wrong_use_is_said_before_anything_is_done(
+    tiny_model: SentenceTransformer, collection: Collection, tmp_path: Path
+) -> None:
+    with pytest.raises(SettingsError, match="give store_dir"):
+        mine(tiny_model, collection, ray="auto")
+    with pytest.raises(SettingsError, match="give store_dir"):
+        CollectionEvaluator(collection, ray="auto")
+    with pytest.raises(SettingsError, match=r"workers and gpus_per_worker are for a Ray cluster"):
+        mine(tiny_model, collection, workers=2)
+
+
+NOWHERE = """
+import sys
+sys.modules["ray"] = None if sys.argv[1] == "missing" else sys.modules.get("ray")
+if sys.argv[1] != "missing": del sys.modules["ray"]
+from st_clp.distributed import connect
+from st_clp.options import ClusterOptions
+try:
+    connect(ClusterOptions(ray="127.0.0.1:1"))
+except (ModuleNotFoundError, ValueError) as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("missing", "ModuleNotFoundError working on a cluster needs Ray: pip install 'st-clp[ray]'"),
+        ("nowhere", "SettingsError ray: there is no Ray cluster at '127.0.0.1:1'"),
+    ],
+)
+def test_no_ray_and_no_cluster_say_what_to_do(what: str, message: str) -> None:
+    done = subprocess.run([sys.executable, "-c", NOWHERE, what], capture_output=True, text=True, timeout=120)
+    assert message in done.stdout
+
+
+LISTENING = """
+import json, os, psutil
+from st_clp.distributed import connect
+from st_clp.options import ClusterOptions
+ray = connect(ClusterOptions(ray="local"))
+ray.get(ray.remote(lambda: 1).remote())
+own = [psutil.Process(), *psutil.Process().children(recursive=True)]
+raylet = [p for p in psutil.process_iter(["cmdline"]) if "raylet" in " ".join(p.info["cmdline"] or [])]
+found = {c.laddr.ip for p in own for c in p.net_connections() if c.status == psutil.CONN_LISTEN}
+print(json.dumps(sorted(found)))
+"""
+
+
+def test_a_local_cluster_listens_on_the_loopback_address_alone() -> None:
+    import json
+
+    done = subprocess.run([sys.executable, "-c", LISTENING], capture_output=True, text=True, timeout=120)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found
+    assert set(found) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+def test_the_command_line_builds_a_store_and_evaluates_from_it_on_the_cluster(
+    cluster: Cluster, collection: Collection, tiny_model_path: Path, tmp_path: Path, run_command: Callable[..., str]
+) -> None:
+    source = write_beir(collection, tmp_path / "collection")
+    common = ["--model", str(tiny_model_path), "--collection", str(source), "--ray", "auto", "--workers", "2"]
+    text = run_command("store", "build", *common, "--output", str(tmp_path / "stores"))
+    assert "2,500 documents" in text
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "stores").rglob("embeddings.bin")}
+    command = ["mine", *common, "--output", str(tmp_path / "out"), "--store", str(tmp_path / "stores")]
+    run_command(*command, "--num-negatives", "1", "--range-max", "5")
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.fixture
+def run_command() -> Callable[..., str]:
+    def run(*arguments: str) -> str:
+        result = CliRunner().invoke(app, list(arguments))
+        assert result.exit_code == 0, result.output
+        return " ".join(result.output.split())
+
+    return run
