@@ -104,11 +104,11 @@ FLOATS = [item.name for item in fields(RunSettings) if str(item.type).startswith
 
 @pytest.mark.parametrize("name", FLOATS)
 def test_a_float_is_a_finite_number_however_it_is_written(name: str) -> None:
-    prices = {"query_price_prompt": 1, "query_price_completion": 1}
+    needed = {"query_price_prompt": 1, "query_price_completion": 1, "ray": "auto"}
     for bad in (float("inf"), float("nan"), "-inf", "nan"):
         with pytest.raises(SettingsError, match=f"{name} must be a finite number"):
-            RunSettings.from_dict({**prices, name: bad})
-    assert getattr(RunSettings.from_dict({**prices, name: "2e-5"}), name) == 2e-5
+            RunSettings.from_dict({**needed, name: bad})
+    assert getattr(RunSettings.from_dict({**needed, name: "2e-5"}), name) == 2e-5
 
 
 def test_yaml_and_its_words_are_read_as_they_are_meant(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 
 from st_clp.encoding import EmbeddingStore
-from st_clp.search import exact, pair_scores, search
+from st_clp.search import pair_scores, search, top_k
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -114,7 +114,7 @@ def test_blocks_of_queries_are_joined_in_order(
     tiny_model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny_model.similarity_fn_name = "euclidean"
-    monkeypatch.setattr(exact, "QUERY_BLOCK", 3)
+    monkeypatch.setattr(top_k, "QUERY_BLOCK", 3)
     matrix = np.random.default_rng(0).normal(size=(20, 8)).astype(np.float32)
     _, ids = search(tiny_model, matrix, EmbeddingStore([f"d{i}" for i in range(20)], matrix), 1)
     assert [found[0] for found in ids] == [f"d{i}" for i in range(20)]
