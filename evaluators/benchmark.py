@@ -14,11 +14,11 @@ from sentence_transformers import SentenceTransformer
 
 from evaluators.base import EvaluationCall, RetrievalEvaluator
 from evaluators.collection import CollectionEvaluator, ReferenceRun
-from evaluators.metrics import DEFAULT_METRICS, QueryScores, mean_scores
+from evaluators.metrics import QueryScores, mean_scores
 from evaluators.runs import Run, file_part
 from st_clp.data import Collection, CollectionError
 from st_clp.declaring import shows, takes
-from st_clp.options import EvaluationOptions
+from st_clp.options import DEFAULT_METRICS, EvaluationOptions
 
 Datasets = Mapping[str, "Collection | Mapping[str, Collection]"]
 

@@ -12,13 +12,13 @@ from typing import Any
 from sentence_transformers import SentenceTransformer
 
 from evaluators.base import EvaluationCall, RetrievalEvaluator
-from evaluators.metrics import DEFAULT_METRICS, QueryScores, mean_scores, score_queries
+from evaluators.metrics import QueryScores, mean_scores, score_queries
 from evaluators.runs import Run, cut_run, file_part, make_run, ranked, read_run, without_identical_ids, write_run
 from st_clp.data import Collection, CollectionError, Corpus, MemoryCorpus
 from st_clp.declaring import shows, takes
 from st_clp.encoding import EmbeddingStore, computed_precision
 from st_clp.encoding.working_model import Task
-from st_clp.options import Encoding, EvaluationOptions
+from st_clp.options import DEFAULT_METRICS, Encoding, EvaluationOptions
 from st_clp.search import search
 
 ReferenceRun = str | os.PathLike[str] | Mapping[str, Mapping[str, float]]

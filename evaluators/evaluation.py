@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import datetime
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
@@ -18,13 +17,12 @@ from typing import Any
 
 from evaluators.metrics import Judgments, QueryScores
 from evaluators.runs import Run, file_part, read_run, write_run
-from st_clp.files import read_json, require_field, whole_file, write_json
+from st_clp.files import read_json, require_field, versions, whole_file, write_json
 
 MANIFEST = "evaluation.json"
 FORMAT = 1
 REMEDY = "evaluate again"
 UNKNOWN_PRECISION = "unknown"
-PACKAGES = ("st-clp", "sentence-transformers", "transformers", "torch", "faiss-cpu", "pytrec-eval-terrier")
 
 
 class EvaluationError(ValueError):
@@ -196,7 +194,7 @@ def write_evaluation(
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "metrics": metrics,
         "settings": dict(settings),
-        "versions": _versions(),
+        "versions": versions("pytrec-eval-terrier"),
         "collections": {key: {k: v for k, v in vars(found).items() if k != "key"} for key, found in results.items()},
     }
     write_json(path / MANIFEST, manifest)
@@ -294,13 +292,3 @@ def _score(text: str) -> float:
     if not math.isfinite(score):
         raise ValueError(f"a score of {text}")
     return score
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -13,8 +13,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from st_clp.data.checks import require_scorable_ids
-
-DEFAULT_METRICS = ("ndcg@10", "ndcg@5", "recall@100", "mrr@10")
+from st_clp.options import DEFAULT_METRICS
 
 # What a metric is called here -> trec_eval's measure. All but the last are cut at k by trec_eval itself.
 TREC_MEASURES = {"ndcg": "ndcg_cut", "recall": "recall", "map": "map_cut", "precision": "P", "mrr": "recip_rank"}

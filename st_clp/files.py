@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import os
+import platform
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -13,6 +15,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import yaml
+
+import st_clp
 
 try:
     import fcntl
@@ -314,3 +318,20 @@ def parse(text: str) -> Any:
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         # A value that looks like a date or a number and is none, such as 2026-13-01, or a tag with the wrong content.
         raise ValueError(f"a value that cannot be read ({error})") from error
+
+
+# What figures may depend on.
+PACKAGES = ("sentence-transformers", "transformers", "torch", "faiss-cpu", "beir", "ir-datasets", "datasets")
+
+
+def versions(*further: str) -> dict[str, str]:
+    """The versions of st-clp, Python and all that figures may depend on; what is not installed is absent.
+
+    Args:
+        *further: More packages.
+    """
+    found = {"st-clp": st_clp.__version__, "python": platform.python_version()}
+    for package in (*PACKAGES, *further):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found

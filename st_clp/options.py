@@ -22,6 +22,8 @@ PenaltyKind = Literal["cosine", "contrastive"]
 Projection = Literal["intermediate", "output", "feed_forward"]
 Trained = Literal["moe", "intermediate", "output", "router", "all"]
 
+DEFAULT_METRICS = ("ndcg@10", "ndcg@5", "recall@100", "mrr@10")  # the main one first
+
 QuerySettingsT = TypeVar("QuerySettingsT", bound="QuerySettings")
 
 

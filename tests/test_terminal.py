@@ -11,10 +11,11 @@ from rich.table import Table
 from typer.testing import CliRunner
 
 from st_clp import cli
-from st_clp.run.report import METRICS, print_scores, short_names
+from st_clp.options import DEFAULT_METRICS
+from st_clp.run.report import print_scores, short_names
 from st_clp.terminal import NARROWEST, new_console, print_whole, show_what_can_be_shown
 
-SCORES = dict.fromkeys(METRICS, 0.1234)
+SCORES = dict.fromkeys(DEFAULT_METRICS, 0.1234)
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "latin-1", "utf-8"])
@@ -26,7 +27,7 @@ def test_what_the_encoding_lacks_is_replaced(monkeypatch: pytest.MonkeyPatch, en
     print("half a surrogate \ud800")
     sys.stdout.flush()
     text = written.getvalue().decode(encoding)
-    assert text.count(".123 → .123" if encoding == "utf-8" else ".123 -> .123") == len(METRICS)
+    assert text.count(".123 → .123" if encoding == "utf-8" else ".123 -> .123") == len(DEFAULT_METRICS)
     assert ("한국어" in text) == (encoding == "utf-8")
     assert "half a surrogate ?" in text
 
@@ -47,7 +48,7 @@ def test_no_width_cuts_off_a_figure(width: int) -> None:
     written = io.StringIO()
     print_scores(new_console(file=written, width=width), {name: SCORES}, {name: SCORES})
     lines = written.getvalue().splitlines()
-    assert written.getvalue().count(".123 → .123") == len(METRICS)
+    assert written.getvalue().count(".123 → .123") == len(DEFAULT_METRICS)
     assert max(map(len, lines)) <= max(80, width)
     # what is folded is all there, and no markup
     assert "".join(line.split("│")[1].strip() for line in lines if line.startswith("│")) == short_names([name])[name]

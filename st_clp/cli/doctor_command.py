@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from st_clp.cli.settings_command import with_error_messages
+from st_clp.files import versions
 from st_clp.terminal import new_console
 
 HUB_SECONDS = 5.0
@@ -37,19 +38,13 @@ def doctor() -> None:
 
 
 def _versions() -> Iterator[tuple[str, str]]:
-    import importlib.metadata
     import platform
 
-    from st_clp.run.report import versions
-
-    found = versions()
+    further = ("accelerate", "peft", "bm25s", "openai", "matplotlib", "ray", "mteb")
+    found = versions(*further)
     yield from found.items()
     yield "system", platform.platform()
-    for package in ("accelerate", "peft", "bm25s", "openai", "matplotlib", "mteb"):
-        try:
-            yield package, importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            yield package, "not installed"
+    yield from ((package, "not installed") for package in further if package not in found)
 
 
 def _devices() -> Iterator[tuple[str, str]]:

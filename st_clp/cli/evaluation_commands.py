@@ -23,7 +23,14 @@ from st_clp.cli.settings_command import (
 )
 from st_clp.declaring import names_of
 from st_clp.files import read_json, whole_file
-from st_clp.options import ClusterOptions, DataOptions, EncodingOptions, EvaluationOptions, OwnDocumentOption
+from st_clp.options import (
+    DEFAULT_METRICS,
+    ClusterOptions,
+    DataOptions,
+    EncodingOptions,
+    EvaluationOptions,
+    OwnDocumentOption,
+)
 from st_clp.terminal import NARROWEST, new_console, print_whole
 
 if TYPE_CHECKING:
@@ -31,8 +38,6 @@ if TYPE_CHECKING:
     from evaluators.evaluation import Evaluation
     from st_clp.data import Collection
 
-
-DEFAULT_METRICS = ["ndcg@10", "ndcg@5", "recall@100", "mrr@10"]
 
 EVALUATE_HELP = """Evaluate a model's retrieval, language by language.
 
@@ -130,7 +135,7 @@ def _evaluate(
     }
     if pool:
         options["reference_runs"] = dict(zip(collections, pool, strict=True))
-    evaluator = _evaluator(collections, metric or DEFAULT_METRICS, options)
+    evaluator = _evaluator(collections, list(metric or DEFAULT_METRICS), options)
     loaded = None
     if from_run:
         for part, file in zip(evaluator.parts.values(), from_run, strict=True):

@@ -22,18 +22,18 @@ from evaluators.base import EvaluationCall, save_parts
 from evaluators.collection import distinct_names
 from evaluators.evaluation import MANIFEST as EVALUATION
 from st_clp.data import Collection
-from st_clp.files import write_json
+from st_clp.files import versions, write_json
 from st_clp.mining import mine
 from st_clp.mining.rows import TrainingRow, read_rows, to_dataset, write_rows
 from st_clp.moe import expert_usage, is_moe, load
-from st_clp.options import HERE, Encoding, EvaluationOptions, MiningOptions, QueryOptions
+from st_clp.options import DEFAULT_METRICS, HERE, Encoding, EvaluationOptions, MiningOptions, QueryOptions
 from st_clp.queries import make_chain
 from st_clp.refresh import AnceCallback, plot_refreshes
 from st_clp.run.averaging import ChosenShare, WeightAverage, choose_share, hold_out
 from st_clp.run.folder import EVALUATE_AFTER, EVALUATE_BEFORE, MINE, STAGES, TRAIN, RunDirectory, slug
 from st_clp.run.forecast import Forecast, forecast, is_trifle, print_forecast
 from st_clp.run.modelling import load_base_model, load_cross_encoder, model_name, prepare_model
-from st_clp.run.report import METRICS, machine, print_scores, versions, write_card
+from st_clp.run.report import machine, print_scores, write_card
 from st_clp.run.splits import load_collections
 from st_clp.run.training import check_training_arguments, make_refresh, make_trainer
 from st_clp.settings import RunSettings, SettingsError
@@ -223,7 +223,7 @@ class _Run:
                 evaluator = CollectionEvaluator(
                     collection,
                     name,
-                    metrics=METRICS,
+                    metrics=DEFAULT_METRICS,
                     store_dir=self.directory.store(when, collection.corpus_name),
                     options=EvaluationOptions.of(self.settings, write_csv=False),
                 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,29 +12,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-import st_clp
 from st_clp.files import write_text
+from st_clp.options import DEFAULT_METRICS
 from st_clp.settings import RunSettings
 from st_clp.terminal import NARROWEST, print_whole
 
-PACKAGES = ("sentence-transformers", "transformers", "torch", "faiss-cpu", "beir", "ir-datasets", "datasets")
-METRICS = ("ndcg@10", "ndcg@5", "recall@100", "mrr@10")
 TITLES = {"ndcg@10": "nDCG@10", "ndcg@5": "nDCG@5", "recall@100": "Recall@100", "mrr@10": "MRR@10"}
 
 Scores = Mapping[str, Mapping[str, float]]
 
 HEADING = "## How it was fine-tuned"  # of our part of the model card
-
-
-def versions() -> dict[str, str]:
-    """The versions of everything that the figures depend on."""
-    found = {"st-clp": st_clp.__version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def machine() -> dict[str, Any]:
@@ -55,7 +41,7 @@ def score_rows(before: Scores, after: Scores) -> list[list[str]]:
     names: list[str | None] = list(after)
     for name in [*names, *([None] if len(names) > 1 else [])]:
         cells = [name or "mean"]
-        for metric in METRICS:
+        for metric in DEFAULT_METRICS:
             old = mean_score(before, metric) if name is None else before[name][metric]
             new = mean_score(after, metric) if name is None else after[name][metric]
             cells.append(f"{old:.3f} → {new:.3f}")
@@ -78,7 +64,7 @@ def print_scores(console: Console, before: Scores, after: Scores) -> None:
     """The table on the terminal."""
     table = Table(title="Before → after fine-tuning", title_justify="left", title_style="bold")
     table.add_column("collection", overflow="fold", min_width=NARROWEST)
-    for metric in METRICS:
+    for metric in DEFAULT_METRICS:
         table.add_column(TITLES[metric], justify="right", no_wrap=True)
     rows = score_rows(before, after)
     shown = short_names(list(after))
@@ -125,7 +111,7 @@ def write_card(
             metric_value=values[metric],
         )
         for name, values in report["scores"]["after"].items()
-        for metric in METRICS
+        for metric in DEFAULT_METRICS
     ]
     section = _card_section(settings, report)
     head, separator, rest = card.text.partition("\n## Model Details")
@@ -168,8 +154,8 @@ def _card_section(settings: RunSettings, report: Mapping[str, Any]) -> str:
         "",
         "Scores before → after:",
         "",
-        "| collection | " + " | ".join(TITLES[metric] for metric in METRICS) + " |",
-        "|---|" + "---|" * len(METRICS),
+        "| collection | " + " | ".join(TITLES[metric] for metric in DEFAULT_METRICS) + " |",
+        "|---|" + "---|" * len(DEFAULT_METRICS),
     ]
     rows = score_rows(report["scores"]["before"], report["scores"]["after"])
     lines += ["| " + " | ".join(row) + " |" for row in rows]

@@ -24,7 +24,7 @@ from st_clp.data import Collection
 from st_clp.files import read_json, whole_file, write_json
 from st_clp.mining import TrainingRow, mine
 from st_clp.mining.rows import read_rows, write_rows
-from st_clp.options import HERE, Encoding, EvaluationOptions, MiningOptions, QueryOptions
+from st_clp.options import DEFAULT_METRICS, HERE, Encoding, EvaluationOptions, MiningOptions, QueryOptions
 from st_clp.queries import make_chain
 from st_clp.run.ablation.loop import SharedWeights, Trained, train
 from st_clp.run.ablation.table import AblationTable, Cell, make_table
@@ -32,7 +32,6 @@ from st_clp.run.ablation.variants import BASE, Variant, default_variants, with_r
 from st_clp.run.averaging import METRIC, WeightAverage, choose_share, evaluators_of, hold_out
 from st_clp.run.folder import slug
 from st_clp.run.modelling import load_base_model, load_cross_encoder
-from st_clp.run.report import METRICS
 from st_clp.run.splits import load_collections
 from st_clp.settings import RunSettings, SettingsError
 from st_clp.terminal import duration, new_console
@@ -171,7 +170,7 @@ class Ablation:
         with EvaluationCall(model, corpora, show_progress_bar=True) as call:
             for name, collection in zip(self.names, self.evaluate, strict=True):
                 store = self._store(collection) if stored else None
-                part = CollectionEvaluator(collection, name, METRICS, store_dir=store, options=self._options)
+                part = CollectionEvaluator(collection, name, DEFAULT_METRICS, store_dir=store, options=self._options)
                 part.evaluate_in(call)
                 parts[name] = part
         save_parts(folder, parts, model_name=title, model=model, dtype=self.settings.encode_dtype)
