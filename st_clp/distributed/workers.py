@@ -75,16 +75,16 @@ class Workers:
 
         Raises:
             Exception: What a call has raised, with the name of the node that it was on.
-            RuntimeError: Five workers were lost, one after the other, at the same piece.
+            RuntimeError: Five workers were lost at the same piece, or could not be started.
         """
         work = _Queue(pieces)
         ready: dict[Any, int] = {}  # worker to how many pieces it has in hand
         starting: dict[Any, Any] = {}
         running: dict[Any, tuple[Any, Piece]] = {}
-        waiting_since = time.monotonic()
+        waiting_since, failed_starts = time.monotonic(), 0
         while True:
             starting.update(self._start())
-            for worker in [worker for worker, held in ready.items() for _ in range(IN_HAND - held)]:
+            while ready and ready[worker := min(ready, key=ready.__getitem__)] < IN_HAND:
                 if (piece := work.next()) is None:
                     break
                 running[worker.call.remote(self._kept, *piece)] = worker, piece
@@ -106,9 +106,11 @@ class Workers:
                     self._lose(worker, ready, error)
                     if piece is not None:
                         work.again(piece)
+                    elif (failed_starts := failed_starts + 1) >= TRIES:
+                        raise RuntimeError(f"workers cannot be started on the cluster: {error}") from error
                     continue
                 if begun:
-                    ready[worker] = 0
+                    ready[worker] = failed_starts = 0
                     continue
                 if worker in ready:
                     ready[worker] -= 1
@@ -220,8 +222,7 @@ class _Worker:
         """The result, or the failure.
 
         Args:
-            kept: References to what makes the thing to call, and to its arguments. Kept in the
-                cluster once, they are fetched by the first call.
+            kept: References to what makes the thing to call, and to its arguments; the first call fetches them.
             *piece: The arguments.
         """
         try:
