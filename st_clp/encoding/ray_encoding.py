@@ -38,6 +38,10 @@ class ClusterBuilder(Builder):
     """Encodes on the cluster that the encoding names; the arguments are those of :class:`Builder`."""
 
     def _finish(self, folder: Path, manifest: dict[str, Any], known: KnownEmbeddings | None) -> None:
+        expected = self._corpus.expected_size()
+        if expected is not None and expected <= PART_DOCUMENTS:
+            super()._finish(folder, manifest, known)  # done before a worker is there
+            return
         files = self._begin(folder, manifest)
         parts = folder.with_name(folder.name + PARTS)
         with self._progress() as progress:

@@ -42,15 +42,6 @@ def differences(folder: Path, expected: Path) -> list[str]:
     return wrong
 
 
-def claims_in(folder: Path) -> set[tuple[str, str]]:
-    """(document, process) of what was being worked on in the stores of queries below a folder."""
-    found: set[tuple[str, str]] = set()
-    for store in folder.rglob("*.sqlite"):
-        with contextlib.suppress(sqlite3.Error):  # not made to its end
-            found |= {(document, owner) for *_, document, owner in _queries_in(store)["claims"]}
-    return found
-
-
 def _content_of(path: Path) -> bytes | str:
     """What a file says: its bytes, but for times, and for how SQLite lays out its pages."""
     if path.suffix == ".sqlite":
