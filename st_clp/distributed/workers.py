@@ -99,10 +99,16 @@ class Workers:
                 waiting_since = time.monotonic()
             for reference in done:
                 begun = reference in starting
-                worker, piece = (starting.pop(reference), None) if begun else running.pop(reference)
+                worker = starting[reference] if begun else running[reference][0]
+                # Of the pieces in its hand a worker does the first.
+                doing = next((held for of, held in running.values() if of is worker), None)
+                piece = None if begun else running.pop(reference)[1]
+                starting.pop(reference, None)
                 try:
                     found = self._ray.get(reference)
                 except (self._ray.exceptions.RayActorError, self._ray.exceptions.OutOfMemoryError) as error:
+                    if worker in self._all and doing is not None:
+                        work.blame(doing)
                     self._lose(worker, ready, error)
                     if piece is not None:
                         work.again(piece)
@@ -179,10 +185,14 @@ class _Queue:
         return piece
 
     def again(self, piece: Any) -> None:
-        """Have a piece done again.
+        """Have a piece done again."""
+        self._again.append(piece)
+
+    def blame(self, piece: Any) -> None:
+        """Count that a worker was lost while it did this piece.
 
         Raises:
-            RuntimeError: It was lost too often.
+            RuntimeError: Too many were.
         """
         self._lost[piece] += 1
         if self._lost[piece] >= TRIES:
@@ -190,7 +200,6 @@ class _Queue:
                 f"{TRIES} workers were lost at the same work ({', '.join(map(str, piece))}): give each more memory, or "
                 "look into Ray's logs for what ends them"
             )
-        self._again.append(piece)
 
 
 class _Failure:
