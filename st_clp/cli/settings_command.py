@@ -44,6 +44,9 @@ def with_error_messages(command: Callable[P, None]) -> Callable[P, None]:
     @functools.wraps(command)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
         console = new_console(stderr=True, soft_wrap=True)
+        # The advice is for this command: what another one in the same process has left is no matter.
+        under_way.clear()
+        after_a_stop.clear()
         try:
             _require_unicode(kwargs.values())
             command(*args, **kwargs)
@@ -63,10 +66,6 @@ def with_error_messages(command: Callable[P, None]) -> Callable[P, None]:
             advice = escape(_resume_advice())
             console.print(f"[red]Error:[/red] No space left on the disk; make room. {advice}".rstrip())
             raise typer.Exit(1) from None
-        finally:
-            # The advice is for this command: another one in the same process is to begin without it.
-            under_way.clear()
-            after_a_stop.clear()
 
     return guarded
 
