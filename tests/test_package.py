@@ -49,6 +49,13 @@ def test_loss_and_mixture_work_where_faiss_beir_and_ir_datasets_are_missing(tiny
     assert found["loss"] > 0
 
 
+def test_the_process_that_mines_beside_listens_before_it_reads_libraries() -> None:
+    found = in_fresh_process(
+        "import json, sys; from st_clp.refresh.worker import main; print(json.dumps({'modules': sorted(sys.modules)}))"
+    )
+    assert not {"torch", "numpy", "transformers", "sentence_transformers", "datasets"} & set(found["modules"])
+
+
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'CLPLos'"):
         _ = st_clp.CLPLos

@@ -1,6 +1,24 @@
-"""Hard negatives that keep up with the model: mined anew while training goes on."""
+"""Hard negatives that keep up with the model: mined anew while training goes on.
 
-from st_clp.refresh.callback import AnceCallback
-from st_clp.refresh.history import plot_refreshes
+The names are loaded when they are first used: the process that mines beside the training is to listen before it has
+read its libraries.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from st_clp.refresh.callback import AnceCallback
+    from st_clp.refresh.history import plot_refreshes
 
 __all__ = ["AnceCallback", "plot_refreshes"]
+
+_HOMES = {"AnceCallback": "callback", "plot_refreshes": "history"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,192 +1,32 @@
-"""Mining while training goes on: snapshots of the model, and the process that mines them."""
+"""Mining while training goes on: in this process, or in one beside it that is handed snapshots of the model."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import os
 import pickle
-import random
 import shutil
 import struct
 import subprocess
 import sys
-import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from queue import Queue
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Transformer
-from torch import nn
 
 from st_clp.data import Collection
-from st_clp.files import whole_file
 from st_clp.options import MiningOptions
 from st_clp.refresh.rows_in_use import Layout, is_whole, mine_generation
+from st_clp.refresh.snapshot import detached_copy, random_state_kept, skeleton, write_frozen, write_trained
+from st_clp.refresh.worker import Job
 
-
-def detached_copy(model: SentenceTransformer) -> SentenceTransformer:
-    """A copy to mine with, in evaluation mode, that leaves nothing of it in the model that is trained.
-
-    Neither training mode, nor what a mixture of experts counts, nor the precision that the Trainer wraps around
-    ``forward`` is touched. What does not train is shared, not copied.
-    """
-    return _copy(model, {id(p): p for p in model.parameters() if not p.requires_grad}).eval()
-
-
-def skeleton(model: SentenceTransformer) -> SentenceTransformer:
-    """A copy without weights, which another process can be sent; :func:`fill` gives it weights."""
-    empty = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
-    copied = _copy(model, empty).eval()
-    for module in copied.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.cpu())
-    return copied
-
-
-def _copy(model: SentenceTransformer, shared: dict[int, Any]) -> SentenceTransformer:
-    # The card holds the data that are trained on; tokenizers are only read.
-    card = type(model.model_card_data)()
-    kept = [module.processor for module in model.modules() if isinstance(module, Transformer)]
-    memo = {**shared, id(model.model_card_data): card, **{id(item): item for item in kept}}
-    copied = copy.deepcopy(model, memo=memo)
-    for module in copied.modules():
-        # The Trainer's mixed precision sits on the instance, over the class's own method.
-        for name in ("forward", "_original_forward"):
-            module.__dict__.pop(name, None)
-    return copied
-
-
-def write_frozen(model: SentenceTransformer, path: Path) -> None:
-    """Write the weights that do not train."""
-    trained = _trained_names(model)
-    _write(path, {name: tensor for name, tensor in model.state_dict().items() if name not in trained})
-
-
-def write_trained(model: SentenceTransformer, path: Path) -> None:
-    """Write the weights that train, and the buffers, which change too."""
-    trained = _trained_names(model)
-    _write(path, {name: tensor for name, tensor in model.state_dict().items() if name in trained})
-
-
-def fill(model: SentenceTransformer, *paths: Path) -> None:
-    """Give a :func:`skeleton` the weights in these files.
-
-    Raises:
-        ValueError: Some weight is in none of them.
-    """
-    for path in paths:
-        model.load_state_dict(load_file(path), strict=False, assign=True)
-    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if missing:
-        raise ValueError(f"the snapshot lacks {len(missing)} of the model's weights, {missing[0]} among them")
-
-
-@contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Leave the random numbers of the training as they are, whatever is drawn meanwhile."""
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
-
-
-def _trained_names(model: SentenceTransformer) -> set[str]:
-    frozen = {name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
-    return set(model.state_dict()) - frozen
-
-
-def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    # Tied weights share their memory, which safetensors refuses; each name gets a copy.
-    copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    with whole_file(path, "wb") as file:
-        save_file(copies, file.name)
-
-
-NICENESS = 10  # it takes the processor's time that training leaves
-
-
-@dataclass
-class Job:
-    """What stays the same over the refreshes.
-
-    Attributes:
-        model: The model without weights.
-        frozen: The file with the weights that do not train.
-        collections: Collection name to collection.
-        options: What to mine.
-        mining: Further arguments of ``mine``.
-        device: What to mine on.
-        threads: How many threads to use on a processor.
-        stores: Folder for the embeddings.
-    """
-
-    model: Any
-    frozen: Path
-    collections: dict[str, Any]
-    options: Any
-    mining: dict[str, Any]
-    device: str
-    threads: int
-    stores: Path
-
-
-def main() -> None:
-    """Read a job, then mine each snapshot that is named, a line of JSON each."""
-    stream = sys.stdin.buffer
-    # Read at once and understood later: the training waits for the first and not for the second.
-    (length,) = struct.unpack("!Q", stream.read(8))
-    content = stream.read(length)
-    commands: Queue[bytes] = Queue()
-
-    def listen() -> None:
-        for line in iter(stream.readline, b""):
-            commands.put(line)
-        os._exit(0)  # whoever asked is gone
-
-    threading.Thread(target=listen, daemon=True).start()
-    if hasattr(os, "nice"):
-        os.nice(NICENESS)
-    import torch
-
-    # From the training process itself, by a pipe: nobody else can have written it.
-    job: Job = pickle.loads(content)
-    torch.set_num_threads(job.threads)
-    while True:
-        _mine(job, {name: Path(path) for name, path in json.loads(commands.get()).items()})
-
-
-def _mine(job: Job, command: dict[str, Path]) -> None:
-    from st_clp.refresh.mining_process import fill
-    from st_clp.refresh.rows_in_use import mine_generation
-
-    fill(job.model, job.frozen, command["snapshot"])
-    mine_generation(
-        job.model.to(job.device),
-        job.collections,
-        job.options,
-        job.mining,
-        previous=command["previous"],
-        folder=command["folder"],
-        stores=job.stores,
-    )
-
-
-_START = "from st_clp.refresh.mining_process import main; main()"
+_START = "from st_clp.refresh.worker import main; main()"
 _TAIL = 2000  # characters of its log that a failure quotes
 
 

@@ -251,7 +251,7 @@ def test_another_process_gets_the_same_model_from_its_trained_weights_alone(
 
     from safetensors.torch import load_file
 
-    from st_clp.refresh import mining_process as snapshot
+    from st_clp.refresh import snapshot
 
     model = change(tiny_model)
     sent = pickle.dumps(snapshot.skeleton(model))

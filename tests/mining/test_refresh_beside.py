@@ -30,7 +30,7 @@ def mining_processes() -> list[int]:
     for path in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent == os.getpid() and "refresh.mining_process" in (path / "cmdline").read_text():
+            if parent == os.getpid() and "refresh.worker" in (path / "cmdline").read_text():
                 found.append(int(path.name))
         except (OSError, ValueError):
             continue
