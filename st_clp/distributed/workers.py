@@ -100,21 +100,24 @@ class Workers:
             for reference in done:
                 begun = reference in starting
                 worker = starting[reference] if begun else running[reference][0]
-                # Of the pieces in its hand a worker does the first.
-                doing = next((held for of, held in running.values() if of is worker), None)
-                piece = None if begun else running.pop(reference)[1]
-                starting.pop(reference, None)
+                piece = None if begun else running[reference][1]
                 try:
                     found = self._ray.get(reference)
                 except (self._ray.exceptions.RayActorError, self._ray.exceptions.OutOfMemoryError) as error:
-                    if worker in self._all and doing is not None:
-                        work.blame(doing)
+                    if worker in self._all and not begun:
+                        # Of the pieces in its hand it did the first, but for what it had done already.
+                        held = (at for at, (of, _) in running.items() if of is worker)
+                        work.blame(running[next(at for at in held if not self._is_done(at))][1])
                     self._lose(worker, ready, error)
+                    starting.pop(reference, None)
+                    running.pop(reference, None)
                     if piece is not None:
                         work.again(piece)
                     elif (failed_starts := failed_starts + 1) >= TRIES:
                         raise RuntimeError(f"workers cannot be started on the cluster: {error}") from error
                     continue
+                starting.pop(reference, None)
+                running.pop(reference, None)
                 if begun:
                     ready[worker] = failed_starts = 0
                     continue
@@ -124,6 +127,14 @@ class Workers:
                     raise found.as_error()
                 assert piece is not None
                 yield piece, found
+
+    def _is_done(self, reference: Any) -> bool:
+        """Whether a worker that is lost had finished this."""
+        try:
+            self._ray.get(reference)
+        except (self._ray.exceptions.RayActorError, self._ray.exceptions.OutOfMemoryError):
+            return False
+        return True
 
     def _lose(self, worker: Any, ready: dict[Any, int], error: Exception) -> None:
         """Count a worker that is gone, once, and let another be started."""
@@ -156,10 +167,14 @@ class Workers:
 
     def _resources(self) -> dict[str, float]:
         """What a worker takes, as Ray's options."""
-        gpus = self._options.gpus_per_worker
-        if gpus is None:
-            gpus = 1.0 if self._ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
-        return {"num_cpus": self._options.cpus_per_worker, "num_gpus": gpus}
+        return {"num_cpus": self._options.cpus_per_worker, "num_gpus": gpus_per_worker(self._options)}
+
+
+def gpus_per_worker(options: ClusterOptions) -> float:
+    """How many GPUs each worker takes: what the options say, or else 1 where the cluster has any."""
+    if options.gpus_per_worker is not None:
+        return options.gpus_per_worker
+    return 1.0 if connect(options).cluster_resources().get("GPU", 0) >= 1 else 0.0
 
 
 class _Queue:

@@ -46,6 +46,8 @@ LARGEST = {"float16": 65_504.0, "float32": float(np.finfo(np.float32).max)}
 # What the names of the folders beside a store end in: the one that is being built, the one that it is to replace, and
 # what was begun of another collection before it.
 UNFINISHED, REPLACED, BEGUN = ".partial", ".replaced", ".begun"
+# And the one that workers of a cluster write parts of the store to, each a small store of its own.
+PARTS = UNFINISHED + ".parts"
 
 
 class Builder:
@@ -131,7 +133,7 @@ class Builder:
             # The beginning of another store. The texts that they share need not be encoded again.
             remove_files(begun)
             beside.rename(begun)
-        known = self._known([folder, replaced, begun], manifest)
+        known = self._known([folder, replaced, begun, *parts_of(folder)], manifest)
         self._finish(beside, manifest, known)
         # Written beside and renamed: a folder of this name is always a whole store.
         remove_files(replaced)
@@ -140,6 +142,7 @@ class Builder:
         beside.rename(folder)
         remove_files(replaced)
         remove_files(begun)
+        _remove_parts(folder)
 
     def _known(self, folders: list[Path], manifest: dict[str, Any]) -> KnownEmbeddings | None:
         """What of these folders can be used again."""
@@ -176,12 +179,16 @@ class Builder:
     def already_encoded(self, folder: Path) -> int:
         """How many of the texts in this folder, finished or not, would not be encoded again; checksums aside."""
         manifest = self._manifest()
-        most = 0
-        for place in (folder, _beside(folder), _named(folder, BEGUN)):
+
+        def rows_in(place: Path) -> int:
             found = usable_manifest(place)
-            if found is not None and all(found.get(name) == manifest[name] for name in ENCODING):
-                most = max(most, sum(shard.rows for shard in read_shards(place)))
-        return most
+            if found is None or any(found.get(name) != manifest[name] for name in ENCODING):
+                return 0
+            return sum(shard.rows for shard in read_shards(place))
+
+        # Parts are of what is not in the unfinished store yet.
+        unfinished = rows_in(_beside(folder)) + sum(map(rows_in, parts_of(folder)))
+        return max(rows_in(folder), unfinished, rows_in(_named(folder, BEGUN)))
 
     def _finish(self, folder: Path, manifest: dict[str, Any], known: KnownEmbeddings | None) -> None:
         """Encode what is not in ``folder`` yet, which may hold the beginning of this store."""
@@ -318,6 +325,18 @@ class Builder:
 
     def _empty(self) -> CollectionError:
         return CollectionError(f"{self._corpus.name}: the corpus is empty; there is nothing to encode")
+
+
+def parts_of(folder: Path) -> list[Path]:
+    """What workers of a cluster have written of a store and nobody has put into it yet, in the corpus's order."""
+    return sorted(_named(folder, PARTS).glob("part-*"))
+
+
+def _remove_parts(folder: Path) -> None:
+    for part in parts_of(folder):
+        remove_files(part)
+    with contextlib.suppress(OSError):  # there are none, or something of somebody's lies beside them
+        _named(folder, PARTS).rmdir()
 
 
 def _beside(folder: Path) -> Path:

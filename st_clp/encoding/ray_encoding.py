@@ -3,7 +3,8 @@
 The corpus is cut into parts of some windows each. A worker reads the documents of a part itself, encodes them, and
 writes them as a small store of its own beside the one that is made, a shard at a time. What goes through the process
 that asked is the files of finished parts, which it appends in the corpus's order, so that the store has the bytes that
-one process would have written. Whatever is stopped, killed or lost is taken up from the shards that are on the disk.
+one process would have written. Whatever is stopped, killed or lost is taken up from the shards that are on the disk: by
+the same command, or by one process alone, which finds in the parts what need not be encoded again.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from st_clp.data import Corpus, Document
-from st_clp.distributed import Workers
-from st_clp.encoding.building import BEGUN, REPLACED, Builder
+from st_clp.distributed import Workers, gpus_per_worker
+from st_clp.encoding.building import BEGUN, PARTS, REPLACED, UNFINISHED, Builder
+from st_clp.encoding.encode import ACCELERATOR_WINDOW, CPU_WINDOW
 from st_clp.encoding.shards import (
     KnownEmbeddings,
     ShardFiles,
@@ -30,7 +32,6 @@ from st_clp.encoding.shards import (
 from st_clp.encoding.working_model import Task, copy_modules
 from st_clp.options import HERE, Encoding
 
-PARTS = ".parts"  # what the name of the folder beside a store ends in that the parts lie in
 PART_DOCUMENTS = 4096  # of a part, about: some minutes of a processor's work, some seconds of a GPU's
 
 
@@ -42,15 +43,14 @@ class ClusterBuilder(Builder):
         if expected is not None and expected <= PART_DOCUMENTS:
             super()._finish(folder, manifest, known)  # done before a worker is there
             return
+        # Shards are windows, and windows are those of what encodes.
+        self._window = ACCELERATOR_WINDOW if gpus_per_worker(self._encoding) else CPU_WINDOW
         files = self._begin(folder, manifest)
-        parts = folder.with_name(folder.name + PARTS)
+        parts = folder.with_name(folder.name.removesuffix(UNFINISHED) + PARTS)
         with self._progress() as progress:
             self._skip_finished(files, iter(self._corpus), progress)
             done = sum(shard.rows for shard in read_shards(folder))
             self._append_parts(files, parts, manifest, done, progress)
-        for left in parts.glob("part-*"):
-            remove_files(left)
-        parts.rmdir()
         if not self._conclude(folder, manifest):
             raise self._empty()
 
@@ -85,8 +85,8 @@ class ClusterBuilder(Builder):
 
     def _reusable_folders(self, unfinished: Path) -> list[str]:
         """Where embeddings of the same texts may lie."""
-        folder = unfinished.with_suffix("")
-        return [str(folder.absolute()), *(str(folder.absolute()) + ending for ending in (REPLACED, BEGUN))]
+        folder = str(unfinished.absolute()).removesuffix(UNFINISHED)
+        return [folder, folder + REPLACED, folder + BEGUN]
 
 
 class PartEncoder(Builder):

@@ -322,11 +322,11 @@ class KnownEmbeddings:
                 self.damaged += not right
                 if right:
                     keys.append(shard_keys)
-                    sources.append(np.full(shard.rows, number, dtype=np.int8))
+                    sources.append(np.full(shard.rows, number, dtype=np.int32))
                     rows.append(np.arange(begin, begin + shard.rows))
                 begin += shard.rows
         self._keys = np.concatenate([*keys, _no_keys()])
-        self._sources = np.concatenate([*sources, np.zeros(0, dtype=np.int8)])
+        self._sources = np.concatenate([*sources, np.zeros(0, dtype=np.int32)])
         self._rows = np.concatenate([*rows, np.zeros(0, dtype=np.int64)])
         # Found by half of the key and checked by all of it: texts that share the half are encoded again, no more.
         halves = _half(self._keys)

@@ -29,7 +29,7 @@ from st_clp.queries.interface import DocumentQueries, GeneratingSource, QuerySou
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2  # 1, of versions before 0.2.0, had further tables, for processes that generated at the same time
 NANO = 10**9  # money is counted in whole billionths, so that sums are exact
 
 TABLES = """
@@ -141,7 +141,6 @@ class QueryStore:
             expected = _columns(ours)
         if version > FORMAT and found.keys() >= expected.keys():
             raise ValueError(f"{self.path} was written by a later version of st_clp (format {version})")
-        # Versions up to 0.2.0 had further tables, for processes that generated at the same time.
         if found and any(found.get(name) != columns for name, columns in expected.items()):
             raise ValueError(f"{self.path} is no store of queries: its tables are another program's; name another file")
         (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()

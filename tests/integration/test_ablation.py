@@ -184,6 +184,13 @@ def test_more_seeds_and_other_variants_may_be_added_and_nothing_else_changed(
     both = two_variants(settings, tmp_path)
     ablate(settings, both[:1], seeds=1, learning_rates=[1e-3])
     first = scores_of(Path(settings.output))
+    for record in [*Path(settings.output).rglob("ablation.json"), *Path(settings.output).rglob("cell.json")]:
+        found = json.loads(record.read_text())  # as versions without clusters wrote it
+        for name in ("ray", "workers", "cpus_per_worker", "gpus_per_worker"):
+            del found["settings"][name]
+        record.write_text(json.dumps(found))
+    with pytest.raises(SettingsError, match="an ablation works in this process"):
+        ablate(dataclasses.replace(settings, ray="auto"), both, seeds=2, learning_rates=[1e-3])
     table = ablate(settings, both, seeds=2, learning_rates=[1e-3])
     assert [len(row.cells) for row in table.rows] == [0, 2, 2]
     cell = read_evaluation(Path(settings.output) / "variants" / "ance" / "seed-42").results["collection_dev"]

@@ -81,6 +81,13 @@ def test_a_file_that_is_no_store_is_refused_and_left_as_it_is(tmp_path: Path) ->
             store.put(Key.of("g", "p", str(number)), ANSWER)
     shutil.copy(tmp_path / "later", tmp_path / "damaged")
     with closing(sqlite3.connect(tmp_path / "later")) as database:
+        # As versions before 0.2.0 left it.
+        database.execute("CREATE TABLE claims (document)")
+        database.execute("PRAGMA user_version = 1")
+    with QueryStore(tmp_path / "later") as store:
+        assert len(store) == 200
+    with closing(sqlite3.connect(tmp_path / "later")) as database:
+        assert database.execute("PRAGMA user_version").fetchone() == (2,)
         database.execute("PRAGMA user_version = 99")
     refused(tmp_path / "later", ValueError, "later version")
     content = bytearray((tmp_path / "damaged").read_bytes())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -39,8 +40,6 @@ from st_clp.terminal import duration, new_console
 RATES = (1e-5, 3e-5, 1e-4)
 RECORD = "ablation.json"
 CELL = "cell.json"
-# What a cell's figures do not depend on.
-_NOT_COMPARED = ("output", "learning_rate")
 
 
 def ablate(
@@ -76,6 +75,8 @@ def ablate(
         SettingsError: A setting cannot be used, or the folder holds results of other settings.
     """
     settings.require("model", "collection", "output")
+    if settings.ray is not None:
+        raise SettingsError("ray: an ablation works in this process; leave ray and workers out")
     if seeds < 1:
         raise SettingsError(f"seeds must be at least 1, got {seeds}")
     if not learning_rates or any(not 0 < rate < 1 for rate in learning_rates):
@@ -130,17 +131,18 @@ class Ablation:
     def _begin(self, overwrite: bool) -> None:
         """Make the folder, or refuse one that holds anything else."""
         record = self.folder / RECORD
-        shared = {name: value for name, value in self.settings.to_dict().items() if name not in _NOT_COMPARED}
+        shared = {name: value for name, value in self.settings.to_dict().items() if name != "learning_rate"}
         now = json.loads(json.dumps({"settings": shared, "learning_rates": list(self.rates), "unseen": self._unseen}))
         if overwrite and record.is_file():
             shutil.rmtree(self.folder)
         if record.is_file():
             was = read_json(record)
-            flat = [
-                {**found.get("settings", {}), **{k: v for k, v in found.items() if k != "settings"}}
-                for found in (was, now)
-            ]
-            if changed := [f"{k} was {flat[0].get(k)!r}, now {v!r}" for k, v in flat[1].items() if flat[0].get(k) != v]:
+            alike = dataclasses.replace(self.settings, learning_rate=None)
+            changed = _changed(was.get("settings", {}), alike, where=str(record))
+            for name in ("learning_rates", "unseen"):
+                if was.get(name) != now[name]:
+                    changed.append(f"{name} was {was.get(name)!r}, now {now[name]!r}")
+            if changed:
                 raise SettingsError(
                     f"{self.folder} holds an ablation with other settings ({'; '.join(changed)}); go on with the same, "
                     "begin anew with --overwrite, or name another --output"
@@ -223,14 +225,7 @@ class Ablation:
         if not record.is_file():
             return None
         found = read_json(record)
-        now = json.loads(json.dumps(settings.to_dict()))
-        was = found.get("settings", {})
-        changed = [
-            f"{name} was {was.get(name)!r}, now {value!r}"
-            for name, value in now.items()
-            if name != "output" and was.get(name) != value
-        ]
-        if changed:
+        if changed := _changed(found.get("settings", {}), settings, where=str(record)):
             raise SettingsError(
                 f"{record.parent} holds results of other settings ({'; '.join(changed)}): give the variant another "
                 "name, or remove the folder"
@@ -343,3 +338,16 @@ class Ablation:
 
     def _say(self, text: str) -> None:
         self.console.print(text, markup=False, emoji=False, soft_wrap=True)
+
+
+def _changed(was: Mapping[str, Any], now: RunSettings, *, where: str) -> list[str]:
+    """Each setting that results depend on and that is another now than in a record, with both values.
+
+    The record may be of a version with fewer settings: those were as they are by default.
+    """
+    differences = RunSettings.from_dict(was, where=where).differences(now)
+    return [
+        f"{name} was {before!r}, now {after!r}"
+        for name, (before, after) in differences.items()
+        if RunSettings.__dataclass_fields__[name].metadata["changes_results"]
+    ]
