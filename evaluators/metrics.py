@@ -13,6 +13,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from st_clp.data.checks import require_scorable_ids
+from st_clp.extras import import_package
 from st_clp.options import DEFAULT_METRICS
 
 # What a metric is called here -> trec_eval's measure. All but the last are cut at k by trec_eval itself.
@@ -109,10 +110,7 @@ def score_queries(
     Raises:
         CollectionError: An id holds half a character or a null character, which pytrec_eval cannot take.
     """
-    try:
-        import pytrec_eval
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("evaluating needs pytrec_eval, which comes with beir: pip install beir") from error
+    pytrec_eval = import_package("pytrec_eval", "evaluating", "beir")
     require_scorable_ids(itertools.chain(judgments, run), "query")
     require_scorable_ids(itertools.chain.from_iterable([*judgments.values(), *run.values()]), "document")
     evaluator = pytrec_eval.RelevanceEvaluator(judgments, {metric.trec_measure for metric in metrics})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import importlib
 import io
 import logging
 import os
@@ -15,6 +14,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
+from st_clp.extras import import_package
 from st_clp.files import whole_file
 
 NARROWEST = 12  # columns, of names in a table
@@ -115,10 +115,7 @@ def new_figure(width: float, height: float) -> Any:
     Raises:
         ModuleNotFoundError: matplotlib is not installed; the message says how to.
     """
-    try:
-        figures = importlib.import_module("matplotlib.figure")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("a plot needs matplotlib: pip install 'st-clp[plots]'") from error
+    figures = import_package("matplotlib.figure", "a picture", "st-clp[plots]")
     return figures.Figure(figsize=(width, height), layout="constrained")
 
 

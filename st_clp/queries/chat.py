@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import email.utils
-import importlib
 import logging
 import math
 import os
@@ -14,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from st_clp.extras import import_package
 from st_clp.option_values import read_key, require_address, require_key_variable
 from st_clp.queries.interface import Usage
 
@@ -263,10 +263,7 @@ def import_openai() -> Any:
     Raises:
         ModuleNotFoundError: It is not installed; the message says how to.
     """
-    try:
-        return importlib.import_module("openai")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("queries by an endpoint need openai: pip install 'st-clp[llm]'") from error
+    return import_package("openai", "writing queries by an endpoint", "st-clp[llm]")
 
 
 def _was_sent(error: BaseException) -> bool:

@@ -80,17 +80,6 @@ def find_eval_split(source: str, split: str | None) -> str | None:
     return split or next((name for name in EVAL_SPLITS if name in Collection.splits(source)), None)
 
 
-def load_collection_to_encode(source: str, settings: RunSettings) -> Collection:
-    """A collection whose documents are wanted, whichever split names them.
-
-    Raises:
-        CollectionError: It cannot be read.
-    """
-    splits = Collection.splits(source)
-    split = settings.train_split if settings.train_split in splits else next(iter(splits), None)
-    return Collection.load(source, split=split, text_fields=settings.text_field or None)
-
-
 def load_training_collections(settings: RunSettings) -> list[Collection]:
     """Find and read the splits to train on, with all of their queries.
 

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from st_clp.extras import import_package
+
 QUERY_BLOCK = 256
 TIED_BLOCK = 64  # queries with equal scores, whose scores to all of a shard are held at once
 
@@ -88,11 +90,7 @@ def import_faiss() -> Any:
     Raises:
         ModuleNotFoundError: It is not installed; the message says how to.
     """
-    try:
-        import faiss
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("searching needs FAISS: pip install faiss-cpu") from error
-    return faiss
+    return import_package("faiss", "searching", "faiss-cpu")
 
 
 def merge(

@@ -345,7 +345,7 @@ except (ModuleNotFoundError, ValueError) as error:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("missing", "ModuleNotFoundError working on a cluster needs Ray: pip install 'st-clp[ray]'"),
+        ("missing", "ModuleNotFoundError working on a cluster needs ray: pip install 'st-clp[ray]'"),
         ("nowhere", "SettingsError ray: there is no Ray cluster at '127.0.0.1:1'"),
     ],
 )
