@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from evaluators.beir import BEIREvaluator
 from evaluators.benchmark import BenchmarkEvaluator, MIRACLEvaluator
-from evaluators.collection import CollectionEvaluator
+from evaluators.collection_evaluator import CollectionEvaluator
 
 if TYPE_CHECKING:
     from evaluators.beir_search import BEIRSearch

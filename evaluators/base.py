@@ -23,7 +23,7 @@ from st_clp.files import write_json
 from st_clp.options import EvaluationOptions
 
 if TYPE_CHECKING:
-    from evaluators.collection import CollectionEvaluator
+    from evaluators.collection_evaluator import CollectionEvaluator
 
 
 class EvaluationCall:

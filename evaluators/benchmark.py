@@ -13,7 +13,7 @@ from typing import Any
 from sentence_transformers import SentenceTransformer
 
 from evaluators.base import EvaluationCall, RetrievalEvaluator
-from evaluators.collection import CollectionEvaluator, ReferenceRun
+from evaluators.collection_evaluator import CollectionEvaluator, ReferenceRun
 from evaluators.metrics import QueryScores, mean_scores
 from evaluators.runs import Run, file_part
 from st_clp.data import Collection, CollectionError

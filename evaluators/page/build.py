@@ -14,8 +14,8 @@ from evaluators.comparison import OVERALL, Comparison, Difference, compare, inte
 from evaluators.evaluation import Evaluation, EvaluationError, pooled_label, with_distinct_names
 from evaluators.metrics import Metric
 from evaluators.page import charts
+from evaluators.page.run_parts import show_run
 from evaluators.page.texts import ShownChange, TextReader
-from evaluators.page.training import show_run
 from st_clp.files import whole_file
 
 # ISO 639 codes of languages that retrieval collections are made in.

@@ -155,7 +155,7 @@ def _evaluate(
 
 
 def _load(sources: list[str], split: str | None, text_field: list[str] | None) -> dict[str, Collection]:
-    from evaluators.collection import distinct_names
+    from evaluators.collection_evaluator import distinct_names
     from st_clp.data import Collection
     from st_clp.run.splits import find_eval_split
     from st_clp.settings import SettingsError
@@ -302,7 +302,7 @@ def report(
     """Write one self-contained HTML page: scores, differences, what changed most, mining, curves and experts."""
     from evaluators.evaluation import EvaluationError
     from evaluators.page import write_page
-    from evaluators.page.training import MADE_ANEW
+    from evaluators.page.run_parts import MADE_ANEW
     from st_clp.run.folder import RunDirectory, evaluations_of
 
     evaluations = [found for folder in folders for found in evaluations_of(folder)]

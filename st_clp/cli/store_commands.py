@@ -34,8 +34,7 @@ store = typer.Typer(
 
 BUILD_HELP = """Encode the documents of collections and keep the embeddings.
 
-`st-clp mine --store` and `st-clp evaluate --store` with the same folder find them there. Stopped, it goes on where it
-was.
+`st-clp mine --store` with the same folder finds them there. Stopped, it goes on where it was.
 
 **Examples**
 

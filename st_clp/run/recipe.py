@@ -19,7 +19,7 @@ from sentence_transformers import SentenceTransformer
 
 from evaluators import CollectionEvaluator
 from evaluators.base import EvaluationCall, save_parts
-from evaluators.collection import distinct_names
+from evaluators.collection_evaluator import distinct_names
 from evaluators.evaluation import MANIFEST as EVALUATION
 from st_clp.data import Collection
 from st_clp.files import versions, write_json

@@ -18,7 +18,7 @@ from sentence_transformers import SentenceTransformer
 
 from evaluators import CollectionEvaluator
 from evaluators.base import EvaluationCall, save_parts
-from evaluators.collection import distinct_names
+from evaluators.collection_evaluator import distinct_names
 from evaluators.evaluation import MANIFEST, Evaluation, read_evaluation
 from evaluators.page import write_page
 from st_clp.data import Collection
