@@ -27,6 +27,9 @@ ReferenceRun = str | os.PathLike[str] | Mapping[str, Mapping[str, float]]
 def pooled_collection(collection: Collection, reference: ReferenceRun | None, depth: int) -> tuple[Collection, str]:
     """The collection over its judged documents and, for each query, the best ``depth`` of a reference run.
 
+    It is there for evaluation in the middle of training, at a small share of the cost. Figures over a pool come out
+    higher than over the corpus and are never to be compared with those.
+
     Args:
         collection: Its judged documents are always in the pool.
         reference: A TREC run file, or {query id: {document id: score}}; None pools the judged documents alone.

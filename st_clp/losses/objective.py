@@ -1,4 +1,8 @@
-"""The objective: the contrastive term and the penalties, row by row."""
+"""The objective: the contrastive term and the penalties, row by row.
+
+A penalty is a function ``(batch, rows, options) -> (rows, n * m)``: one term for each query of a negative. Weights,
+processes and mini-batches are dealt with outside, so another kind is one function with :func:`penalty` above it.
+"""
 
 from __future__ import annotations
 

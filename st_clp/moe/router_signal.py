@@ -6,10 +6,15 @@ expert alone; in the backward pass ``m`` stands for the router's distribution ``
 Then ``dL/dp_j = <dL/dy, E_j(x)>``, and through the softmax the logit of expert j falls by
 ``p_j <dL/dy, E_j(x) - sum_i p_i E_i(x)>``: to first order, by how much the loss would grow if j did the work rather
 than the mean expert. That needs the other experts' results too. They are computed for one token in n only (drawn by
-``sampling.py``, counted n-fold, so the estimate has no bias), which costs a share of 1/n of one product an expert.
+:func:`drawn`, counted n-fold, so the estimate has no bias), which costs a share of 1/n of one product an expert.
 
 At conversion the experts are equal and that difference is zero. A hundredth of the chosen expert's own term, at all
 tokens, then breaks the tie; as soon as the experts differ, the comparison outweighs it.
+
+A token's lot depends on its text, its place in the text and the router's weights, so on nothing that differs between
+one way of computing a step and another: the division into mini-batches, padding, the order of the rows, a layer that
+gradient checkpointing runs again. A cached loss therefore has the gradients of the plain one, and a resumed training
+those of one that was not stopped. The weights change with each step, and with them the lots.
 
 How far two kinds of text part company (0 to 1, mean of two layers and four seeds of a tiny model, 200 steps; before
 the mean token was taken off in the balance): router fixed 0.14, the chosen expert's own term alone 0.29, its

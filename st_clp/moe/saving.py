@@ -253,6 +253,8 @@ def _own_weights(encoder: nn.Module, wrappers: dict[str, nn.Module]) -> dict[str
     return own
 
 
+# The paper's published checkpoints: these keys in the encoder's config.json, and every layer converted. The weights are
+# called encoder.layer.L.intermediate.dense.experts.E.{weight,bias} and ….dense.gate.weight, as they are here too.
 REFERENCE_KEYS = ("moe", "num_experts", "num_experts_per_tok", "only_train")
 
 

@@ -1,4 +1,14 @@
-"""The rows that are trained on: the training set, the generations of its negatives, and the batches made of them."""
+"""The rows that are trained on: the training set, the generations of its negatives, and the batches made of them.
+
+A generation is the rows that one refresh mined, as Arrow files in a folder, read through a memory map. They stand in
+the order of the training set, one file for each collection, so the number of a row is the same in every generation.
+Each process that builds batches, a data loader's workers among them, maps the same files.
+
+A data loader builds batches ahead: one in the Trainer's own loop, and more in worker processes. When negatives change
+between two steps, the batches that are waiting have the old ones. So a batch knows of which generation it is, and
+where it is asked for and negatives have changed since, it is built again, from the rows that it came from. Which rows
+make a batch is the sampler's choice, and the sampler never sees the negatives that refreshes bring.
+"""
 
 from __future__ import annotations
 
