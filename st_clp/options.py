@@ -107,6 +107,22 @@ class ClusterOptions(Options):
             raise SettingsError(f"ray: the workers write embeddings to a folder that all of them share; give {name}")
 
 
+@dataclass(frozen=True)
+class TrainingClusterOptions(ClusterOptions):
+    """Whether training is spread out too."""
+
+    train_workers: int | None = option(
+        None,
+        "Train in so many processes on the Ray cluster, each with --batch-size rows of a step; every one's documents "
+        "are negatives for all. By default in this process.",
+        least=1,
+    )
+
+    def _check(self) -> None:
+        if self.ray is None and self.train_workers is not None:
+            raise SettingsError("train_workers is for a Ray cluster: name one (ray), or leave it out")
+
+
 # How to take a cluster out of options that are handed on.
 HERE = {"ray": None, "workers": None, "gpus_per_worker": None}
 

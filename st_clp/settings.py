@@ -15,7 +15,6 @@ from st_clp.declaring import option
 from st_clp.files import read_mapping, write_text
 from st_clp.option_values import SettingsError, shown
 from st_clp.options import (
-    ClusterOptions,
     DataOptions,
     EncodingOptions,
     ExpertOptions,
@@ -23,6 +22,7 @@ from st_clp.options import (
     MiningSettings,
     QuerySettings,
     RefreshOptions,
+    TrainingClusterOptions,
     TrainingOptions,
 )
 
@@ -32,7 +32,7 @@ __all__ = ["RunSettings", "SettingsError"]
 # A dataclass has the fields of its last base first.
 @dataclass(frozen=True)
 class RunSettings(
-    ClusterOptions,
+    TrainingClusterOptions,
     RefreshOptions,
     TrainingOptions,
     ExpertOptions,

@@ -24,8 +24,10 @@ from st_clp.cli.settings_command import (
     under_way,
     with_error_messages,
 )
+from st_clp.declaring import names_of
 from st_clp.extras import import_package
 from st_clp.option_values import read_number
+from st_clp.options import TrainingClusterOptions
 from st_clp.settings import RunSettings, SettingsError
 from st_clp.terminal import new_console, print_whole
 
@@ -145,8 +147,8 @@ EXTRAS: dict[str, Extra] = {
     "unseen": (list[str] | None, None, "A collection to evaluate on and not to train on. Can be given several times."),
     "overwrite": (bool, False, "Replace the ablation in the output folder."),
 }
-# Each variant has its own rate, and what goes on in a run's folder is none of an ablation's.
-LEFT_OUT = ("learning_rate",)
+# Each variant has its own rate, and an ablation works in one process.
+LEFT_OUT = ("learning_rate", *names_of(TrainingClusterOptions))
 
 
 def _ablation(**options: Any) -> None:

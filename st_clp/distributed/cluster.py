@@ -57,6 +57,11 @@ def connect(options: ClusterOptions) -> Any:
     return ray
 
 
+def address_of(options: ClusterOptions) -> str:
+    """Where another process finds the cluster that these options name, which this one joins: ``host:port``."""
+    return str(connect(options).get_runtime_context().gcs_address)
+
+
 def _require_answer(address: str) -> None:
     """Find in some seconds that nothing is there, which Ray takes minutes for.
 

@@ -85,10 +85,11 @@ class Workers:
         while True:
             starting.update(self._start())
             while ready and ready[worker := min(ready, key=ready.__getitem__)] < IN_HAND:
-                if (piece := work.next()) is None:
+                piece, alone = work.next(idle=ready[worker] == 0)
+                if piece is None:
                     break
                 running[worker.call.remote(self._kept, *piece)] = worker, piece
-                ready[worker] += 1
+                ready[worker] += IN_HAND if alone else 1
             if work.over and not running:
                 return
             done, _ = self._ray.wait([*running, *starting], num_returns=1, timeout=LOOK_SECONDS)
@@ -104,10 +105,6 @@ class Workers:
                 try:
                     found = self._ray.get(reference)
                 except (self._ray.exceptions.RayActorError, self._ray.exceptions.OutOfMemoryError) as error:
-                    if worker in self._all and not begun:
-                        # Of the pieces in its hand it did the first, but for what it had done already.
-                        held = (at for at, (of, _) in running.items() if of is worker)
-                        work.blame(running[next(at for at in held if not self._is_done(at))][1])
                     self._lose(worker, ready, error)
                     starting.pop(reference, None)
                     running.pop(reference, None)
@@ -122,19 +119,11 @@ class Workers:
                     ready[worker] = failed_starts = 0
                     continue
                 if worker in ready:
-                    ready[worker] -= 1
-                if isinstance(found, _Failure):
+                    ready[worker] = sum(of is worker for of, _ in running.values())
+                if isinstance(found, Failure):
                     raise found.as_error()
                 assert piece is not None
                 yield piece, found
-
-    def _is_done(self, reference: Any) -> bool:
-        """Whether a worker that is lost had finished this."""
-        try:
-            self._ray.get(reference)
-        except (self._ray.exceptions.RayActorError, self._ray.exceptions.OutOfMemoryError):
-            return False
-        return True
 
     def _lose(self, worker: Any, ready: dict[Any, int], error: Exception) -> None:
         """Count a worker that is gone, once, and let another be started."""
@@ -177,8 +166,18 @@ def gpus_per_worker(options: ClusterOptions) -> float:
     return 1.0 if connect(options).cluster_resources().get("GPU", 0) >= 1 else 0.0
 
 
+def has_room(options: ClusterOptions) -> bool:
+    """Whether the cluster has room for a worker beside what it is doing now."""
+    free = connect(options).available_resources()
+    return free.get("CPU", 0) >= options.cpus_per_worker and free.get("GPU", 0) >= gpus_per_worker(options)
+
+
 class _Queue:
-    """Pieces that are to be done: those that a lost worker had first."""
+    """Pieces that are to be done: those that a lost worker had first.
+
+    It may have been lost through any of them, so each is given to a worker that has nothing else in hand: where that
+    one is lost too, it is plain at what.
+    """
 
     def __init__(self, pieces: Iterator[Any]) -> None:
         self._pieces: Iterator[Any] = pieces
@@ -191,33 +190,38 @@ class _Queue:
         """Whether all were taken."""
         return not self._more and not self._again
 
-    def next(self) -> Any:
-        """The next piece; None where there is none by now."""
-        if self._again:
-            return self._again.popleft()
+    def next(self, *, idle: bool) -> tuple[Any, bool]:
+        """(the next piece for a worker, idle or not; whether it is to get no other beside it).
+
+        None in place of a piece where there is none by now.
+        """
+        if self._again and idle:
+            return self._again.popleft(), True
         piece = next(self._pieces, None) if self._more else None
         self._more = piece is not None
-        return piece
+        return piece, False
 
     def again(self, piece: Any) -> None:
-        """Have a piece done again."""
-        self._again.append(piece)
-
-    def blame(self, piece: Any) -> None:
-        """Count that a worker was lost while it did this piece.
+        """Have a piece done again that a lost worker had in hand.
 
         Raises:
-            RuntimeError: Too many were.
+            RuntimeError: Too many were lost that had it.
         """
+        self._again.append(piece)
         self._lost[piece] += 1
         if self._lost[piece] >= TRIES:
             raise RuntimeError(
-                f"{TRIES} workers were lost at the same work ({', '.join(map(str, piece))}): give each more memory, or "
+                f"{TRIES} workers were lost at the same work ({_named(piece)}): give each more memory, or "
                 "look into Ray's logs for what ends them"
             )
 
 
-class _Failure:
+def _named(piece: tuple[Any, ...]) -> str:
+    """What tells a piece from others: its numbers and texts, not what it holds."""
+    return ", ".join(str(part) for part in piece if isinstance(part, (int, str)))
+
+
+class Failure:
     """An error that a call has raised, on its way to whoever asked."""
 
     def __init__(self, error: Exception, node: str) -> None:
@@ -255,4 +259,4 @@ class _Worker:
                 self._made = make(*arguments)
             return self._made(*piece)
         except Exception as error:  # of whatever the call reads, encodes and writes
-            return _Failure(error, socket.gethostname())
+            return Failure(error, socket.gethostname())

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from sentence_transformers.base.modules import Transformer
-from torch import nn
+from torch import distributed, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from st_clp.moe.configuration import CONFIG_KEY, MoESettings, resolve_layers
@@ -173,7 +173,7 @@ class MoETransformer(Transformer):
             return super().forward(features, **kwargs)
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
-        """Save the encoder, its tokenizer and the settings to ``output_path``."""
+        """Save the encoder, its tokenizer and the settings to ``output_path``; the first of several processes does."""
         check_writable(self.model)
         for layer in expert_layers(self.model):
             if layer.gate is not None:
@@ -187,6 +187,9 @@ class MoETransformer(Transformer):
                 safe_serialization=safe_serialization,
                 save_original_format=not is_moe(encoder),
             )
+        # The Trainer has all processes save, and transformers writes in the first one alone.
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_rank() != 0:
+            return
         save_adapters(encoder, output_path)
         close_to_others(output_path, encoder)
         self.processor.save_pretrained(output_path)

@@ -21,7 +21,8 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from st_clp.data import Collection
-from st_clp.options import MiningOptions
+from st_clp.distributed import address_of
+from st_clp.options import ClusterOptions, MiningOptions
 from st_clp.refresh.rows_in_use import Layout, is_whole, mine_generation
 from st_clp.refresh.snapshot import detached_copy, random_state_kept, skeleton, write_frozen, write_trained
 from st_clp.refresh.worker import Job
@@ -242,7 +243,7 @@ class SubprocessMiner:
             layout.frozen,
             dict(job.collections),
             job.options,
-            {**job.mining, "show_progress_bar": False},
+            {**job.mining, **_same_cluster(job.mining), "show_progress_bar": False},
             device,
             threads,
             layout.embeddings,
@@ -277,6 +278,13 @@ class SubprocessMiner:
     def close(self) -> None:
         """End the process."""
         self._process.stop()
+
+
+def _same_cluster(mining: Mapping[str, Any]) -> dict[str, Any]:
+    """What has another process join the cluster that this one is part of, where mining is to be done on one."""
+    if mining.get("ray") is None:
+        return {}
+    return {"ray": address_of(ClusterOptions(ray=mining["ray"]))}
 
 
 def free_device(used: torch.device) -> str:

@@ -21,6 +21,7 @@ from st_clp.options import (
     MiningSettings,
     QuerySettings,
     RefreshOptions,
+    TrainingClusterOptions,
     TrainingOptions,
 )
 from st_clp.settings import RunSettings, SettingsError
@@ -42,6 +43,7 @@ _OF_A_CLASS: dict[type[Options], str] = {
     LossOptions: TRAIN,
     ExpertOptions: TRAIN,
     TrainingOptions: TRAIN,
+    TrainingClusterOptions: TRAIN,
     RefreshOptions: TRAIN,
 }
 _OF_A_SETTING = {
@@ -338,6 +340,14 @@ class RunDirectory:
     def query_store(self) -> Path:
         """Where generated queries are kept."""
         return self.work / QUERY_STORE
+
+    def query_store_of(self, settings: RunSettings) -> str | Path:
+        """Where these settings keep generated queries."""
+        return settings.query_store or self.query_store
+
+    def rows_file(self, collection_name: str) -> Path:
+        """Where the rows are that were mined from a collection."""
+        return self.work / "mined" / f"{slug(collection_name)}.jsonl"
 
     def store(self, when: str, corpus_name: str) -> Path:
         """Where the embeddings of a corpus are kept."""

@@ -6,6 +6,7 @@ import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from sentence_transformers import SentenceTransformer
 from torch import nn
 from transformers import set_seed
@@ -118,6 +119,8 @@ def make_loss(model: SentenceTransformer, settings: RunSettings) -> nn.Module:
         "penalty": settings.penalty,
         "queries_per_negative": settings.queries_per_negative if settings.num_negatives else 0,
         "in_batch_negatives": settings.in_batch_negatives,
+        # A trial is made by one process.
+        "gather_across_devices": settings.train_workers is not None and torch.distributed.is_initialized(),
     }
     if settings.mini_batch_size is not None:
         return CachedCLPLoss(model, mini_batch_size=settings.mini_batch_size, **options)

@@ -21,21 +21,19 @@ from evaluators import CollectionEvaluator
 from evaluators.base import EvaluationCall, save_parts
 from evaluators.collection_evaluator import distinct_names
 from evaluators.evaluation import MANIFEST as EVALUATION
-from st_clp.data import Collection
 from st_clp.files import versions, write_json
 from st_clp.mining import mine
-from st_clp.mining.rows import TrainingRow, read_rows, to_dataset, write_rows
+from st_clp.mining.rows import write_rows
 from st_clp.moe import expert_usage, is_moe, load
-from st_clp.options import DEFAULT_METRICS, HERE, Encoding, EvaluationOptions, MiningOptions, QueryOptions
+from st_clp.options import DEFAULT_METRICS, Encoding, EvaluationOptions, MiningOptions, QueryOptions
 from st_clp.queries import make_chain
-from st_clp.refresh import AnceCallback, plot_refreshes
-from st_clp.run.averaging import ChosenShare, WeightAverage, choose_share, hold_out
-from st_clp.run.folder import EVALUATE_AFTER, EVALUATE_BEFORE, MINE, STAGES, TRAIN, RunDirectory, slug
+from st_clp.run.folder import EVALUATE_AFTER, EVALUATE_BEFORE, MINE, STAGES, TRAIN, RunDirectory
 from st_clp.run.forecast import Forecast, forecast, is_trifle, print_forecast
-from st_clp.run.modelling import load_base_model, load_cross_encoder, model_name, prepare_model
+from st_clp.run.modelling import load_base_model, load_cross_encoder, model_name
 from st_clp.run.report import machine, print_scores, write_card
 from st_clp.run.splits import load_collections
-from st_clp.run.training import check_training_arguments, make_refresh, make_trainer
+from st_clp.run.training import check_training_arguments
+from st_clp.run.training_stage import TrainingStage
 from st_clp.settings import RunSettings, SettingsError
 from st_clp.terminal import new_console
 
@@ -146,7 +144,7 @@ class _Run:
     def _outputs(self, name: str) -> list[Path]:
         """The files that a stage writes and later ones, or the user, need."""
         if name == MINE:
-            return [self._rows_file(collection) for collection in self.collections.train]
+            return [self.directory.rows_file(collection.name) for collection in self.collections.train]
         if name == TRAIN:
             return self.directory.model_files()
         folder = self.directory.evaluation("before" if name == EVALUATE_BEFORE else "after")
@@ -162,7 +160,7 @@ class _Run:
         # By version 0.1.0 no outputs were noted: these files at least must be there.
         needed = {
             TRAIN: [self.directory.path / "modules.json"],
-            MINE: [self._rows_file(collection) for collection in self.collections.train],
+            MINE: [self.directory.rows_file(collection.name) for collection in self.collections.train],
             EVALUATE_BEFORE: [self.directory.evaluation("before") / EVALUATION],
             EVALUATE_AFTER: [self.directory.evaluation("after") / EVALUATION],
         }
@@ -244,7 +242,9 @@ class _Run:
         settings = self.settings
         cross_encoder = load_cross_encoder(settings.cross_encoder)
         accounts = {}
-        with make_chain(settings.negative_queries, self.query_options, store=self._query_store()) as chain:
+        with make_chain(
+            settings.negative_queries, self.query_options, store=self.directory.query_store_of(settings)
+        ) as chain:
             for collection in self.collections.train:
                 mined = mine(
                     self._base_model(),
@@ -256,90 +256,20 @@ class _Run:
                     encoding=self.encoding,
                     store_dir=self.directory.store("before", collection.corpus_name),
                 )
-                write_rows(self._rows_file(collection), mined.rows)
+                write_rows(self.directory.rows_file(collection.name), mined.rows)
                 self._say(str(mined.account))
                 accounts[collection.name] = mined.account.to_dict()
         return {"accounts": accounts}
 
-    def _query_store(self) -> str | Path:
-        return self.settings.query_store or self.directory.query_store
-
-    def _rows_file(self, collection: Collection) -> Path:
-        return self.directory.work / "mined" / f"{slug(collection.name)}.jsonl"
-
     def _train(self) -> dict[str, Any]:
-        settings = self.settings
+        stage = TrainingStage(self.settings, self.directory, self.collections.train, self._say)
+        if self.settings.train_workers is not None:
+            from st_clp.run.ray_training import train_on_cluster
+
+            return train_on_cluster(stage)
         model = self._base_model()
         self.base = None  # it is changed now
-        trainable = prepare_model(model, settings)
-        self._say(str(trainable))
-        collections = {slug(collection.name): collection for collection in self.collections.train}
-        rows = {name: read_rows(self._rows_file(collection)) for name, collection in collections.items()}
-        held_out: dict[str, list[TrainingRow]] = {}
-        if settings.share_of_trained == "auto":
-            parts = {name: hold_out(found, settings.seed) for name, found in rows.items()}
-            rows, held_out = ({name: part[which] for name, part in parts.items()} for which in (0, 1))
-        datasets = {
-            name: to_dataset(
-                found, num_negatives=settings.num_negatives, queries_per_negative=settings.queries_per_negative
-            )
-            for name, found in rows.items()
-        }
-        refresh = make_refresh(
-            collections, rows, self.mining_options, settings, self.query_options, self._query_store()
-        )
-        trainer = make_trainer(model, datasets, settings, self.directory.checkpoints, refresh)
-        checkpoint = self.directory.last_checkpoint()
-        if checkpoint is not None:
-            self._say(f"going on from {checkpoint.name}")
-        try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        finally:
-            if refresh is not None:
-                refresh.close()
-        averaged = self._average(model, held_out, rows)
-        model.save(str(self.directory.path))
-        history = [entry for entry in trainer.state.log_history if "loss" in entry]
-        return {
-            "trainable_parameters": trainable.trainable,
-            "all_parameters": trainable.total,
-            "rows": {name: len(dataset) for name, dataset in datasets.items()},
-            "steps": trainer.state.global_step,
-            "bf16": trainer.args.bf16,
-            "history": history,
-            "refreshes": self._refreshes(refresh),
-            "averaged": averaged,
-        }
-
-    def _average(
-        self, model: SentenceTransformer, held_out: dict[str, list[TrainingRow]], rows: dict[str, list[TrainingRow]]
-    ) -> dict[str, Any] | None:
-        """Average the weights with the base's as the settings have it; what was chosen and why, None where nothing."""
-        share = self.settings.share_of_trained
-        if share == 1:
-            return None
-        averaging = WeightAverage(model, self._base_model())
-        if share == "auto":
-            options = EvaluationOptions.of(self.settings, write_csv=False, **HERE)
-            chosen = choose_share(model, averaging, held_out, rows, options)
-        else:
-            averaging.set(share)
-            chosen = ChosenShare(share, {}, 0)
-        self._say(str(chosen))
-        return chosen.to_dict()
-
-    def _refreshes(self, refresh: AnceCallback | None) -> list[dict[str, Any]]:
-        """The account of each refresh, drawn too; empty where negatives were mined once."""
-        if refresh is None:
-            return []
-        failed = sum(found["status"] == "failed" for found in refresh.refreshes)
-        used = sum(found["status"] == "used" for found in refresh.refreshes)
-        self._say(f"negatives refreshed {used} times" + (f"; {failed} refreshes failed" if failed else ""))
-        try:
-            plot_refreshes(refresh.refreshes, self.directory.work / "refreshes.png")
-        except (ModuleNotFoundError, ValueError) as error:
-            self._say(f"no picture of the refreshes: {error}")
-        return refresh.refreshes
+        return stage.run(model)
 
     def _report(self, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
         return {

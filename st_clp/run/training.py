@@ -18,13 +18,15 @@ from sentence_transformers import (
 )
 from sentence_transformers.base.modules import Dense, Router
 from sentence_transformers.sentence_transformer.modules import BoW
-from transformers import ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
+from st_clp.declaring import names_of
+from st_clp.distributed import has_room
 from st_clp.encoding import hardware_has_bf16
 from st_clp.mining import TrainingRow
 from st_clp.mining.rows import to_dataset
 from st_clp.option_values import read_number, shown
-from st_clp.options import MiningOptions, RefreshOptions
+from st_clp.options import HERE, ClusterOptions, MiningOptions, QueryOptions, RefreshOptions
 from st_clp.refresh import AnceCallback
 from st_clp.run.modelling import column_kinds, load_cross_encoder, make_loss
 from st_clp.settings import RunSettings, SettingsError
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
     from st_clp.data import Collection
-    from st_clp.queries import QueryOptions
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,9 @@ def make_trainer(
     datasets: Mapping[str, Dataset],
     settings: RunSettings,
     checkpoints: Path,
+    *,
     refresh: AnceCallback | None = None,
+    progress: TrainerCallback | None = None,
 ) -> SentenceTransformerTrainer:
     """The Trainer of a run. Each collection is a dataset of its own, so that a batch holds one language.
 
@@ -67,6 +70,7 @@ def make_trainer(
         settings: The run's settings.
         checkpoints: Folder for checkpoints.
         refresh: What refreshes the negatives; its ``train_dataset`` is trained on.
+        progress: Shows progress in place of the Trainer's own bar and lines.
 
     Raises:
         SettingsError: A training argument cannot be used here.
@@ -86,22 +90,25 @@ def make_trainer(
     trainer.add_callback(LossesBeforeResuming)
     if refresh is not None:
         refresh.log = trainer.log
-    if trainer.pop_callback(ProgressCallback) is not None:
+    bar = trainer.pop_callback(ProgressCallback)
+    if progress is not None:
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(progress)
+    elif bar is not None:
         trainer.add_callback(LossInProgressBar)
     return trainer
 
 
 def number_of_steps(settings: RunSettings, rows: Iterable[int]) -> int:
-    """Steps of a training on one device, about: of so many rows of each collection, each batch of one of them."""
-    return max(1, int(sum(number // settings.batch_size + 1 for number in rows) * settings.epochs))
+    """Steps of a training, about: of so many rows of each collection, each batch of one of them."""
+    together = settings.batch_size * (settings.train_workers or 1)
+    return max(1, int(sum(number // together + 1 for number in rows) * settings.epochs))
 
 
 def make_refresh(
     collections: Mapping[str, Collection],
     rows: Mapping[str, Iterable[TrainingRow]],
-    options: MiningOptions,
     settings: RunSettings,
-    query_options: QueryOptions,
     query_store: str | os.PathLike[str],
 ) -> AnceCallback | None:
     """What refreshes the negatives as the settings have it; None where they are mined once.
@@ -109,9 +116,7 @@ def make_refresh(
     Args:
         collections: Name to collection.
         rows: The same names, to the rows that training begins with.
-        options: What they were mined with.
         settings: The run's settings.
-        query_options: How their queries were made.
         query_store: What keeps the queries that are generated.
     """
     if settings.steps_between_refreshes is None:
@@ -128,15 +133,23 @@ def make_refresh(
     return AnceCallback(
         collections,
         datasets,
-        options=options,
+        options=MiningOptions.of(settings),
         refresh=RefreshOptions.of(settings),
         dtype=settings.encode_dtype,
         batch_size=settings.encode_batch_size,
+        **_where_to_mine(settings),
         cross_encoder=load_cross_encoder(settings.cross_encoder),
         negative_queries=settings.negative_queries,
-        query_options=query_options,
+        query_options=QueryOptions.for_negatives(settings),
         query_store=query_store,
     )
+
+
+def _where_to_mine(settings: RunSettings) -> dict[str, Any]:
+    """The options of the cluster, if it has room beside the training; the process that leads the training otherwise."""
+    if settings.ray is None or not has_room(settings):
+        return HERE
+    return {name: getattr(settings, name) for name in names_of(ClusterOptions)}
 
 
 class LossInProgressBar(ProgressCallback):

@@ -31,30 +31,12 @@ from st_clp.mining import MiningOptions, mine
 from st_clp.option_values import SettingsError
 from st_clp.options import ClusterOptions
 from st_clp.search import search_rows
+from tests.distributed.words import NUMBER, content, write_beir
 
-os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'st-clp[ray]'")
-import ray
 from ray.cluster_utils import Cluster
 
-WORDS = "river lake mountain city king queen book song red blue green water fire stone gold one two three".split()
-NUMBER = 2500  # documents: five windows
 ON = {"ray": "auto", "workers": 3}
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    """Three nodes of one core each, in this machine; this process is part of the cluster."""
-    # A lost node is noticed in two seconds in place of half a minute.
-    soon = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
-    head = {"num_cpus": 1, "include_dashboard": False, "_system_config": soon}
-    nodes = Cluster(initialize_head=True, head_node_args=head)
-    for _ in range(2):
-        nodes.add_node(num_cpus=1)
-    ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
-    yield nodes
-    ray.shutdown()
-    nodes.shutdown()
 
 
 @pytest.fixture(autouse=True)
@@ -62,19 +44,6 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A part is one window; as one thread sums in another order than two, all use one."""
     monkeypatch.setattr(ray_encoding, "PART_DOCUMENTS", 512)
     torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def collection() -> Collection:
-    generator = random.Random(0)
-    documents = {f"d{n}": " ".join(generator.choices(WORDS, k=generator.randrange(1, 12))) for n in range(NUMBER)}
-    queries = {f"q{n}": " ".join(generator.choices(WORDS, k=3)) for n in range(20)}
-    judgments = {query_id: {f"d{generator.randrange(NUMBER)}": 1} for query_id in queries}
-    return Collection.from_dict(documents, queries, judgments, name="words")
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 @pytest.fixture(scope="module")
@@ -236,19 +205,6 @@ collection = Collection.load(sys.argv[2], split="train")
 print("begins", flush=True)
 EmbeddingStore.build(model, collection, sys.argv[3], ray="local", workers=2, show_progress_bar=False)
 """
-
-
-def write_beir(collection: Collection, folder: Path) -> Path:
-    import json
-
-    (folder / "qrels").mkdir(parents=True)
-    lines = [json.dumps({"_id": d.doc_id, "text": d.text}) for d in collection.corpus]
-    (folder / "corpus.jsonl").write_text("\n".join(lines) + "\n")
-    lines = [json.dumps({"_id": query_id, "text": text}) for query_id, text in collection.queries.items()]
-    (folder / "queries.jsonl").write_text("\n".join(lines) + "\n")
-    rows = [f"{q}\t{d}\t{g}" for q, grades in collection.judgments.items() for d, g in grades.items()]
-    (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\n" + "\n".join(rows) + "\n")
-    return folder
 
 
 def test_a_killed_driver_loses_nothing_and_one_process_goes_on_with_its_parts(

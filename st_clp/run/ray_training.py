@@ -1,0 +1,247 @@
+"""Training on several machines: the training stage in each of Ray Train's workers, from the run's shared folder.
+
+The workers are the processes of a group, as torchrun would start them, and give the same weights. What the Trainer
+keeps in the folder is the checkpoint: where a worker is lost, all begin again from the last one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from st_clp.distributed import Failure, connect, gpus_per_worker, import_ray
+from st_clp.distributed.cluster import LOCAL
+from st_clp.run.folder import RunDirectory
+from st_clp.run.modelling import load_base_model
+from st_clp.run.splits import load_collections
+from st_clp.run.training_stage import TrainingStage
+from st_clp.settings import RunSettings, SettingsError
+
+logger = logging.getLogger(__name__)
+
+TRIES = 5  # times that the workers may be lost before it is said
+LOOK_SECONDS = 0.5  # between looks at what the workers have to tell
+
+
+def train_on_cluster(stage: TrainingStage) -> dict[str, Any]:
+    """Train on the cluster that the settings name, in ``train_workers`` processes.
+
+    Returns:
+        What the first of them returns of :meth:`TrainingStage.run`.
+
+    Raises:
+        Exception: What a worker has raised, with the name of the node that it was on.
+        RuntimeError: Workers were lost five times.
+        SettingsError: There is no such cluster, or it has no room.
+    """
+    ray = connect(stage.settings)
+    takes = _takes(stage.settings, ray)
+    result = None
+    for left in reversed(range(TRIES)):
+        telling = ray.remote(_Told).options(num_cpus=0).remote()
+        here = {"settings": stage.settings.to_dict(), "cwd": os.getcwd(), "telling": telling}
+        with _Shown(ray, telling, stage.say):
+            error = _fit(stage, here, takes)
+        failures, result = ray.get(telling.ended.remote())
+        if result is not None:
+            break
+        # A worker that failed has told why; one that was lost has not.
+        if failures and set(getattr(error, "worker_failures", failures)) <= set(failures):
+            raise next(iter(failures.values())).as_error()
+        if left == 0:
+            raise RuntimeError(f"workers of the training were lost {TRIES} times: {error}") from error
+        checkpoint = stage.directory.last_checkpoint()
+        where = "the beginning" if checkpoint is None else checkpoint.name
+        logger.warning("a worker of the training is lost; all go on from %s", where)
+    if not stage.directory.model_files():
+        raise SettingsError(
+            f"the model was saved by a worker on another machine and is not in {stage.directory.path}: give --output a "
+            "folder that all machines of the cluster share"
+        )
+    assert result is not None
+    return result
+
+
+def _takes(settings: RunSettings, ray: Any) -> dict[str, float]:
+    """What each worker takes of the cluster.
+
+    Raises:
+        SettingsError: This machine is all of the cluster, and has no room for so many.
+    """
+    takes = {"CPU": float(settings.cpus_per_worker)}
+    if gpus := gpus_per_worker(settings):
+        takes["GPU"] = gpus
+    has = ray.cluster_resources()
+    room = min(int(has.get(kind, 0) / number) for kind, number in takes.items())
+    number = settings.train_workers or 1
+    if room < number:
+        what = ", ".join(f"{count:g} {kind}" for kind, count in takes.items())
+        text = f"train_workers={number}: the cluster has room for {room} that take {what} each"
+        if settings.ray == LOCAL:
+            raise SettingsError(text)
+        logger.warning("%s; waiting for it to grow", text)
+    return takes
+
+
+def _fit(stage: TrainingStage, here: dict[str, Any], takes: dict[str, float]) -> Exception | None:
+    """Have the workers train to the end; what Ray says where one of them was lost or has failed."""
+    import_ray()
+    from ray.train import RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    scratch = stage.directory.work / "ray"
+    trainer = TorchTrainer(
+        _train_in_worker,
+        train_loop_config=here,
+        scaling_config=ScalingConfig(
+            num_workers=stage.settings.train_workers or 1, use_gpu="GPU" in takes, resources_per_worker=takes
+        ),
+        run_config=RunConfig(name="train", storage_path=str(scratch.absolute())),
+        torch_config=TorchConfig(backend="nccl" if "GPU" in takes else "gloo"),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        return error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return None
+
+
+def _train_in_worker(here: dict[str, Any]) -> None:
+    """What each worker does."""
+    settings = RunSettings(**here["settings"])
+    telling = here["telling"]
+    with contextlib.suppress(OSError):  # a machine without this folder has names that begin at the root
+        os.chdir(here["cwd"])
+    ray = import_ray()
+    try:
+        if not torch.cuda.is_available():
+            torch.set_num_threads(settings.cpus_per_worker)
+        directory = RunDirectory(settings.output)
+        if not directory.settings_file.is_file():
+            raise SettingsError(
+                f"there is no {directory.settings_file}: give --output a folder that all machines share"
+            )
+        model = load_base_model(settings.model, max_seq_length=settings.max_seq_length)
+        collections = load_collections(settings).train
+        stage = TrainingStage(
+            settings, directory, collections, say=lambda text: telling.say.remote(text), progress=_Progress(telling)
+        )
+        if result := stage.run(model):
+            ray.get(telling.finish.remote(result))
+    except Exception as error:  # of whatever is read, trained and written
+        rank = import_ray().train.get_context().get_world_rank()
+        ray.get(telling.fail.remote(rank, Failure(error, socket.gethostname())))
+        raise
+
+
+class _Progress(TrainerCallback):
+    """Tells how far the training is."""
+
+    def __init__(self, telling: Any) -> None:
+        self._telling = telling
+        self._loss: float | None = None
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Remember the loss."""
+        logs = kwargs.get("logs") or {}
+        self._loss = float(logs["loss"]) if "loss" in logs else self._loss
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The first step, or that of the checkpoint."""
+        self._tell(state)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """A step further."""
+        self._tell(state)
+
+    def _tell(self, state: TrainerState) -> None:
+        if state.is_world_process_zero:
+            self._telling.step.remote(state.global_step, state.max_steps, self._loss)
+
+
+class _Told:
+    """What the workers have told, for whoever looks: an actor."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+        self._at: tuple[int, int, float | None] | None = None
+        self._failures: dict[int, Failure] = {}
+        self._result: dict[str, Any] | None = None
+
+    def say(self, text: str) -> None:
+        """A line for the user."""
+        self._lines.append(text)
+
+    def step(self, number: int, last: int, loss: float | None) -> None:
+        """How far the training is."""
+        self._at = number, last, loss
+
+    def fail(self, rank: int, failure: Failure) -> None:
+        """The error of a worker; those that the others have of it come later."""
+        self._failures[rank] = failure
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """What the training gave."""
+        self._result = result
+
+    def look(self, seen: int) -> tuple[list[str], tuple[int, int, float | None] | None]:
+        """(lines from the ``seen``-th on, how far the training is)."""
+        return self._lines[seen:], self._at
+
+    def ended(self) -> tuple[dict[int, Failure], dict[str, Any] | None]:
+        """(the errors by worker, the first one first; the result)."""
+        return self._failures, self._result
+
+
+class _Shown:
+    """Shows what the workers tell, until the context ends."""
+
+    def __init__(self, ray: Any, telling: Any, say: Callable[[str], None]) -> None:
+        self._ray, self._telling, self._say = ray, telling, say
+        self._seen = 0
+        self._bar: tqdm | None = None
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._keep_looking, daemon=True)
+
+    def __enter__(self) -> _Shown:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._over.set()
+        self._thread.join()
+        self._look()
+        if self._bar is not None:
+            self._bar.close()
+
+    def _keep_looking(self) -> None:
+        while not self._over.wait(LOOK_SECONDS):
+            self._look()
+
+    def _look(self) -> None:
+        """Show what is new."""
+        lines, at = self._ray.get(self._telling.look.remote(self._seen))
+        self._seen += len(lines)
+        for line in lines:
+            self._say(line)
+        if at is None:
+            return
+        step, last, loss = at
+        if self._bar is None:
+            self._bar = tqdm(total=last, desc="Training", unit=" steps", initial=step)
+        self._bar.n = step
+        if loss is not None:
+            self._bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        self._bar.refresh()
