@@ -19,7 +19,19 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizerFast,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 WORDS = (
     "a an the of in on is was who what where when which river lake mountain city country money bank language people "
@@ -128,3 +140,47 @@ def _run_snippets(*folders: Path) -> dict[str, list[int]]:
 def run_snippets() -> Callable[..., dict[str, list[int]]]:
     """``run_snippets(*folders)`` runs what the model cards of these folders say, in a process of its own."""
     return _run_snippets
+
+
+# What the tiny models that write know.
+WRITTEN = (
+    "a an the of in on is was who what where when which river lake mountain city country money bank language people "
+    "capital north south east west red blue green old new big small one two three four five six seven cat dog horse"
+).split()
+
+
+def tiny_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    vocabulary = {token: number for number, token in enumerate(["<pad>", "</s>", "<unk>", *WRITTEN])}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=128
+    )
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_causal_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPT-2 of width 32 with random weights; it reads 128 tokens."""
+    folder = tmp_path_factory.mktemp("causal")
+    tokenizer = tiny_tokenizer(folder)
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=128, n_embd=32, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=1
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_t5_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A T5 of width 32 with random weights."""
+    folder = tmp_path_factory.mktemp("t5")
+    tokenizer = tiny_tokenizer(folder)
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    return folder

@@ -93,7 +93,7 @@ def open_chain(settings: RunSettings, default: Path | None) -> QueryChain:
     from st_clp.queries import make_chain
 
     store = settings.query_store if settings.query_store and default else default
-    return make_chain(settings.negative_queries, QueryOptions.for_negatives(settings), store=store)
+    return make_chain(settings.negative_queries, QueryOptions.for_negatives(settings), store=store, cluster=settings)
 
 
 def _arguments(settings: RunSettings, store: Path) -> tuple[MiningOptions, dict[str, Any]]:

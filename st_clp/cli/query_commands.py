@@ -11,7 +11,8 @@ import typer
 
 from st_clp.cli.mine_command import QUERY_SETTINGS
 from st_clp.cli.settings_command import CONFIG, Extra, after_a_stop, given_settings, settings_command
-from st_clp.options import Encoding, QueryOptions
+from st_clp.declaring import names_of
+from st_clp.options import ClusterOptions, Encoding, QueryOptions
 from st_clp.run.folder import QUERY_STORE
 from st_clp.settings import RunSettings, SettingsError
 from st_clp.terminal import new_console
@@ -47,6 +48,7 @@ SETTINGS = [
     # What mining checks needs the model that mines.
     *(name for name in QUERY_SETTINGS if not name.startswith("query_round_trip")),
     "seed",
+    *names_of(ClusterOptions),
 ]
 
 EXTRAS: dict[str, Extra] = {
@@ -77,7 +79,8 @@ def _queries(**options: Any) -> None:
     file = Path(settings.query_store or QUERY_STORE)
     # A dry run makes no file.
     store = file if file.exists() or not dry_run else None
-    with make_chain(settings.negative_queries, QueryOptions.for_negatives(settings), store=store) as chain:
+    queries = QueryOptions.for_negatives(settings)
+    with make_chain(settings.negative_queries, queries, store=store, cluster=settings) as chain:
         for collection in load_training_collections(settings):
             documents = _documents(collection, rows)
             if dry_run:

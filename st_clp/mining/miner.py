@@ -153,7 +153,11 @@ def mine(
     if isinstance(negative_queries, str):
         # What is wrong with a source is said before anything is encoded.
         with make_chain(
-            negative_queries, query_options, store=query_store, show_progress_bar=encoding.show_progress_bar
+            negative_queries,
+            query_options,
+            store=query_store,
+            show_progress_bar=encoding.show_progress_bar,
+            cluster=encoding,
         ) as chain:
             return mine(
                 model,

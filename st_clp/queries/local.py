@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import logging
@@ -81,6 +82,13 @@ class LocalQueries(GeneratingSource):
         self._hash: str | None = None
         self._around: dict[str, int] = {}  # tokens of each template
         self.weight = weight
+
+    def unloaded(self) -> LocalQueries:
+        """The same without the model in memory, to be sent to another process."""
+        copied = copy.copy(self)
+        copied._loaded = None
+        copied._around = {}
+        return copied
 
     def prepare(self) -> None:
         """Look for the model.

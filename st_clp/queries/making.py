@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 
-from st_clp.options import QueryOptions
+from st_clp.options import ClusterOptions, QueryOptions
 from st_clp.queries.chain import QueryChain
 from st_clp.queries.chat import ChatClient
 from st_clp.queries.endpoint import Budget, EndpointQueries, Prices
@@ -60,6 +60,7 @@ def make_chain(
     *,
     store: QueryStore | str | os.PathLike[str] | None = None,
     show_progress_bar: bool = True,
+    cluster: ClusterOptions | None = None,
 ) -> QueryChain:
     """The chain of sources that a text names.
 
@@ -69,6 +70,7 @@ def make_chain(
         options: How queries are made.
         store: Keeps what is generated, or its file; None keeps it in memory.
         show_progress_bar: Show progress.
+        cluster: Have a local model's queries written on the Ray cluster that these name, if they name one.
 
     Raises:
         ValueError: The text or an option cannot be meant, or there is no key for an endpoint that wants one.
@@ -78,7 +80,7 @@ def make_chain(
     # What costs nothing needs no file.
     free = all(kind in (JUDGMENTS, TITLE) for kind, _, _ in parsed)
     kept = store if isinstance(store, QueryStore) else QueryStore(None if free else store)
-    sources = [_source(kind, model, weight, options, kept) for kind, model, weight in parsed]
+    sources = [_source(kind, model, weight, options, kept, cluster) for kind, model, weight in parsed]
     for source in sources:
         if isinstance(source, GeneratingSource):
             source.prepare()
@@ -86,7 +88,14 @@ def make_chain(
     return QueryChain(sources, store=kept, show_progress_bar=show_progress_bar)
 
 
-def _source(kind: str, model: str, weight: float | None, options: QueryOptions, store: QueryStore) -> QuerySource | str:
+def _source(
+    kind: str,
+    model: str,
+    weight: float | None,
+    options: QueryOptions,
+    store: QueryStore,
+    cluster: ClusterOptions | None,
+) -> QuerySource | str:
     if kind == JUDGMENTS:
         return JUDGMENTS
     if kind == TITLE:
@@ -94,7 +103,7 @@ def _source(kind: str, model: str, weight: float | None, options: QueryOptions, 
     given = 1.0 if weight is None else weight
     prompts = None if options.query_prompts is None else Prompts.read(options.query_prompts)
     if kind == LOCAL:
-        return LocalQueries(
+        local = LocalQueries(
             model,
             prompts=prompts,
             samples=options.query_samples or 1,
@@ -103,6 +112,11 @@ def _source(kind: str, model: str, weight: float | None, options: QueryOptions, 
             seed=options.seed,
             weight=given,
         )
+        if cluster is None or cluster.ray is None:
+            return local
+        from st_clp.queries.ray_queries import ClusterQueries
+
+        return ClusterQueries(local, cluster)
     client = ChatClient(
         model,
         base_url=options.query_base_url,

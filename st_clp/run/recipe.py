@@ -242,9 +242,8 @@ class _Run:
         settings = self.settings
         cross_encoder = load_cross_encoder(settings.cross_encoder)
         accounts = {}
-        with make_chain(
-            settings.negative_queries, self.query_options, store=self.directory.query_store_of(settings)
-        ) as chain:
+        store = self.directory.query_store_of(settings)
+        with make_chain(settings.negative_queries, self.query_options, store=store, cluster=settings) as chain:
             for collection in self.collections.train:
                 mined = mine(
                     self._base_model(),

@@ -29,7 +29,9 @@ from st_clp.encoding import EmbeddingStore, building, ray_encoding
 from st_clp.encoding.encode import Encoder
 from st_clp.mining import MiningOptions, mine
 from st_clp.option_values import SettingsError
-from st_clp.options import ClusterOptions
+from st_clp.options import ClusterOptions, QueryOptions
+from st_clp.queries import make_chain
+from st_clp.queries.query_store import Key
 from st_clp.search import search_rows
 from tests.distributed.words import NUMBER, content, write_beir
 
@@ -94,6 +96,41 @@ def test_mining_and_evaluation_are_those_of_one_process(
 
     assert mined("cluster", **ON) == mined("here")
     assert evaluated("cluster", **ON) == evaluated("here")
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_queries_are_written_as_by_one_process(
+    cluster: Cluster, collection: Collection, tiny_t5_path: Path, tmp_path: Path, killed: bool
+) -> None:
+    documents = list(collection.documents())
+    options = QueryOptions(query_max_tokens=8, query_samples=2)
+
+    def written(where: str, on: ClusterOptions | None) -> tuple[dict[str, Any], dict[Any, Any]]:
+        with make_chain(
+            f"local:{tiny_t5_path}", options, store=tmp_path / where, show_progress_bar=False, cluster=on
+        ) as chain:
+            found, account = chain.generate(documents)
+            assert account.usage.tokens > 0
+            (source,) = chain.sources
+            keys = [Key.of(source.source.fingerprint(), source.source.prompt(None), d.text) for d in documents]
+            return found, chain.store.get(keys)
+
+    over = threading.Event()
+
+    def kill() -> None:
+        while not over.wait(0.2):
+            if killed and (workers := workers_of_ray()):
+                with contextlib.suppress(psutil.Error):
+                    workers[0].kill()
+                    return
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    there = written("there", ClusterOptions(**ON))
+    over.set()
+    killer.join()
+    assert there == written("here", None)
+    assert len(there[1]) == len({document.text for document in documents})
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "euclidean"])
@@ -290,7 +327,9 @@ import sys
 sys.modules["ray"] = None if sys.argv[1] == "missing" else sys.modules.get("ray")
 if sys.argv[1] != "missing": del sys.modules["ray"]
 from st_clp.distributed import connect
-from st_clp.options import ClusterOptions
+from st_clp.options import ClusterOptions, QueryOptions
+from st_clp.queries import make_chain
+from st_clp.queries.query_store import Key
 try:
     connect(ClusterOptions(ray="127.0.0.1:1"))
 except (ModuleNotFoundError, ValueError) as error:
@@ -313,7 +352,9 @@ def test_no_ray_and_no_cluster_say_what_to_do(what: str, message: str) -> None:
 LISTENING = """
 import json, os, psutil
 from st_clp.distributed import connect
-from st_clp.options import ClusterOptions
+from st_clp.options import ClusterOptions, QueryOptions
+from st_clp.queries import make_chain
+from st_clp.queries.query_store import Key
 ray = connect(ClusterOptions(ray="local"))
 ray.get(ray.remote(lambda: 1).remote())
 own = [psutil.Process(), *psutil.Process().children(recursive=True)]

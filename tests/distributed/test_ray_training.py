@@ -74,7 +74,7 @@ def by_torchrun(settings: RunSettings, output: Path, address: str) -> None:
             **os.environ,
             "OMP_NUM_THREADS": "1",
             "RAY_ADDRESS": address,
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            "PYTHONPATH": os.pathsep.join(paths),
         },
         capture_output=True,
         text=True,

@@ -16,17 +16,9 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
-    PreTrainedTokenizerFast,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 from st_clp.data import Document
@@ -36,43 +28,6 @@ WORDS = (
     "capital north south east west red blue green old new big small one two three four five six seven cat dog horse"
 ).split()
 KEY = "sk-a-very-secret-key-0123456789"
-
-
-def tiny_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    vocabulary = {token: number for number, token in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
-    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=128
-    )
-    tokenizer.save_pretrained(folder)
-    return tokenizer
-
-
-@pytest.fixture(scope="session")
-def tiny_causal_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A GPT-2 of width 32 with random weights; it reads 128 tokens."""
-    folder = tmp_path_factory.mktemp("causal")
-    tokenizer = tiny_tokenizer(folder)
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=len(tokenizer), n_positions=128, n_embd=32, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=1
-    )
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def tiny_t5_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A T5 of width 32 with random weights."""
-    folder = tmp_path_factory.mktemp("t5")
-    tokenizer = tiny_tokenizer(folder)
-    torch.manual_seed(0)
-    config = T5Config(
-        vocab_size=len(tokenizer), d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2, decoder_start_token_id=0
-    )
-    T5ForConditionalGeneration(config).save_pretrained(folder)
-    return folder
 
 
 def make_documents(number: int) -> list[Document]:
