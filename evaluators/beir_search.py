@@ -24,6 +24,7 @@ from st_clp.declaring import shows, takes
 from st_clp.encoding import EmbeddingStore
 from st_clp.encoding.shards import MANIFEST
 from st_clp.encoding.working_model import Task
+from st_clp.files import inside
 from st_clp.options import Encoding
 from st_clp.search import search
 
@@ -102,10 +103,10 @@ class BEIRSearch(BaseSearch):
         similarity = self._similarity(score_function)
         with ExitStack() as temporary:
             if self.store_dir is None:
-                folder = Path(temporary.enter_context(tempfile.TemporaryDirectory(prefix="st-clp-beir-"))) / "corpus"
+                place = inside(temporary.enter_context(tempfile.TemporaryDirectory(prefix="st-clp-beir-")), "corpus")
             else:
-                folder = Path(self.store_dir)
-            asked, documents = self._encode(queries, corpus, folder.with_name(f"{folder.name}.queries"), folder)
+                place = os.fspath(self.store_dir)
+            asked, documents = self._encode(queries, corpus, f"{place}.queries", place)
             self.results = _retrieve(similarity, asked, [documents], top_k)
         return self.results
 
@@ -140,7 +141,7 @@ class BEIRSearch(BaseSearch):
                 raise ValueError(f"{store} is a file, such as beir's own; move it away, or name another folder")
             if overwrite and (store / MANIFEST).is_file():
                 shutil.rmtree(store)
-        self._encode(queries, corpus, asked, documents)
+        self._encode(queries, corpus, str(asked), str(documents))
 
     def search_from_files(
         self,
@@ -172,7 +173,7 @@ class BEIRSearch(BaseSearch):
         return self.results
 
     def _encode(
-        self, queries: Mapping[str, str], corpus: Texts, query_folder: Path, folder: Path
+        self, queries: Mapping[str, str], corpus: Texts, query_folder: str, folder: str
     ) -> tuple[EmbeddingStore, EmbeddingStore]:
         """The stores of queries and documents."""
         # What cannot be scored in the end is refused before the corpus is encoded.
@@ -181,7 +182,7 @@ class BEIRSearch(BaseSearch):
         asked = self._store(MemoryCorpus("queries", dict(queries)), query_folder, "query")
         return asked, self._store(_BEIRCorpus(corpus), folder, "document")
 
-    def _store(self, corpus: Corpus, folder: Path, task: Task) -> EmbeddingStore:
+    def _store(self, corpus: Corpus, folder: str, task: Task) -> EmbeddingStore:
         return EmbeddingStore.build(
             self.model,
             corpus,

@@ -18,6 +18,7 @@ from evaluators.metrics import QueryScores, mean_scores
 from evaluators.runs import Run, file_part
 from st_clp.data import Collection, CollectionError
 from st_clp.declaring import shows, takes
+from st_clp.files import inside
 from st_clp.options import DEFAULT_METRICS, EvaluationOptions
 
 Datasets = Mapping[str, "Collection | Mapping[str, Collection]"]
@@ -74,7 +75,7 @@ class BenchmarkEvaluator(RetrievalEvaluator):
                 collection,
                 name="_".join(filter(None, [plain_name, key])),
                 metrics=[metric.name for metric in self.metrics],
-                store_dir=None if store_dir is None else Path(store_dir) / stores[collection.corpus_name],
+                store_dir=None if store_dir is None else inside(store_dir, stores[collection.corpus_name]),
                 reference_run=references.get(key),
                 options=options,
             )

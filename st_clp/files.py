@@ -335,3 +335,8 @@ def versions(*further: str) -> dict[str, str]:
         with suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
+
+
+def inside(place: str | os.PathLike[str], name: str) -> str:
+    """What is called ``name`` in a folder, or at an address such as ``s3://bucket/folder``."""
+    return f"{os.fspath(place).rstrip('/')}/{name}"

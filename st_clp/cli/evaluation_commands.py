@@ -88,7 +88,12 @@ EXTRAS: dict[str, Extra] = {
         None,
         "Search only judged documents and the best of this run; one for each collection.",
     ),
-    "store": (Path | None, None, "The folder for the embeddings. [default: embeddings in the output folder]"),
+    "store": (
+        str | None,
+        None,
+        "The folder for the embeddings, or an address such as s3://bucket/folder. [default: embeddings in the output "
+        "folder]",
+    ),
 }
 
 
@@ -105,7 +110,7 @@ def _evaluate(
     from_run: list[Path] | None,
     name: str | None,
     pool: list[Path] | None,
-    store: Path | None,
+    store: str | None,
     eval_split: str | None,
     max_seq_length: int | None,
     text_field: list[str] | None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from st_clp.cli.settings_command import CONFIG, SAME_COMMAND, Extra, after_a_stop, given_settings, settings_command
 from st_clp.declaring import names_of
-from st_clp.files import write_json
+from st_clp.files import inside, write_json
 from st_clp.options import (
     ClusterOptions,
     Encoding,
@@ -53,7 +53,12 @@ SETTINGS = [
 
 EXTRAS: dict[str, Extra] = {
     "config": CONFIG,
-    "store": (Path | None, None, "The folder for the embeddings. [default: embeddings in the output folder]"),
+    "store": (
+        str | None,
+        None,
+        "The folder for the embeddings, or an address such as s3://bucket/folder. [default: embeddings in the output "
+        "folder]",
+    ),
     "dry_run": (bool, False, "Say what it would cost, from a short trial, and write nothing."),
 }
 
@@ -83,8 +88,8 @@ def _mine(**options: Any) -> None:
         after_a_stop.append(SAME_COMMAND)
     with open_chain(settings, None if dry_run else output / QUERY_STORE) as chain:
         for collection in collections:
-            folder = (store or output / "embeddings") / slug(collection.corpus_name)
-            work(model, collection, settings, output, folder, chain)
+            place = inside(store or output / "embeddings", slug(collection.corpus_name))
+            work(model, collection, settings, output, place, chain)
     after_a_stop.clear()
 
 
@@ -96,14 +101,14 @@ def open_chain(settings: RunSettings, default: Path | None) -> QueryChain:
     return make_chain(settings.negative_queries, QueryOptions.for_negatives(settings), store=store, cluster=settings)
 
 
-def _arguments(settings: RunSettings, store: Path) -> tuple[MiningOptions, dict[str, Any]]:
+def _arguments(settings: RunSettings, store: str) -> tuple[MiningOptions, dict[str, Any]]:
     """(the options, the other arguments) that mining and its estimate share."""
     options = MiningOptions.of(settings, max_queries=settings.max_train_queries)
     return options, {"encoding": Encoding.of(settings), "store_dir": store}
 
 
 def _estimate(
-    model: Any, collection: Collection, settings: RunSettings, output: Path, store: Path, chain: QueryChain
+    model: Any, collection: Collection, settings: RunSettings, output: Path, store: str, chain: QueryChain
 ) -> None:
     from st_clp.mining.estimate import estimate
     from st_clp.run.modelling import load_cross_encoder
@@ -117,7 +122,7 @@ def _estimate(
 
 
 def _mine_one(
-    model: Any, collection: Collection, settings: RunSettings, output: Path, store: Path, chain: QueryChain
+    model: Any, collection: Collection, settings: RunSettings, output: Path, store: str, chain: QueryChain
 ) -> None:
     from st_clp.mining import mine
     from st_clp.mining.rows import require_writable, write_rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +20,7 @@ from st_clp.cli.settings_command import (
     with_error_messages,
 )
 from st_clp.declaring import names_of
+from st_clp.files import inside
 from st_clp.options import ClusterOptions, Encoding, EncodingOptions
 from st_clp.run.folder import slug
 from st_clp.settings import RunSettings
@@ -41,6 +43,8 @@ BUILD_HELP = """Encode the documents of collections and keep the embeddings.
 `st-clp store build --model BAAI/bge-m3 --collection miracl/en --output embeddings`
 
 `st-clp store build --model BAAI/bge-m3 --collection miracl/en --output /shared/embeddings --ray auto`
+
+`st-clp store build --model BAAI/bge-m3 --collection miracl/en --output s3://bucket/embeddings --ray auto`
 """
 BUILD_SETTINGS = [
     *("model", "collection", "output", "text_field", "max_seq_length"),
@@ -62,9 +66,9 @@ def _build(**options: Any) -> None:
     model = load_base_model(settings.model, max_seq_length=settings.max_seq_length)
     after_a_stop.append(SAME_COMMAND)
     for corpus in corpora:
-        folder = Path(settings.output) / slug(corpus.name)
-        built = EmbeddingStore.build(model, corpus, folder, encoding=Encoding.of(settings))
-        console.print(f"{folder}: {len(built):,} documents of {corpus.name}, {built.dim} dimensions")
+        place = inside(settings.output, slug(corpus.name))
+        built = EmbeddingStore.build(model, corpus, place, encoding=Encoding.of(settings))
+        console.print(f"{place}: {len(built):,} documents of {corpus.name}, {built.dim} dimensions")
     after_a_stop.clear()
 
 
@@ -148,6 +152,8 @@ def _find(folders: list[Path]) -> list[StoreInfo]:
 
     found = []
     for folder in folders:
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(folder)):  # a path has one slash fewer
+            raise ValueError(f"{folder} is an address: look at it, and remove it, with the provider's own tools")
         if not folder.is_dir():
             raise FileNotFoundError(f"there is no folder {folder}")
         here = list(find_stores(folder))

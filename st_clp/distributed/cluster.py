@@ -50,6 +50,8 @@ def connect(options: ClusterOptions) -> Any:
             ray.init(address=options.ray, **quiet)
     except (OSError, ValueError, RuntimeError, AssertionError) as error:
         reason = " ".join(str(error).split())
+        if options.ray == LOCAL:
+            raise SettingsError(f"ray: Ray cannot be started on this machine: {reason}") from error
         raise SettingsError(
             f"ray: there is no Ray cluster at {options.ray!r} ({reason}); start one with `ray start --head`, give its "
             "address, or give local for one on this machine"

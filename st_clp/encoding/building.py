@@ -93,13 +93,13 @@ class Builder:
             raise self._empty()
         return ids, np.concatenate(shards)
 
-    def in_folder(self, folder: Path) -> None:
-        """Make ``folder`` the store of this model and corpus.
+    def write(self, place: str) -> None:
+        """Make the folder ``place`` the store of this model and corpus.
 
         Raises:
             CollectionError, ValueError, OSError: As in ``EmbeddingStore.build``.
         """
-        manifest = self._manifest()
+        folder, manifest = Path(place), self._manifest()
         if _is_whole(folder, manifest):
             self._seal_if_need_be(folder)
             return
@@ -176,9 +176,9 @@ class Builder:
         """What an embedding takes on disk, with its key, its id and their line."""
         return self.dim * np.dtype(self._stored_as).itemsize + KEY_BYTES + 24
 
-    def already_encoded(self, folder: Path) -> int:
+    def already_encoded(self, place: str | Path) -> int:
         """How many of the texts in this folder, finished or not, would not be encoded again; checksums aside."""
-        manifest = self._manifest()
+        folder, manifest = Path(place), self._manifest()
 
         def rows_in(place: Path) -> int:
             found = usable_manifest(place)

@@ -122,16 +122,29 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         manifest = read_json(file, error=StoreError, remedy=REMEDY)
     except (FileNotFoundError, NotADirectoryError):
         return None
+    return checked_manifest(manifest, str(file))
+
+
+def checked_manifest(manifest: dict[str, Any], where: str) -> dict[str, Any] | None:
+    """The manifest; None where it is of a format that this version does not know.
+
+    Args:
+        manifest: What a manifest's file holds.
+        where: The file.
+
+    Raises:
+        StoreError: It says what cannot be.
+    """
     if manifest.get("format") not in (FORMAT, UNSEALED_FORMAT):
         return None
 
     def field(name: str, kind: type, **limits: float) -> Any:
-        return require_field(manifest, name, kind, str(file), error=StoreError, remedy=REMEDY, **limits)
+        return require_field(manifest, name, kind, where, error=StoreError, remedy=REMEDY, **limits)
 
     for name in ("model", "task", "computed_in", "corpus", "corpus_fingerprint"):
         field(name, str)
     if field("dtype", str) not in ("float16", "float32"):
-        raise StoreError(f"{file}: 'dtype' must be float16 or float32, not {manifest['dtype']!r:.60}; {REMEDY}")
+        raise StoreError(f"{where}: 'dtype' must be float16 or float32, not {manifest['dtype']!r:.60}; {REMEDY}")
     field("dim", int, least=1, most=1 << 24)
     if "documents" in manifest:
         field("documents", int, least=1)
@@ -411,10 +424,18 @@ def read_ids(folder: Path) -> Sequence[str]:
     Raises:
         StoreError: The file of the ids holds something else, or fewer.
     """
-    rows = sum(shard.rows for shard in read_shards(folder))
-    ids = FileIds(folder / IDS, rows)
+    return ids_in(folder / IDS, sum(shard.rows for shard in read_shards(folder)), str(folder / IDS))
+
+
+def ids_in(file: Path, rows: int, where: str) -> Sequence[str]:
+    """The ids in a file, which are to be so many.
+
+    Raises:
+        StoreError: They are fewer, or something else; the message says ``where``.
+    """
+    ids = FileIds(file, rows)
     if len(ids) != rows:
-        raise StoreError(f"{folder / IDS} holds {len(ids):,} ids and not the {rows:,} that are recorded; {REMEDY}")
+        raise StoreError(f"{where} holds {len(ids):,} ids and not the {rows:,} that are recorded; {REMEDY}")
     if len(ids) > HELD_IDS:
         return ids
     try:
@@ -422,7 +443,7 @@ def read_ids(folder: Path) -> Sequence[str]:
     except (ValueError, RecursionError):
         found = []
     if len(found) != rows or not all(isinstance(identifier, str) for identifier in found):
-        raise StoreError(f"{folder / IDS} holds lines that are no ids in JSON; {REMEDY}")
+        raise StoreError(f"{where} holds lines that are no ids in JSON; {REMEDY}")
     return found
 
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Collection as AnyCollection
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,9 +15,13 @@ from tqdm.auto import tqdm
 
 from st_clp.data import Collection, Corpus
 from st_clp.declaring import takes
+from st_clp.encoding.addresses import is_address
 from st_clp.encoding.shards import REMEDY, ShardFiles, StoreError, read_ids, read_manifest
 from st_clp.encoding.working_model import Task
 from st_clp.options import Encoding
+
+if TYPE_CHECKING:
+    from st_clp.encoding.building import Builder
 
 SHARD_ROWS = 65_536  # read together when searching
 
@@ -29,11 +34,11 @@ class EmbeddingStore:
 
     Args:
         ids: Document ids.
-        embeddings: float16 or float32, (number of documents, dim); may be a memory map.
-        path: The folder that they lie in; None where they are in memory alone.
+        embeddings: float16 or float32, (number of documents, dim); an array, a memory map, or what reads like one.
+        path: The folder or address that they lie at; None where they are in memory alone.
     """
 
-    def __init__(self, ids: Sequence[str], embeddings: np.ndarray, path: Path | None = None) -> None:
+    def __init__(self, ids: Sequence[str], embeddings: Any, path: Path | str | None = None) -> None:
         self.ids = ids
         self.path = path
         self._embeddings = embeddings
@@ -105,8 +110,8 @@ class EmbeddingStore:
         Args:
             model: Any SentenceTransformer.
             texts: A collection, whose documents are encoded, or a corpus.
-            path: The folder to keep the embeddings in; one of another model is encoded anew and then replaced. None
-                keeps them in memory.
+            path: The folder to keep the embeddings in, or an address such as ``s3://bucket/folder``; those of another
+                model are encoded anew and then replaced. None keeps them in memory.
             task: Whether the texts are encoded as documents or as queries.
             progress: A bar to move by each text, in place of one of its own: several stores can share it.
             fingerprint: The model's, where it is known already; otherwise it is computed from the weights.
@@ -119,26 +124,25 @@ class EmbeddingStore:
             ValueError: An embedding is not finite; the message names its text's id. Or the folder holds other files.
             OSError: The disk is full or cannot be written; finished shards are kept. A whole store needs no writing.
         """
-        from st_clp.encoding.building import Builder
-
         corpus = texts.corpus if isinstance(texts, Collection) else texts
+        builder = builder_for(path, encoding)(model, corpus, task, encoding, progress, fingerprint)
         if path is None:
-            return cls(*Builder(model, corpus, task, encoding, progress, fingerprint).in_memory())
-        kind = Builder
-        if encoding.ray is not None:
-            from st_clp.encoding.ray_encoding import ClusterBuilder as kind
-        builder = kind(model, corpus, task, encoding, progress, fingerprint)
-        builder.in_folder(Path(path))
+            return cls(*builder.in_memory())
+        builder.write(os.fspath(path))
         return cls.open(path)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> EmbeddingStore:
-        """Open a store that :meth:`build` left in a folder, whatever model it is of. Checksums are not looked at.
+        """Open a store that :meth:`build` left, whatever model it is of. Checksums are not looked at.
 
         Raises:
             FileNotFoundError: There is no finished store in the folder.
             StoreError: Its files are damaged, or hold more or fewer rows than are recorded.
         """
+        if is_address(path):
+            from st_clp.encoding.remote_store import open_at
+
+            return cls(*open_at(os.fspath(path)), os.fspath(path))
         folder = Path(path)
         manifest = read_manifest(folder)
         if manifest is None or "documents" not in manifest:
@@ -150,3 +154,18 @@ class EmbeddingStore:
                 f"{len(ids):,} ids and {len(embeddings):,} embeddings; {REMEDY}"
             )
         return cls(ids, embeddings, folder)
+
+
+def builder_for(path: str | os.PathLike[str] | None, encoding: Encoding) -> type[Builder]:
+    """What encodes to this folder or address, or into memory, as the encoding has it."""
+    if path is not None and is_address(path):
+        from st_clp.encoding.remote_store import AddressBuilder
+
+        return AddressBuilder
+    if path is not None and encoding.ray is not None:
+        from st_clp.encoding.ray_encoding import ClusterBuilder
+
+        return ClusterBuilder
+    from st_clp.encoding.building import Builder
+
+    return Builder

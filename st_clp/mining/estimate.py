@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,8 +17,9 @@ from st_clp.declaring import takes
 from st_clp.encoding import EmbeddingStore
 from st_clp.encoding.building import Builder
 from st_clp.encoding.encode import SAMPLE, WARM_UP, sample_of, token_counts, tokens_a_second
+from st_clp.encoding.store import builder_for
 from st_clp.encoding.working_model import Task
-from st_clp.mining.ranking import PAIRS_A_BATCH, query_store_dir, require_one_score
+from st_clp.mining.ranking import PAIRS_A_BATCH, queries_of, query_store_dir, require_one_score
 from st_clp.options import Encoding, MiningOptions
 from st_clp.search import search_rows
 from st_clp.terminal import duration, size
@@ -139,9 +139,10 @@ def estimate(
         rescoring = rescored * _seconds_a_pair(cross_encoder, queries[:SAMPLE], documents, encoding)
     encoded = {"document": 0, "query": 0}
     if store_dir is not None:
-        encoded["document"] = builder.already_encoded(Path(store_dir))
-        asking = Builder(model, collection.corpus, "query", encoding)
-        encoded["query"] = asking.already_encoded(Path(query_store_dir(store_dir)))
+        kind = builder_for(store_dir, encoding)
+        encoded["document"] = kind(model, collection.corpus, "document", encoding).already_encoded(os.fspath(store_dir))
+        asking = kind(model, queries_of(collection), "query", encoding)
+        encoded["query"] = asking.already_encoded(query_store_dir(store_dir))
     return MiningEstimate(
         collection.name,
         cost("document", documents, number, encoded["document"]),

@@ -99,6 +99,13 @@ class SearchNote:
     recall_queries: int
 
 
+def queries_of(collection: Collection) -> MemoryCorpus:
+    """The queries that have an answer, as texts to encode."""
+    return MemoryCorpus(
+        f"{collection.name} queries", {name: collection.queries[name] for name in collection.positives()}
+    )
+
+
 def query_store_dir(store_dir: str | os.PathLike[str]) -> str:
     """Where the queries' embeddings are kept: beside the documents'."""
     return f"{os.fspath(store_dir)}.queries"
@@ -197,10 +204,9 @@ class Ranker:
         self._positives = collection.positives()
         query_ids = list(self._positives)
         self._texts = [collection.queries[query_id] for query_id in query_ids]
-        asked = MemoryCorpus(f"{collection.name} queries", dict(zip(query_ids, self._texts, strict=True)))
         self._queries = EmbeddingStore.build(
             model,
-            asked,
+            queries_of(collection),
             None if store_dir is None else query_store_dir(store_dir),
             task="query",
             encoding=encoding,

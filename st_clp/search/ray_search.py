@@ -7,7 +7,6 @@ and those of the workers that have just finished; which come first does not matt
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -49,7 +48,8 @@ def search_on_cluster(
     found = []
     for begin in range(0, len(queries), QUERIES_TOGETHER):
         block = queries[begin : begin + QUERIES_TOGETHER]
-        what = (str(model.similarity_fn_name), block, str(store.path.absolute()), k, cluster.cpus_per_worker)
+        place = store.path if isinstance(store.path, str) else str(store.path.absolute())
+        what = (str(model.similarity_fn_name), block, place, k, cluster.cpus_per_worker)
         best = _none(len(block))
         progress.reset()
         with Workers(cluster, ShardSearcher, *what) as workers:
@@ -90,7 +90,7 @@ class ShardSearcher:
             torch.set_num_threads(threads)
         # Ray's arrays are read-only views of its memory.
         self._queries, self._k = queries, k
-        self._store = EmbeddingStore.open(Path(folder))
+        self._store = EmbeddingStore.open(folder)
 
     def __call__(self, begin: int, end: int) -> Best:
         """The best of the rows from ``begin`` to ``end``."""

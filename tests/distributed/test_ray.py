@@ -25,7 +25,7 @@ from evaluators import CollectionEvaluator
 from st_clp.cli import app
 from st_clp.data import Collection, CollectionError, Corpus, Document, MemoryCorpus
 from st_clp.distributed import Workers
-from st_clp.encoding import EmbeddingStore, building, ray_encoding
+from st_clp.encoding import EmbeddingStore, building, parts
 from st_clp.encoding.encode import Encoder
 from st_clp.mining import MiningOptions, mine
 from st_clp.option_values import SettingsError
@@ -41,10 +41,37 @@ from ray.cluster_utils import Cluster
 ON = {"ray": "auto", "workers": 3}
 
 
+KILLING = """
+import os, sys, threading, time
+import psutil, torch
+from sentence_transformers import SentenceTransformer
+from st_clp.data import Collection
+from st_clp.distributed import Workers, connect
+from st_clp.encoding import EmbeddingStore, parts
+from st_clp.options import ClusterOptions
+torch.set_num_threads(1)
+parts.PART_DOCUMENTS = 512
+lost = []
+lose = Workers._lose
+Workers._lose = lambda self, *rest: (lose(self, *rest), lost.append(1))[0]
+def kill():
+    while True:
+        found = [p for p in psutil.Process().children(recursive=True) if "ray::_Worker.call" in " ".join(p.cmdline())]
+        if found: return found[0].kill()
+        time.sleep(0.1)
+connect(ClusterOptions(ray="local"))
+threading.Thread(target=kill, daemon=True).start()
+collection = Collection.load(sys.argv[2], split="train")
+model = SentenceTransformer(sys.argv[1], device="cpu")
+EmbeddingStore.build(model, collection, sys.argv[3], ray="local", workers=2, show_progress_bar=False)
+print("lost", len(set(lost)))
+"""
+
+
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A part is one window; as one thread sums in another order than two, all use one."""
-    monkeypatch.setattr(ray_encoding, "PART_DOCUMENTS", 512)
+    monkeypatch.setattr(parts, "PART_DOCUMENTS", 512)
     torch.set_num_threads(1)
 
 
@@ -71,6 +98,22 @@ def test_the_store_has_the_bytes_of_one_process_and_nothing_is_left_beside_it(
     assert content(tmp_path / "store") == expected
     assert len(built) == NUMBER
     assert {path.name for path in tmp_path.iterdir()} <= {"store", "store.lock"}
+
+
+def test_workers_write_to_an_address_and_a_killed_one_costs_nothing(
+    tiny_model: SentenceTransformer, collection: Collection, bucket: str, tmp_path: Path
+) -> None:
+    """In a process of its own: the workers take the credentials from the environment that the cluster starts with."""
+    here = EmbeddingStore.build(tiny_model, collection, tmp_path / "here", show_progress_bar=False)
+    source = write_beir(collection, tmp_path / "collection")
+    tiny_model.save(str(tmp_path / "model"))
+    arguments = [str(tmp_path / "model"), str(source), f"{bucket}/store"]
+    done = subprocess.run([sys.executable, "-c", KILLING, *arguments], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "lost 1" in done.stdout
+    there = EmbeddingStore.open(f"{bucket}/store")
+    assert list(there.ids) == list(here.ids)
+    assert np.array_equal(np.concatenate(list(there.blocks())), np.concatenate(list(here.blocks())))
 
 
 def test_mining_and_evaluation_are_those_of_one_process(
@@ -234,9 +277,9 @@ import sys
 import torch
 from sentence_transformers import SentenceTransformer
 from st_clp.data import Collection
-from st_clp.encoding import EmbeddingStore, ray_encoding
+from st_clp.encoding import EmbeddingStore, parts
 torch.set_num_threads(1)
-ray_encoding.PART_DOCUMENTS = 512
+parts.PART_DOCUMENTS = 512
 model = SentenceTransformer(sys.argv[1], device="cpu")
 collection = Collection.load(sys.argv[2], split="train")
 print("begins", flush=True)

