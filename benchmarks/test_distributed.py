@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
@@ -20,6 +21,7 @@ from st_clp.data import MemoryCorpus
 from st_clp.distributed import Workers, connect
 from st_clp.encoding import EmbeddingStore
 from st_clp.options import ClusterOptions
+from st_clp.search.top_k import merge
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'st-clp[ray]'")
 
@@ -66,6 +68,9 @@ def test_two_workers_of_a_core_against_one_process_of_two(benchmark: Any, corpus
     print(benchmark.extra_info)
 
 
+SLEEP_A_WORKER = 0.01  # seconds: a piece of each of n workers sleeps n times as long, so that 100 are done a second
+
+
 class Sleeper:
     """A worker whose work takes a known time and no processor."""
 
@@ -77,34 +82,73 @@ class Sleeper:
         return number
 
 
-@pytest.mark.parametrize("workers", [8, 32])
+@pytest.mark.parametrize("workers", [8, 32, 64])
 def test_what_handing_out_a_piece_costs(benchmark: Any, workers: int) -> None:
-    """3,000 pieces that sleep: how much longer than their sleep it takes, for each, and the share that is sleep."""
+    """10,000 pieces that sleep, on four nodes of Ray's test cluster: what each takes beside its sleep, and memory."""
+    import psutil
     import ray
+    from ray.cluster_utils import Cluster
 
     ray.shutdown()
-    ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    pieces, sleep = 3_000, 0.01 * workers
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": workers // 4, "include_dashboard": False})
+    for _ in range(3):
+        nodes.add_node(num_cpus=workers // 4)
+    ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
+    pieces, sleep = 10_000, SLEEP_A_WORKER * workers
+    memory = []
 
     def all_pieces() -> float:
         with Workers(ClusterOptions(ray="auto", workers=workers), Sleeper, sleep) as pool:
             stream = pool.run((number,) for number in range(workers * 4 + pieces))
             _warm_up(stream, workers * 4)
             started = time.perf_counter()
-            for _ in range(pieces):
+            for number in range(pieces):
                 next(stream)
+                if number in (pieces // 10, pieces - 1):
+                    memory.append(psutil.Process().memory_info().rss)
             return time.perf_counter() - started
 
     taken = benchmark.pedantic(all_pieces, rounds=1)
     least = pieces * sleep / workers
     benchmark.extra_info.update(
-        milliseconds_a_piece=1000 * (taken - least) / pieces, share_of_sleep=least / taken, workers=workers
+        milliseconds_a_piece=1000 * (taken - least) / pieces,
+        share_of_sleep=least / taken,
+        workers=workers,
+        megabytes_more_in_the_driver=(memory[-1] - memory[-2]) / 1e6,
     )
     print(benchmark.extra_info)
     ray.shutdown()
+    nodes.shutdown()
 
 
 def _warm_up(stream: Iterator[Any], number: int) -> None:
     """Until all workers are there."""
     for _ in range(number):
         next(stream)
+
+
+def test_merging_the_best_of_many_shards(benchmark: Any) -> None:
+    """1,000 shards × 10,000 queries × top 100, the best k of one after the other: seconds a shard, and the floor."""
+    queries, k, shards = 10_000, 100, 1_000
+    generator = np.random.default_rng(0)
+    lists = [-np.sort(-generator.random((queries, k), np.float32)) for _ in range(4)]
+    rows = np.arange(k, dtype=np.int64)[None].repeat(queries, 0)
+
+    def all_shards(number: int) -> float:
+        best = np.zeros((queries, 0), np.float32), np.zeros((queries, 0), np.int64)
+        started = time.perf_counter()
+        for shard in range(number):
+            best = merge(*best, lists[shard % len(lists)], rows + shard * k, k)
+        return time.perf_counter() - started
+
+    taken = benchmark.pedantic(all_shards, args=(shards,), rounds=1)
+    # What must be read and written of both lists: float32 scores and int64 rows.
+    moved = queries * k * 12 * 3
+    started = time.perf_counter()
+    for _ in range(20):
+        lists[0].copy()
+    bandwidth = 20 * 2 * lists[0].nbytes / (time.perf_counter() - started)
+    benchmark.extra_info.update(
+        seconds_a_shard=taken / shards, floor_a_shard=moved / bandwidth, seconds_for_all=taken, shards=shards
+    )
+    print(benchmark.extra_info)

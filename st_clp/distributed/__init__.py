@@ -1,6 +1,6 @@
 """A Ray cluster as all stages use it: joining it, and workers that are replaced when they are lost."""
 
-from st_clp.distributed.cluster import address_of, connect, import_ray
+from st_clp.distributed.cluster import address_of, connect, import_ray, keep
 from st_clp.distributed.workers import Failure, Workers, gpus_per_worker, has_room
 
-__all__ = ["Failure", "Workers", "address_of", "connect", "gpus_per_worker", "has_room", "import_ray"]
+__all__ = ["Failure", "Workers", "address_of", "connect", "gpus_per_worker", "has_room", "import_ray", "keep"]

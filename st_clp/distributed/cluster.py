@@ -59,6 +59,22 @@ def connect(options: ClusterOptions) -> Any:
     return ray
 
 
+def keep(value: Any) -> Any:
+    """A reference to a value that is kept in the cluster's memory, or on its disk where that is full.
+
+    Raises:
+        OSError: The disk is full too.
+    """
+    ray = import_ray()
+    try:
+        return ray.put(value)
+    except (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError) as error:
+        raise OSError(
+            "Ray has no room for what its workers need, neither in memory nor on the disk: free some of the disk, or start "
+            "Ray with more memory (ray start --object-store-memory)"
+        ) from error
+
+
 def address_of(options: ClusterOptions) -> str:
     """Where another process finds the cluster that these options name, which this one joins: ``host:port``."""
     return str(connect(options).get_runtime_context().gcs_address)

@@ -15,7 +15,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from st_clp.distributed.cluster import connect, import_ray
+from st_clp.distributed.cluster import connect, import_ray, keep
 from st_clp.options import ClusterOptions
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class Workers:
     def __init__(self, options: ClusterOptions, make: Callable[..., Callable[..., Any]], *arguments: Any) -> None:
         self._ray = connect(options)
         self._options = options
-        self._kept = [self._ray.put(argument) for argument in (make, *arguments)]
+        self._kept = [keep(argument) for argument in (make, *arguments)]
         self._takes = self._resources()
         remote = self._ray.remote(_Worker)
         self._kind = remote.options(max_restarts=0, **self._takes)

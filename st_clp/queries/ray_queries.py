@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from st_clp.data import Document
-from st_clp.distributed import Workers, import_ray
+from st_clp.distributed import Workers, keep
 from st_clp.options import ClusterOptions
 from st_clp.queries.interface import DocumentQueries, GeneratingSource, SourceEstimate
 from st_clp.queries.local import WINDOW, LocalQueries
@@ -73,12 +73,11 @@ class ClusterQueries(GeneratingSource):
 
 def _windows(first: list[Document], rest: Iterator[Document]) -> Iterator[tuple[int, Any]]:
     """(number, documents in the cluster's memory)."""
-    ray = import_ray()
     for number in itertools.count():
         window = list(itertools.islice(rest, WINDOW)) if number else first
         if not window:
             return
-        yield number, ray.put(window)
+        yield number, keep(window)
 
 
 class _Writer:

