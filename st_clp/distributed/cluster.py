@@ -70,8 +70,8 @@ def keep(value: Any) -> Any:
         return ray.put(value)
     except (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError) as error:
         raise OSError(
-            "Ray has no room for what its workers need, neither in memory nor on the disk: free some of the disk, or start "
-            "Ray with more memory (ray start --object-store-memory)"
+            "Ray has no room for what its workers need, neither in memory nor on the disk: free some of the disk, or "
+            "start Ray with more memory (ray start --object-store-memory)"
         ) from error
 
 
