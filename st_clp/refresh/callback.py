@@ -76,7 +76,7 @@ class AnceCallback(TrainerCallback):
         folder: Where negatives, snapshots and embeddings are kept while they are needed. None: ``ance`` in the
             Trainer's ``output_dir``.
         refresh
-        **mining: Further arguments of :func:`st_clp.mining.mine`: ``dtype``, ``batch_size``, ``cross_encoder``, ``ray`` …
+        **mining: Further arguments of :func:`st_clp.mining.mine`: ``dtype``, ``batch_size``, ``ray`` …
 
     Attributes:
         train_dataset: What to give the Trainer: the rows, with their numbers in a column ``row``; a ``DatasetDict``
