@@ -142,9 +142,8 @@ def test_mining_and_evaluation_are_those_of_one_process(
     assert evaluated("cluster", **ON) == evaluated("here")
 
 
-@pytest.mark.parametrize("killed", [False, True])
-def test_queries_are_written_as_by_one_process(
-    cluster: Cluster, collection: Collection, tiny_t5_path: Path, tmp_path: Path, killed: bool
+def test_queries_are_written_as_by_one_process_though_a_worker_is_killed(
+    cluster: Cluster, collection: Collection, tiny_t5_path: Path, tmp_path: Path
 ) -> None:
     documents = list(collection.documents())
     options = QueryOptions(query_max_tokens=8, query_samples=2)
@@ -163,7 +162,7 @@ def test_queries_are_written_as_by_one_process(
 
     def kill() -> None:
         while not over.wait(0.2):
-            if killed and (workers := workers_of_ray()):
+            if workers := workers_of_ray():
                 with contextlib.suppress(psutil.Error):
                     workers[0].kill()
                     return
@@ -320,10 +319,9 @@ def test_a_killed_driver_loses_nothing_and_one_process_goes_on_with_its_parts(
         return encode(self, iter(kept))
 
     monkeypatch.setattr(Encoder, "encode_windows", counted)
-    before = on_disk()
     EmbeddingStore.build(tiny_model, read, tmp_path / "store", show_progress_bar=False)
     assert content(tmp_path / "store") == content(tmp_path / "expected")
-    assert len(encoded) <= NUMBER - 512 * min(before, NUMBER // 512)
+    assert len(encoded) <= NUMBER - 512
     assert {path.name for path in tmp_path.iterdir() if path.name.startswith("store")} <= {"store", "store.lock"}
 
 

@@ -35,26 +35,39 @@ from tests.distributed.words import collection_of_words, write_beir
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'st-clp[ray]'")
 
 
+STEPS = 6 * (180 // 8)  # 20 of the 200 queries are held out for evaluation
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_beir(collection_of_words(400, queries=200), tmp_path_factory.mktemp("data") / "words")
 
 
-@pytest.fixture
-def settings(tiny_model_path: Path, source: Path, tmp_path: Path) -> RunSettings:
+@pytest.fixture(scope="module")
+def settings(tiny_model_path: Path, source: Path, tmp_path_factory: pytest.TempPathFactory) -> RunSettings:
+    """With all that training may do: a mixture, refreshed negatives, averaging."""
     return RunSettings(
         model=str(tiny_model_path),
         collection=[str(source)],
-        output=str(tmp_path / "cluster"),
+        output=str(tmp_path_factory.mktemp("run") / "cluster"),
         encode_dtype="model",
         bf16=False,
         num_negatives=2,
         range_max=20,
         batch_size=4,
-        epochs=2,
+        epochs=6,
+        training_arg={"save_steps": 20},
+        refresh_every="50",
+        average_with_base="0.5",
         ray="auto",
         train_workers=2,
     )
+
+
+@pytest.fixture(scope="module")
+def report(cluster: Any, settings: RunSettings) -> dict[str, Any]:
+    """Of the run with these settings."""
+    return run(settings)
 
 
 def weights_in(folder: str | Path) -> bytes:
@@ -85,11 +98,11 @@ def by_torchrun(settings: RunSettings, output: Path, address: str) -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_a_run_on_the_cluster_has_the_weights_of_torchrun(cluster: Any, settings: RunSettings, tmp_path: Path) -> None:
-    settings = dataclasses.replace(settings, refresh_every="15", average_with_base="0.5")
-    report = run(settings)
+def test_a_run_on_the_cluster_has_the_weights_of_torchrun(
+    cluster: Any, settings: RunSettings, report: dict[str, Any], tmp_path: Path
+) -> None:
     assert report["training"]["rows"]
-    assert report["training"]["steps"] == 2 * (180 // 8)
+    assert report["training"]["steps"] == STEPS
     assert [refresh["status"] for refresh in report["training"]["refreshes"]] == ["first", "used", "used"]
     by_torchrun(settings, tmp_path / "torchrun", cluster.address)
     assert weights_in(settings.output) == weights_in(tmp_path / "torchrun")
@@ -118,10 +131,12 @@ def mined(settings: RunSettings, output: str) -> TrainingStage:
 
 
 def test_a_killed_worker_of_the_training_costs_what_came_after_the_last_checkpoint(
-    cluster: Any, settings: RunSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    cluster: Any,
+    settings: RunSettings,
+    report: dict[str, Any],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    settings = dataclasses.replace(settings, epochs=6, training_arg={"save_steps": 20})
-    run(settings)
     stage = mined(settings, str(tmp_path / "killed"))
     killed = threading.Event()
 
@@ -139,11 +154,13 @@ def test_a_killed_worker_of_the_training_costs_what_came_after_the_last_checkpoi
         killed.set()
         killer.join()
     assert "a worker of the training is lost; all go on from checkpoint-" in caplog.text
-    assert result["steps"] == 6 * (180 // 8)
+    assert result["steps"] == report["training"]["steps"]
+    assert result["refreshes"][1]["changed"] == report["training"]["refreshes"][1]["changed"]
     assert weights_in(tmp_path / "killed") == weights_in(settings.output)
 
 
 def test_what_goes_wrong_in_training_is_said_with_the_node(cluster: Any, settings: RunSettings, tmp_path: Path) -> None:
+    settings = dataclasses.replace(settings, output=str(tmp_path / "empty"))
     directory = RunDirectory(settings.output)
     directory.prepare(settings)
     stage = TrainingStage(settings, directory, load_collections(settings).train, say=print)

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import st_clp
 from st_clp import cli
-from st_clp.run import recipe
+from st_clp.run import recipe, training_stage
 from st_clp.settings import RunSettings
 
 TEXTS = ["where is the red river", "in the north is a big lake"]
@@ -82,7 +82,7 @@ def test_mined_rows_that_are_not_whole_are_mined_again(
     spoil: Callable[[Path], None], given: list[Any], finished: Path, tmp_path: Path, stop: Callable[..., None]
 ) -> None:
     output = tmp_path / "out"
-    stop(recipe, "make_trainer")
+    stop(training_stage, "make_trainer")
     assert invoke(*given, "--output", output)[0] == 130
     spoil(mined_file(output))
     code, text = invoke("run", "--output", output, "--resume")
@@ -195,7 +195,7 @@ def test_the_whole_command_may_be_given_again_with_another_setting_of_a_later_st
     given: list[Any], tmp_path: Path, stop: Callable[..., None]
 ) -> None:
     output = tmp_path / "out"
-    stop(recipe, "make_trainer")
+    stop(training_stage, "make_trainer")
     assert invoke(*given, "--output", output)[0] == 130
     code, text = invoke(*given, "--output", output, "--resume", "--penalty-weight", "0.3", "--batch-size", "32")
     assert code == 0, text
