@@ -42,6 +42,7 @@ class PartEncoder(Builder):
         task, encoding: As in :class:`Builder`.
         manifest: Of the store that the parts are of.
         known: Folders with embeddings that need not be computed again.
+        progress: A bar to move by each document.
 
     Raises:
         ValueError: This machine would compute in another precision than the manifest says.
@@ -55,8 +56,9 @@ class PartEncoder(Builder):
         encoding: Encoding,
         manifest: dict[str, Any],
         known: list[str],
+        progress: tqdm | None = None,
     ) -> None:
-        super().__init__(model, corpus, task, encoding, fingerprint=manifest["model"])
+        super().__init__(model, corpus, task, encoding, progress, fingerprint=manifest["model"])
         self._whole = manifest
         if (self.computed_in, self._stored_as) != (manifest["computed_in"], manifest["dtype"]):
             raise ValueError(
@@ -82,7 +84,7 @@ class PartEncoder(Builder):
             remove_files(path)
         elif found is not None and "documents" in found:
             return int(found["documents"])
-        self._fill(self._begin(path, manifest), self._stretch(begin, number), self._reusable)
+        self._fill(self._begin(path, manifest), self._stretch(begin, number), self._reusable, self._shared_progress)
         return self._conclude(path, manifest)
 
     def _stretch(self, begin: int, number: int) -> Iterator[Document]:
@@ -129,11 +131,9 @@ def write_parts(
     """
     what = corpus, task, Encoding.of(encoding, show_progress_bar=False, **HERE), manifest, list(known)
     if encoding.ray is None:
-        encoder = PartEncoder(model, *what)
+        encoder = PartEncoder(model, *what, progress=progress)
         for piece in wanted:
-            written = encoder(*piece)
-            progress.update(written)
-            yield piece, written
+            yield piece, encoder(*piece)
         return
     with Workers(encoding, _in_worker, encoding.cpus_per_worker, _sendable(model), *what) as workers:
         for piece, written in workers.run(wanted):

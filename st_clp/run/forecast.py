@@ -250,7 +250,7 @@ class _Forecaster:
     def _left_out(self) -> Iterator[str]:
         settings = self._settings
         if settings.ray is not None:
-            yield "that the workers of a cluster encode and search: the times are those of this process alone"
+            yield "what the workers of a cluster save: the times are those of this process alone"
         if MINE not in self._done:
             if settings.cross_encoder is not None:
                 yield "scoring by the cross-encoder (st-clp mine --dry-run tries it)"

@@ -48,7 +48,7 @@ def train_on_cluster(stage: TrainingStage) -> dict[str, Any]:
     takes = _takes(stage.settings, ray)
     result = None
     for left in reversed(range(TRIES)):
-        telling = ray.remote(_Told).options(num_cpus=0).remote()
+        telling = ray.remote(_Told).options(num_cpus=0, scheduling_strategy=_here(ray)).remote()
         here = {"settings": stage.settings.to_dict(), "cwd": os.getcwd(), "telling": telling}
         with _Shown(ray, telling, stage.say):
             error = _fit(stage, here, takes)
@@ -70,6 +70,12 @@ def train_on_cluster(stage: TrainingStage) -> dict[str, Any]:
         )
     assert result is not None
     return result
+
+
+def _here(ray: Any) -> Any:
+    """Where this process is, which ends with it: nothing is told to a machine that may be lost."""
+    node = ray.get_runtime_context().get_node_id()
+    return ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=False)
 
 
 def _takes(settings: RunSettings, ray: Any) -> dict[str, float]:
