@@ -96,7 +96,19 @@ def import_faiss() -> Any:
 def merge(
     scores: np.ndarray, rows: np.ndarray, new_scores: np.ndarray, new_rows: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The best k of two candidate lists for each query, equal scores by corpus order."""
+    """The best k of two candidate lists for each query, best first as each list is, equal scores by corpus order."""
+    if scores.shape[1] < k or not new_scores.shape[1]:
+        return _merge(scores, rows, new_scores, new_rows, k)
+    # After n lists one more has something to add for about k in n queries.
+    some = np.flatnonzero(new_scores[:, 0] >= scores[:, -1])
+    scores, rows = scores.copy(), rows.copy()
+    scores[some], rows[some] = _merge(scores[some], rows[some], new_scores[some], new_rows[some], k)
+    return scores, rows
+
+
+def _merge(
+    scores: np.ndarray, rows: np.ndarray, new_scores: np.ndarray, new_rows: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
     scores, rows = np.concatenate([scores, new_scores], axis=1), np.concatenate([rows, new_rows], axis=1)
     # Both lists are in order, which a stable sort makes use of; it keeps the earlier list's rows first.
     order = np.argsort(-scores, axis=1, kind="stable")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from sentence_transformers import SentenceTransformer
 
 from st_clp.encoding import EmbeddingStore
 from st_clp.search import pair_scores, search, top_k
+from st_clp.search.top_k import merge
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -118,3 +121,28 @@ def test_blocks_of_queries_are_joined_in_order(
     matrix = np.random.default_rng(0).normal(size=(20, 8)).astype(np.float32)
     _, ids = search(tiny_model, matrix, EmbeddingStore([f"d{i}" for i in range(20)], matrix), 1)
     assert [found[0] for found in ids] == [f"d{i}" for i in range(20)]
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=6), min_size=1, max_size=6),
+    st.integers(1, 5),
+    st.randoms(),
+)
+def test_lists_merged_in_any_order_give_the_best_of_all(
+    shards: list[list[int]], k: int, generator: random.Random
+) -> None:
+    """Of equal scores, of which there are many, those first that come first in the corpus."""
+    scores = np.array([score for shard in shards for score in shard], np.float32)
+    expected = np.lexsort((np.arange(len(scores)), -scores))[:k]
+    lists, begin = [], 0
+    for shard in shards:
+        own = np.arange(begin, begin + len(shard))
+        own = own[np.lexsort((own, -scores[own]))][:k]
+        lists.append((scores[own][None], own[None]))
+        begin += len(shard)
+    generator.shuffle(lists)
+    best = np.zeros((1, 0), np.float32), np.zeros((1, 0), np.int64)
+    for found in lists:
+        best = merge(*best, *found, k)
+    assert best[1][0].tolist() == expected.tolist()
+    assert best[0][0].tolist() == scores[expected].tolist()
