@@ -101,7 +101,6 @@ def _takes(settings: RunSettings, ray: Any) -> dict[str, float]:
 
 def _fit(stage: TrainingStage, here: dict[str, Any], takes: dict[str, float]) -> Exception | None:
     """Have the workers train to the end; what Ray says where one of them was lost or has failed."""
-    import_ray()
     from ray.train import RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -147,7 +146,7 @@ def _train_in_worker(here: dict[str, Any]) -> None:
         if result := stage.run(model):
             ray.get(telling.finish.remote(result))
     except Exception as error:  # of whatever is read, trained and written
-        rank = import_ray().train.get_context().get_world_rank()
+        rank = ray.train.get_context().get_world_rank()
         ray.get(telling.fail.remote(rank, Failure(error, socket.gethostname())))
         raise
 

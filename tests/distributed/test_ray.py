@@ -222,7 +222,7 @@ def workers_of_ray() -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.parametrize("round", range(2))
+@pytest.mark.parametrize("round", range(5))
 def test_workers_killed_at_random_moments_cost_nothing(
     cluster: Cluster,
     collection: Collection,
