@@ -8,7 +8,9 @@ whose result lies on disk under its own name, which is how stopped work is taken
 
 from __future__ import annotations
 
+import errno
 import logging
+import re
 import socket
 import time
 from collections import Counter, deque
@@ -111,7 +113,7 @@ class Workers:
                     if piece is not None:
                         work.again(piece)
                     elif (failed_starts := failed_starts + 1) >= TRIES:
-                        raise RuntimeError(f"workers cannot be started on the cluster: {error}") from error
+                        raise RuntimeError(_why_not_started(error)) from error
                     continue
                 starting.pop(reference, None)
                 running.pop(reference, None)
@@ -216,6 +218,15 @@ class _Queue:
             )
 
 
+def _why_not_started(error: Exception) -> str:
+    """Ray's traceback of a worker that could not be made, as one sentence with its machine."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    machine = re.search(r"\bip=([^,\s)]+)", text)
+    where = f"on the machine {machine[1]}" if machine else "on the cluster"
+    hint = "; st-clp must be installed on every machine" if "ModuleNotFoundError" in text else ""
+    return f"workers cannot be started {where}: {text.splitlines()[-1] if text else type(error).__name__}{hint}"
+
+
 def _named(piece: tuple[Any, ...]) -> str:
     """What tells a piece from others: its numbers and texts, not what it holds."""
     return ", ".join(str(part) for part in piece if isinstance(part, (int, str)))
@@ -226,7 +237,8 @@ class Failure:
 
     def __init__(self, error: Exception, node: str) -> None:
         self._kind: type[Exception] = type(error)
-        self._text = f"on node {node}: {error}"
+        hint = " (every machine of the cluster must find it there)" if _is_of_absence(error) else ""
+        self._text = f"on node {node}: {error}{hint}"
 
     def as_error(self) -> Exception:
         """The error, of its kind where a text alone makes one."""
@@ -234,6 +246,13 @@ class Failure:
             return self._kind(self._text)
         except TypeError:
             return RuntimeError(f"{self._kind.__name__} {self._text}")
+
+
+def _is_of_absence(error: BaseException | None) -> bool:
+    """Whether a file or an address is not to be found (what libraries raise of those has no number), or the cause."""
+    return error is not None and (
+        (isinstance(error, OSError) and error.errno in (None, errno.ENOENT)) or _is_of_absence(error.__cause__)
+    )
 
 
 class _Worker:

@@ -3,13 +3,15 @@
     manifest.json              what the embeddings are of, and how many rows each part has
     part-DIGEST-000000000000/  the corpus's first documents, and so on: each a store of its own (``shards.py``)
 
-A part is encoded into a temporary folder and copied, its manifest last; the store's manifest is written when all parts
-are there. The digest is of what the embeddings are of, so that a store is whole until another has taken its place.
-Nobody needs to be alone: who encodes the same part writes the same bytes.
+A part is one shard, so that a worker that is lost costs no more. It is encoded into a temporary folder and copied, its
+manifest last; the store's manifest is written when all parts are there. The digest is of what the embeddings are of, so
+that a store is whole until another has taken its place. Nobody needs to be alone: who encodes the same part writes the
+same bytes.
 """
 
 from __future__ import annotations
 
+import bisect
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -18,12 +20,13 @@ from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from st_clp.distributed import gpus_per_worker
 from st_clp.encoding.addresses import Place
 from st_clp.encoding.building import Builder
 from st_clp.encoding.encode import ACCELERATOR_WINDOW, CPU_WINDOW
-from st_clp.encoding.parts import Piece, part_name, part_size, pieces, write_parts
+from st_clp.encoding.parts import Piece, part_name, write_parts
 from st_clp.encoding.shards import (
     EMBEDDINGS,
     FORMAT,
@@ -60,29 +63,28 @@ class AddressBuilder(Builder):
             )
         if self._encoding.ray is not None:
             self._window = ACCELERATOR_WINDOW if gpus_per_worker(self._encoding) else CPU_WINDOW
-        size = part_size(self._window)
-        done = {begin: rows for (begin, number), rows in self._finished(there, manifest, sizes) if number == size}
+        done = dict(self._finished(there, manifest, sizes))
+        used: dict[int, int] = {}  # the first document of each part to its rows
         with self._progress() as progress:
-            progress.update(sum(done.values()))
             end = [False]
-            wanted = _without(done, pieces(0, size, place, end))
+            wanted = _missing(done, self._window, place, end, used, progress)
             what = self._model, self._corpus, self._task, self._encoding, manifest, wanted
             for (begin, number, _), written in write_parts(*what, known=[], progress=progress):
                 end[0] |= written < number
-                done[begin] = written
-        parts = sorted((begin, rows) for begin, rows in done.items() if rows)
+                used[begin] = written
+        parts = sorted((begin, rows) for begin, rows in used.items() if rows)
         if not parts:
             raise self._empty()
         content = {"format": FORMAT, **manifest, "documents": sum(rows for _, rows in parts), "parts": parts}
         there.write(MANIFEST, json.dumps(content).encode())
-        used = {part_name(begin, manifest) for begin, _ in parts}
-        for name in {name.partition("/")[0] for name in sizes if name.startswith("part-")} - used:
+        own = {part_name(begin, manifest) for begin, _ in parts}
+        for name in {name.partition("/")[0] for name in sizes if name.startswith("part-")} - own:
             there.remove(name)
 
     def already_encoded(self, place: str | Path) -> int:
         """How many of the texts at this address would not be encoded again."""
         there, manifest = Place(str(place)), self._manifest()
-        return sum(rows for _, rows in self._finished(there, manifest, there.sizes()))
+        return sum(rows for _, (_, rows) in self._finished(there, manifest, there.sizes()))
 
     def _is_whole(self, place: Place, manifest: dict[str, Any], sizes: dict[str, int]) -> bool:
         """Whether the finished store of this manifest is there, every file as long as it must be."""
@@ -101,8 +103,8 @@ class AddressBuilder(Builder):
 
     def _finished(
         self, place: Place, manifest: dict[str, Any], sizes: dict[str, int]
-    ) -> Iterator[tuple[tuple[int, int], int]]:
-        """((first document, how many were asked for), rows) of the parts of this store that are there."""
+    ) -> Iterator[tuple[int, tuple[int, int]]]:
+        """(first document, (how many were asked for, rows)) of the parts of this store that are there."""
         begins = part_name(0, manifest).removesuffix(f"{0:012d}")
         names = [name for name in sizes if name.startswith(begins) and name.endswith(f"/{MANIFEST}")]
         for name, content in place.read(names).items():
@@ -113,17 +115,38 @@ class AddressBuilder(Builder):
             begin, number = found.get("part", (0, 0))
             rows, part = found.get("documents", 0), name.partition("/")[0]
             if part == part_name(begin, manifest) and self._is_long_enough(part, rows, sizes):
-                yield (begin, number), rows
+                yield begin, (number, rows)
 
 
-def _without(done: dict[int, int], wanted: Iterator[Piece]) -> Iterator[Piece]:
-    """The parts that are not done, up to one that is and holds the corpus's last documents."""
-    found = dict(done)
-    for begin, number, place in wanted:
-        if begin not in found:
+def _missing(
+    done: dict[int, tuple[int, int]], size: int, place: str, end: list[bool], used: dict[int, int], progress: tqdm
+) -> Iterator[Piece]:
+    """The parts that are not there, until ``end`` holds True or one is met that the corpus ends in.
+
+    Those that are there may be of another size, where another kind of device has begun.
+
+    Args:
+        done: (documents asked for, rows) of the parts that are there, by their first documents.
+        size: Documents of a part.
+        place: The store's.
+        end: Whether the corpus's end was met.
+        used: Gets the rows of the parts that are there and of use.
+        progress: A bar to move by them.
+    """
+    begins = sorted(done)
+    begin = 0
+    while not end[0]:
+        if begin in done:
+            number, used[begin] = done[begin]
+            progress.update(used[begin])
+            if used[begin] < number:
+                return
+        else:
+            number = size - begin % size
+            if (later := bisect.bisect(begins, begin)) < len(begins):
+                number = min(number, begins[later] - begin)
             yield begin, number, place
-        elif found[begin] < number:
-            return
+        begin += number
 
 
 def _read_manifest(place: Place) -> dict[str, Any] | None:

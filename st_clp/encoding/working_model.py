@@ -7,7 +7,8 @@ import hashlib
 import json
 import logging
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -185,7 +186,9 @@ def _in_bfloat16(model: SentenceTransformer) -> SentenceTransformer:
     for module in working.modules():
         if isinstance(module, Transformer):
             module.bfloat16()
-            module.register_forward_hook(_hand_on_float32)
+            # Not by a hook: hooks are numbered in each process anew, and one that came with a model that was sent here
+            # may have the number that a new one would get.
+            module.forward = partial(_in_float32, module.forward)  # type: ignore[method-assign]
             if model.device.type == "cpu" and not _capabilities().get("amx_bf16"):
                 use_batched_products(module.model)
             if model.device.type == "cpu" and hardware_has_bf16(model.device):
@@ -201,10 +204,11 @@ def copy_modules(model: SentenceTransformer) -> SentenceTransformer:
     return copy.deepcopy(model, memo={id(item): item for item in shared})
 
 
-def _hand_on_float32(module: torch.nn.Module, arguments: Any, features: Features) -> Features:
+def _in_float32(forward: Callable[..., Features], *arguments: Any, **named: Any) -> Features:
+    """What a transformer's ``forward`` gives, in float32."""
     return {
         name: value.float() if isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16 else value
-        for name, value in features.items()
+        for name, value in forward(*arguments, **named).items()
     }
 
 

@@ -33,7 +33,7 @@ from st_clp.options import ClusterOptions, QueryOptions
 from st_clp.queries import make_chain
 from st_clp.queries.query_store import Key
 from st_clp.search import search_rows
-from tests.distributed.words import NUMBER, collection_of_words, content, write_beir
+from tests.distributed.words import NUMBER, collection_of_words, content, count_texts, counted, write_beir
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'st-clp[ray]'")
 import ray
@@ -43,29 +43,23 @@ ON = {"ray": "auto", "workers": 3}
 
 
 KILLING = """
-import os, sys, threading, time
-import psutil, torch
+import sys
+from pathlib import Path
+import torch
 from sentence_transformers import SentenceTransformer
 from st_clp.data import Collection
-from st_clp.distributed import Workers, connect
-from st_clp.encoding import EmbeddingStore, parts
-from st_clp.options import ClusterOptions
+from st_clp.distributed import Workers
+from st_clp.encoding import EmbeddingStore
+from tests.distributed.words import count_texts
 torch.set_num_threads(1)
-parts.PART_DOCUMENTS = 512
-lost = []
+lost = set()
 lose = Workers._lose
-Workers._lose = lambda self, *rest: (lose(self, *rest), lost.append(1))[0]
-def kill():
-    while True:
-        found = [p for p in psutil.Process().children(recursive=True) if "ray::_Worker.call" in " ".join(p.cmdline())]
-        if found: return found[0].kill()
-        time.sleep(0.1)
-connect(ClusterOptions(ray="local"))
-threading.Thread(target=kill, daemon=True).start()
+Workers._lose = lambda self, worker, *rest: (lost.add(worker), lose(self, worker, *rest))[1]
 collection = Collection.load(sys.argv[2], split="train")
 model = SentenceTransformer(sys.argv[1], device="cpu")
-EmbeddingStore.build(model, collection, sys.argv[3], ray="local", workers=2, show_progress_bar=False)
-print("lost", len(set(lost)))
+count_texts(model, Path(sys.argv[4]), killed_at=3 * 512)
+EmbeddingStore.build(model, collection, sys.argv[3], ray="local", workers=1, show_progress_bar=False)
+print("lost", len(lost))
 """
 
 
@@ -101,18 +95,23 @@ def test_the_store_has_the_bytes_of_one_process_and_nothing_is_left_beside_it(
     assert {path.name for path in tmp_path.iterdir()} <= {"store", "store.lock"}
 
 
-def test_workers_write_to_an_address_and_a_killed_one_costs_nothing(
-    tiny_model: SentenceTransformer, collection: Collection, bucket: str, tmp_path: Path
+@pytest.mark.parametrize("where", ["folder", "address"])
+def test_a_killed_worker_costs_the_shard_that_it_was_at_and_no_more(
+    tiny_model: SentenceTransformer, tmp_path: Path, where: str, request: pytest.FixtureRequest
 ) -> None:
     """In a process of its own: the workers take the credentials from the environment that the cluster starts with."""
-    here = EmbeddingStore.build(tiny_model, collection, tmp_path / "here", show_progress_bar=False)
+    collection = collection_of_words(4608)  # a part of eight shards, and one more
     source = write_beir(collection, tmp_path / "collection")
     tiny_model.save(str(tmp_path / "model"))
-    arguments = [str(tmp_path / "model"), str(source), f"{bucket}/store"]
+    place = f"{request.getfixturevalue('bucket')}/store" if where == "address" else str(tmp_path / "store")
+    arguments = [str(tmp_path / "model"), str(source), place, str(tmp_path / "count")]
     done = subprocess.run([sys.executable, "-c", KILLING, *arguments], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert "lost 1" in done.stdout
-    there = EmbeddingStore.open(f"{bucket}/store")
+    count_texts(tiny_model, tmp_path / "count-here")
+    here = EmbeddingStore.build(tiny_model, collection, tmp_path / "here", show_progress_bar=False)
+    assert counted(tmp_path / "count") <= counted(tmp_path / "count-here") + 512
+    there = EmbeddingStore.open(place)
     assert list(there.ids) == list(here.ids)
     assert np.array_equal(np.concatenate(list(there.blocks())), np.concatenate(list(here.blocks())))
 
@@ -378,9 +377,7 @@ import sys
 sys.modules["ray"] = None if sys.argv[1] == "missing" else sys.modules.get("ray")
 if sys.argv[1] != "missing": del sys.modules["ray"]
 from st_clp.distributed import connect
-from st_clp.options import ClusterOptions, QueryOptions
-from st_clp.queries import make_chain
-from st_clp.queries.query_store import Key
+from st_clp.options import ClusterOptions
 try:
     connect(ClusterOptions(ray="127.0.0.1:1"))
 except (ModuleNotFoundError, ValueError) as error:
@@ -432,9 +429,7 @@ def test_an_object_store_that_is_full_costs_nothing(tmp_path: Path) -> None:
 LISTENING = """
 import json, os, psutil
 from st_clp.distributed import connect
-from st_clp.options import ClusterOptions, QueryOptions
-from st_clp.queries import make_chain
-from st_clp.queries.query_store import Key
+from st_clp.options import ClusterOptions
 ray = connect(ClusterOptions(ray="local"))
 ray.get(ray.remote(lambda: 1).remote())
 own = [psutil.Process(), *psutil.Process().children(recursive=True)]

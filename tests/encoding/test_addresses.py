@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from st_clp.cli import app
 from st_clp.data import Collection, MemoryCorpus
-from st_clp.encoding import EmbeddingStore, parts
+from st_clp.encoding import EmbeddingStore, building, parts
 from st_clp.encoding.addresses import Place, is_address
 from st_clp.encoding.remote_store import RemoteRows
 from st_clp.encoding.shards import StoreError
@@ -32,9 +32,7 @@ NUMBER = 1300  # documents: three windows
 
 
 @pytest.fixture(autouse=True)
-def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A part is one window."""
-    monkeypatch.setattr(parts, "PART_DOCUMENTS", 512)
+def one_thread() -> None:
     torch.set_num_threads(1)
 
 
@@ -136,6 +134,27 @@ def test_a_store_that_is_not_finished_is_none_and_is_gone_on_with(
     counted = count_encoded(monkeypatch)
     EmbeddingStore.build(tiny_model, corpus, address, show_progress_bar=False)
     assert counted == [276]
+
+
+@pytest.mark.parametrize("gone", [None, 0, 256])
+def test_parts_of_another_size_are_used_too(
+    tiny_model: SentenceTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: int | None
+) -> None:
+    """Another kind of device has begun the store: its windows, and so its parts, are others."""
+    corpus, address = MemoryCorpus("words", texts()), f"file://{tmp_path}/store"
+    with monkeypatch.context() as patch:
+        patch.setattr(building, "window_size", lambda model: 256)
+        EmbeddingStore.build(tiny_model, corpus, address, show_progress_bar=False)
+    Place(address).remove("manifest.json")
+    for name in {name.partition("/")[0] for name in Place(address).sizes()}:
+        if int(name[-12:]) in (gone, 768):
+            Place(address).remove(name)
+    counted = count_encoded(monkeypatch)
+    built = EmbeddingStore.build(tiny_model, corpus, address, show_progress_bar=False)
+    assert counted == [256] * (1 if gone is None else 2)
+    assert list(built.ids) == list(texts())
+    expected = EmbeddingStore.build(tiny_model, corpus, tmp_path / "folder", show_progress_bar=False)
+    assert np.allclose(np.concatenate(list(built.blocks())), np.concatenate(list(expected.blocks())), atol=1e-5)
 
 
 def test_mining_from_an_address_is_mining_from_a_folder(

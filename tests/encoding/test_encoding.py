@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Router, Transformer
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 from transformers import Qwen3Config, Qwen3Model
 
 from st_clp import upcycle
@@ -153,6 +154,17 @@ def test_every_pipeline_gives_the_models_own_embeddings(
         assert found.dtype == np.float32
         assert cosines(found, expected).min() > (0.9999 if precise else 0.999)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}  # the model is as it was
+
+
+def test_a_hook_that_came_with_a_model_from_another_process_is_called(
+    tiny_model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = []
+    monkeypatch.setattr(RemovableHandle, "next_id", 0)
+    tiny_model[0].register_forward_hook(lambda *arguments: called.append(1))
+    monkeypatch.setattr(RemovableHandle, "next_id", 0)  # as it is in a process where nobody has registered any
+    encode_queries(tiny_model, ["a river"], dtype="bfloat16")
+    assert called
 
 
 def test_bfloat16_really_computes_in_bfloat16(tiny_model: SentenceTransformer) -> None:

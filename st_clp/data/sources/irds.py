@@ -10,6 +10,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +52,12 @@ class IrdsCorpus(Corpus):
         return Document(document.doc_id, self._text(document), str(getattr(document, "title", None) or "").strip())
 
     def __iter__(self) -> Iterator[Document]:
-        return map(self._document, self._dataset.docs_iter())
+        with _readable(self.name, "documents"):
+            yield from map(self._document, self._dataset.docs_iter())
 
     def get(self, doc_ids: Iterable[str]) -> dict[str, Document]:
-        found = self._dataset.docs_store().get_many(list(dict.fromkeys(doc_ids)))
+        with _readable(self.name, "documents"):
+            found = self._dataset.docs_store().get_many(list(dict.fromkeys(doc_ids)))
         return {doc_id: self._document(document) for doc_id, document in found.items()}
 
     def fingerprint(self) -> str:
@@ -93,10 +96,22 @@ class IrdsCorpus(Corpus):
     def _count(self) -> int | None:
         ends = time.monotonic() + COUNTING_SECONDS
         number = 0
-        for number, _ in enumerate(self._dataset.docs_iter(), start=1):
-            if number % 1024 == 0 and time.monotonic() > ends:
-                return self._dataset.docs_count()
+        with _readable(self.name, "documents"):
+            for number, _ in enumerate(self._dataset.docs_iter(), start=1):
+                if number % 1024 == 0 and time.monotonic() > ends:
+                    return self._dataset.docs_count()
         return number
+
+
+@contextmanager
+def _readable(name: str, what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # what a failed download raises is one too
+        raise CollectionError(
+            f"{name}: ir_datasets could not download or read its {what} ({error}). Check the network, or put the files "
+            f"into {IrdsCorpus._home()} (IR_DATASETS_HOME says where else)"
+        ) from error
 
 
 def _reopen(dataset_id: str, text_fields: Sequence[str]) -> IrdsCorpus:
@@ -130,16 +145,11 @@ def load(source: str, *, split: str | None, text_fields: Sequence[str] | None) -
         raise CollectionError(f"{dataset_id}: there are no queries with judgments here; {advice}")
     judgments: dict[str, dict[str, int]] = {}
     repeated: dict[str, int] = {}
-    try:
+    with _readable(dataset_id, "queries and judgments"):
         queries = {query.query_id: query.default_text() for query in dataset.queries_iter()}
         for judgment in dataset.qrels_iter():
             grade = require_grade(int(judgment.relevance), f"{dataset_id}, query {judgment.query_id}")
             add_judgment(judgments, judgment.query_id, judgment.doc_id, grade, repeated)
-    except OSError as error:  # what a failed download raises is one too
-        raise CollectionError(
-            f"{dataset_id}: ir_datasets could not download or read its queries and judgments ({error}). Check the "
-            f"network, or put the files into {IrdsCorpus._home()} (IR_DATASETS_HOME says where else)"
-        ) from error
     language = dataset.queries_lang() or dataset.docs_lang()
     if split is None and _is_registered(dataset_id.rpartition("/")[0]):
         split = dataset_id.rpartition("/")[2]
