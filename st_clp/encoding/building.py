@@ -48,6 +48,7 @@ LARGEST = {"float16": 65_504.0, "float32": float(np.finfo(np.float32).max)}
 UNFINISHED, REPLACED, BEGUN = ".partial", ".replaced", ".begun"
 # And the one that workers of a cluster write parts of the store to, each a small store of its own.
 PARTS = UNFINISHED + ".parts"
+LOCK_NAME = "lock-"  # what the names of files begin with that keep a second worker from a part
 
 
 class Builder:
@@ -335,6 +336,8 @@ def parts_of(folder: Path) -> list[Path]:
 def _remove_parts(folder: Path) -> None:
     for part in parts_of(folder):
         remove_files(part)
+    for lock in _named(folder, PARTS).glob(f"{LOCK_NAME}*"):
+        lock.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # there are none, or something of somebody's lies beside them
         _named(folder, PARTS).rmdir()
 

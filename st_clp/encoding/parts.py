@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
 from st_clp.data import Corpus, Document
 from st_clp.distributed import Workers
 from st_clp.encoding.addresses import Place, is_address
-from st_clp.encoding.building import Builder
+from st_clp.encoding.building import LOCK_NAME, Builder
 from st_clp.encoding.shards import remove_files, usable_manifest
 from st_clp.encoding.working_model import Task, copy_modules
 from st_clp.options import HERE, Encoding
@@ -77,7 +78,12 @@ class PartEncoder(Builder):
                 if written:
                     Place(folder).put(part_path(Path(scratch), begin), part_name(begin, self._whole))
                 return written
-        path = part_path(Path(folder), begin)
+        # Whoever was taken for lost may be alive, and two that append to the same files would spoil them.
+        with FileLock(Path(folder, f"{LOCK_NAME}{begin:012d}")):
+            return self._write(begin, number, part_path(Path(folder), begin))
+
+    def _write(self, begin: int, number: int, path: Path) -> int:
+        """Make the part's folder whole; how many documents it has."""
         manifest = {**self._whole, "part": [begin, number]}
         found = usable_manifest(path)
         if found is not None and {name: found.get(name) for name in manifest} != manifest:

@@ -188,7 +188,7 @@ def _in_bfloat16(model: SentenceTransformer) -> SentenceTransformer:
             module.bfloat16()
             # Not by a hook: hooks are numbered in each process anew, and one that came with a model that was sent here
             # may have the number that a new one would get.
-            module.forward = partial(_in_float32, module.forward)  # type: ignore[method-assign]
+            module.forward = partial(_in_float32, module.forward)
             if model.device.type == "cpu" and not _capabilities().get("amx_bf16"):
                 use_batched_products(module.model)
             if model.device.type == "cpu" and hardware_has_bf16(model.device):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import signal
+import re
+import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,24 @@ from typer.testing import CliRunner
 
 from evaluators import CollectionEvaluator
 from st_clp.cli import app
-from st_clp.data import Collection, CollectionError, Corpus, Document, MemoryCorpus
+from st_clp.data import Collection, CollectionError, Corpus, MemoryCorpus
 from st_clp.distributed import Workers
 from st_clp.encoding import EmbeddingStore, building, parts
-from st_clp.encoding.encode import Encoder
 from st_clp.mining import MiningOptions, mine
 from st_clp.option_values import SettingsError
 from st_clp.options import ClusterOptions, QueryOptions
 from st_clp.queries import make_chain
 from st_clp.queries.query_store import Key
 from st_clp.search import search_rows
-from tests.distributed.words import NUMBER, collection_of_words, content, count_texts, counted, write_beir
+from tests.distributed.words import (
+    NUMBER,
+    SlowCorpus,
+    collection_of_words,
+    content,
+    count_texts,
+    counted,
+    write_beir,
+)
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'st-clp[ray]'")
 import ray
@@ -201,16 +209,6 @@ def test_a_search_over_several_shards_finds_what_one_process_finds_ties_too(
         assert np.array_equal(found, wanted)
 
 
-class SlowCorpus(MemoryCorpus):
-    """Takes a while to read, so that there is something to kill."""
-
-    def __iter__(self) -> Iterator[Document]:
-        for place, document in enumerate(super().__iter__()):
-            if place % 64 == 0:
-                time.sleep(0.02)
-            yield document
-
-
 def workers_of_ray() -> list[psutil.Process]:
     """Those of the cluster of this process; others may be tested beside it."""
     found = []
@@ -221,107 +219,92 @@ def workers_of_ray() -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.parametrize("round", range(5))
-def test_workers_killed_at_random_moments_cost_nothing(
+@pytest.mark.parametrize("round", range(4))
+def test_workers_and_nodes_killed_at_random_moments_cost_nothing(
     cluster: Cluster,
     collection: Collection,
     tiny_model: SentenceTransformer,
     expected: dict[str, bytes],
     tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
     round: int,
 ) -> None:
     generator = random.Random(round)
-    corpus = SlowCorpus("words", {d.doc_id: d.text for d in collection.corpus})
+    corpus = SlowCorpus("words", {d.doc_id: d.text for d in collection.corpus}, pause=0.02)
+    node = cluster.add_node(num_cpus=1)  # which comes and goes
+    order = ["worker", "worker", "worker", "node"]
+    generator.shuffle(order)
     over = threading.Event()
-    killed = [0]
+    killed: list[str] = []
 
     def kill() -> None:
-        while killed[0] < 4 and not over.wait(generator.uniform(0.2, 1.2)):
-            if workers := workers_of_ray():
+        while len(killed) < len(order) and not over.wait(generator.uniform(0.2, 1.2)):
+            if order[len(killed)] == "node":
+                cluster.remove_node(node, allow_graceful=False)
+                killed.append("node")
+            elif workers := workers_of_ray():
                 with contextlib.suppress(psutil.Error):
                     generator.choice(workers).kill()
-                    killed[0] += 1
+                    killed.append("worker")
 
+    count_texts(tiny_model, tmp_path / "count")
     killer = threading.Thread(target=kill)
     killer.start()
     try:
-        EmbeddingStore.build(tiny_model, corpus, tmp_path / "store", show_progress_bar=False, **ON)
+        EmbeddingStore.build(tiny_model, corpus, tmp_path / "store", show_progress_bar=False, ray="auto", workers=4)
     finally:
         over.set()
         killer.join()
-    assert killed[0] >= 1
+        if "node" not in killed:
+            cluster.remove_node(node)
+    assert killed
     assert content(tmp_path / "store") == expected
-    assert {path.name for path in tmp_path.iterdir()} <= {"store", "store.lock"}
+    assert counted(tmp_path / "count") <= NUMBER + 512 * len(killed)
+    assert {path.name for path in tmp_path.iterdir()} <= {"store", "store.lock", "count"}
 
 
-def test_a_node_that_is_lost_costs_nothing_and_one_that_comes_is_used(
-    cluster: Cluster,
-    collection: Collection,
-    tiny_model: SentenceTransformer,
-    expected: dict[str, bytes],
-    tmp_path: Path,
-) -> None:
-    corpus = SlowCorpus("words", {d.doc_id: d.text for d in collection.corpus})
-    node = cluster.add_node(num_cpus=1)
-    timer = threading.Timer(2.0, lambda: cluster.remove_node(node, allow_graceful=False))
-    timer.start()
-    EmbeddingStore.build(tiny_model, corpus, tmp_path / "store", show_progress_bar=False, ray="auto")
-    timer.join()
-    assert content(tmp_path / "store") == expected
-
-
-SCRIPT = """
+SLOWLY = """
 import sys
 import torch
 from sentence_transformers import SentenceTransformer
-from st_clp.data import Collection
 from st_clp.encoding import EmbeddingStore, parts
+from tests.distributed.words import SlowCorpus, collection_of_words
 torch.set_num_threads(1)
 parts.PART_DOCUMENTS = 512
 model = SentenceTransformer(sys.argv[1], device="cpu")
-collection = Collection.load(sys.argv[2], split="train")
+corpus = SlowCorpus("words", {d.doc_id: d.text for d in collection_of_words().corpus}, pause=0.1)
 print("begins", flush=True)
-EmbeddingStore.build(model, collection, sys.argv[3], ray="local", workers=2, show_progress_bar=False)
+EmbeddingStore.build(model, corpus, sys.argv[2], ray="local", workers=2, show_progress_bar=False)
 """
 
 
-def test_a_killed_driver_loses_nothing_and_one_process_goes_on_with_its_parts(
-    collection: Collection,
-    tiny_model: SentenceTransformer,
-    tiny_model_path: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_driver_killed_at_random_moments_loses_nothing_and_one_process_goes_on_with_its_parts(
+    tiny_model: SentenceTransformer, tiny_model_path: Path, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
-    source = write_beir(collection, tmp_path / "collection")
-    read = Collection.load(str(source), split="train")
-    EmbeddingStore.build(tiny_model, read, tmp_path / "expected", show_progress_bar=False)
-    command = [sys.executable, "-c", SCRIPT, str(tiny_model_path), str(source), str(tmp_path / "store")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + 120
+    """Each begins while workers of the one before it may still be there."""
+    generator = random.Random(0)
+    store = tmp_path / "store"
+    command = [sys.executable, "-c", SLOWLY, str(tiny_model_path), str(store)]
 
     def on_disk() -> int:
         found = list(tmp_path.glob("store.partial*/**/shards.jsonl"))
         return sum(len(path.read_bytes().splitlines()) for path in found if path.exists())
 
-    while on_disk() < 1 and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert on_disk() >= 1 or (tmp_path / "store").exists()
-    encoded = []
-    encode = Encoder.encode_windows
-
-    def counted(self: Encoder, windows: Iterator[list[str]]) -> Iterator[np.ndarray]:
-        for window in (kept := list(windows)):
-            encoded.extend(window)
-        return encode(self, iter(kept))
-
-    monkeypatch.setattr(Encoder, "encode_windows", counted)
-    EmbeddingStore.build(tiny_model, read, tmp_path / "store", show_progress_bar=False)
-    assert content(tmp_path / "store") == content(tmp_path / "expected")
-    assert len(encoded) <= NUMBER - 512
-    assert {path.name for path in tmp_path.iterdir() if path.name.startswith("store")} <= {"store", "store.lock"}
+    for seconds in (generator.uniform(3, 8), generator.uniform(3, 8), generator.uniform(3, 8), 120):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "begins\n"
+            ends = time.monotonic() + seconds
+            # The last is killed as soon as there is something for others to go on with.
+            while process.poll() is None and time.monotonic() < ends and not (seconds == 120 and on_disk()):
+                time.sleep(0.01)
+            process.kill()
+    assert on_disk() or store.exists()
+    count_texts(tiny_model, tmp_path / "count")
+    corpus = SlowCorpus("words", {d.doc_id: d.text for d in collection_of_words().corpus}, pause=0)
+    EmbeddingStore.build(tiny_model, corpus, store, show_progress_bar=False)
+    assert content(store) == expected
+    assert not (tmp_path / "count").exists() or counted(tmp_path / "count") <= NUMBER - 512
+    assert {path.name for path in tmp_path.iterdir()} <= {"store", "store.lock", "count"}
 
 
 def test_what_goes_wrong_on_a_node_is_said_with_its_name(
@@ -331,6 +314,77 @@ def test_what_goes_wrong_on_a_node_is_said_with_its_name(
     corpus: Corpus = MemoryCorpus("bad", texts)
     with pytest.raises(CollectionError, match=r"on node .*: bad: document 'd2' is no valid text"):
         EmbeddingStore.build(tiny_model, corpus, tmp_path / "store", show_progress_bar=False, **ON)
+
+
+NODES = """
+import sys
+from ray.cluster_utils import Cluster
+nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+print(nodes.address, flush=True)
+sys.stdin.read()
+nodes.shutdown()
+"""
+
+ABSENT = """
+import subprocess, sys
+from pathlib import Path
+import ray
+from sentence_transformers import SentenceTransformer
+from st_clp.data import Collection, Document, corpus
+from st_clp.encoding import EmbeddingStore
+from st_clp.options import ClusterOptions, QueryOptions
+from st_clp.queries import make_chain
+from st_clp.search import exact
+model_path, t5_path, here, nodes = sys.argv[1:]
+folder = Path(here, "hidden")
+hiding = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$1" -c "$2"', folder, sys.executable, nodes]
+cluster = subprocess.Popen(hiding, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+ray.init(address=cluster.stdout.readline().strip(), log_to_driver=False, logging_level="ERROR")
+corpus.SMALL_CORPUS_BYTES = 0  # a larger one is not sent but read where it is encoded
+exact.SHARD_ROWS = 1000  # a smaller store is searched by the process that asks
+model = SentenceTransformer(model_path, device="cpu")
+collection = Collection.load(str(folder / "collection"), split="train")
+store = EmbeddingStore.build(model, collection, folder / "store", show_progress_bar=False)
+on = {"ray": "auto", "workers": 2}
+def said(what):
+    try:
+        what()
+    except Exception as error:
+        print(type(error).__name__, error, flush=True)
+def write_queries():
+    options = QueryOptions(query_max_tokens=4)
+    with make_chain(f"local:{t5_path}", options, store=Path(here, "q"), show_progress_bar=False, cluster=on) as chain:
+        chain.generate([Document(str(n), f"river {n}") for n in range(300)])
+on = ClusterOptions(**on)
+said(lambda: EmbeddingStore.build(model, collection, Path(here, "s"), show_progress_bar=False, ray="auto", workers=2))
+said(lambda: exact.search_rows(model, store.rows(range(2)), store, 3, cluster=on))
+said(write_queries)
+ray.shutdown()
+cluster.communicate("")
+"""
+
+
+def test_a_machine_without_the_collection_the_store_or_the_model_is_named(
+    tiny_model_path: Path, tiny_t5_path: Path, tmp_path: Path
+) -> None:
+    """The machines of this cluster do not see a folder that the process which asks does."""
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("this machine gives processes no view of their own of the disk (unshare)")
+    hidden = tmp_path / "hidden"
+    write_beir(collection_of_words(5000), hidden / "collection")
+    shutil.copytree(tiny_t5_path, hidden / "t5")
+    arguments = [str(tiny_model_path), str(hidden / "t5"), str(tmp_path), NODES]
+    done = subprocess.run([sys.executable, "-c", ABSENT, *arguments], capture_output=True, text=True, timeout=240)
+    collection, store, model = done.stdout.splitlines()
+    found = "(every machine of the cluster must find it there)"
+    assert re.fullmatch(
+        rf"CollectionError on node .*: {hidden}/collection/corpus.jsonl is not there {re.escape(found)}", collection
+    )
+    assert re.fullmatch(rf"FileNotFoundError on node .*: {hidden}/store holds no finished embedding store.*", store)
+    assert store.endswith(found)
+    assert re.match(
+        rf"ValueError on node .*: the model that is to write queries, '{hidden}/t5', cannot be loaded", model
+    )
 
 
 class Ending:

@@ -6,12 +6,14 @@ import json
 import os
 import random
 import signal
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
 
-from st_clp.data import Collection
+from st_clp.data import Collection, Document, MemoryCorpus
 
 WORDS = "river lake mountain city king queen book song red blue green water fire stone gold one two three".split()
 NUMBER = 2500  # documents: five windows
@@ -24,6 +26,25 @@ def collection_of_words(number: int = NUMBER, queries: int = 20) -> Collection:
     asked = {f"q{n}": " ".join(generator.choices(WORDS, k=3)) for n in range(queries)}
     judgments = {query_id: {f"d{generator.randrange(number)}": 1} for query_id in asked}
     return Collection.from_dict(documents, asked, judgments, name="words")
+
+
+class SlowCorpus(MemoryCorpus):
+    """Takes a while to read, so that there is something to kill.
+
+    Args:
+        name, documents: As in :class:`MemoryCorpus`.
+        pause: Seconds before each 64 documents.
+    """
+
+    def __init__(self, name: str, documents: dict[str, str], *, pause: float) -> None:
+        super().__init__(name, documents)
+        self._pause = pause
+
+    def __iter__(self) -> Iterator[Document]:
+        for place, document in enumerate(super().__iter__()):
+            if place % 64 == 0:
+                time.sleep(self._pause)
+            yield document
 
 
 class CountTexts:
