@@ -37,7 +37,7 @@ class BEIRSearch(BaseSearch):
     """What beir's ``EvaluateRetrieval`` searches with, in place of its ``DenseRetrievalExactSearch``.
 
     Documents are encoded with ``model.encode_document`` and queries with ``model.encode_query``, both into folders; a
-    search reads these a part at a time, so that its memory is that of one part, whatever the size of the corpus. Every
+    search reads these a part at a time, so that its memory is that of one part, independent of the corpus's size. Every
     document is compared, and a query's own id is left out, as by beir's dense search, whose figures come out.
 
     Args:
@@ -126,7 +126,7 @@ class BEIRSearch(BaseSearch):
             queries: As in :meth:`search`.
             encode_output_path: The folder to write to.
             overwrite: Encode anew what is there of the same model and texts; of others it is anyway.
-            query_filename: What to call the queries' embeddings. Whatever its ending, it is a folder of arrays and
+            query_filename: What to call the queries' embeddings. With any ending, it is a folder of arrays and
                 JSON: nothing is pickled.
             corpus_filename: What to call the documents', with 0 in place of ``*``.
 
@@ -205,7 +205,7 @@ class BEIRSearch(BaseSearch):
 
 @dataclass(frozen=True)
 class _Similarity:
-    """Cosine or dot product, whatever the model's own similarity is."""
+    """Cosine or dot product, regardless of the model's own similarity."""
 
     similarity_fn_name: str
     device: Device

@@ -29,7 +29,7 @@ class BenchmarkEvaluator(RetrievalEvaluator):
     """How well a model does on each of several datasets, and on average.
 
     The metrics are ``NAME_DATASET_METRIC`` for each dataset and ``NAME_mean_METRIC`` for the mean over datasets, in
-    which each counts the same whatever its number of queries. A dataset of several parts scores the mean of its
+    which each counts the same, regardless of its number of queries. A dataset of several parts scores the mean of its
     parts, which appear as ``NAME_DATASET_PART_METRIC``.
 
     Args:

@@ -201,7 +201,7 @@ class CollectionEvaluator(RetrievalEvaluator):
         )
 
     def score(self, run: Run) -> dict[str, float]:
-        """The metrics of a run that was retrieved before, by whatever, kept as the last call's.
+        """The metrics of a run that another system retrieved, kept as the last call's.
 
         Raises:
             CollectionError: It answers none of the judged queries.

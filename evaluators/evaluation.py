@@ -119,7 +119,7 @@ class Evaluation:
     def precision(self) -> str | None:
         """What the model computed in, such as ``"bfloat16"``.
 
-        ``"unknown"`` where that was not noted; None where only runs were scored, which may be anybody's.
+        ``"unknown"`` where that was not noted; None where only runs were scored, whose models are unknown.
         """
         if self.fingerprint is None:
             return None
@@ -153,7 +153,7 @@ def with_distinct_names(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
 
 
 def judgments_fingerprint(judgments: Judgments) -> str:
-    """A short text that is the same for the same judgments, in whatever order."""
+    """A short text that is the same for the same judgments in any order."""
     digest = hashlib.blake2b(digest_size=16)
     for query_id in sorted(judgments):
         for doc_id, grade in sorted(judgments[query_id].items()):

@@ -55,7 +55,7 @@ def option(
 
 @dataclass(frozen=True)
 class Options:
-    """Options of a stage: read and checked where they are given, whoever gives them.
+    """Options of a stage: read and checked wherever they come from.
 
     A class that inherits from several has the options of all. Each may check what several options must satisfy
     together, in a method ``_check``.

@@ -29,7 +29,7 @@ UNFINISHED = ".partial"
 
 @contextmanager
 def whole_file(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
-    """Write a file under a name of its own and rename it to ``path`` once it is whole.
+    """Write a file under a temporary name and rename it to ``path`` once it is complete.
 
     Several processes may write the same file: each has its own unfinished one, and the last to finish wins. What
     killed writers left beside ``path`` is removed first.
@@ -75,7 +75,7 @@ def _open_unfinished(target: Path, mode: str) -> tuple[IO[Any], Path]:
 
 @contextmanager
 def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Fill a folder under a name of its own, and put it in the place of ``path`` once it is whole.
+    """Fill a folder under a temporary name, and move it to ``path`` once it is complete.
 
     As :func:`whole_file` for a folder: several processes may make the same one, and what killed ones left beside
     ``path`` is removed first.

@@ -347,7 +347,7 @@ class QuerySettings(Options):
 
 @dataclass(frozen=True)
 class QueryOptions(SeedOption, QuerySettings):
-    """How queries of negatives are made, by whatever source."""
+    """How queries of negatives are made, by any source."""
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def print_whole(console: Console, table: Table) -> None:
 def new_console(**options: Any) -> Console:
     """A console that colours no numbers and takes no ``:name:`` for a picture; other options are rich's.
 
-    Give ``markup=False`` where all of the text is somebody else's; elsewhere what is not ours goes through
+    Give ``markup=False`` where all of the text comes from outside; elsewhere text from outside goes through
     :func:`rich.markup.escape`.
     """
     return Console(highlight=False, emoji=False, **options)

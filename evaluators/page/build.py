@@ -36,7 +36,7 @@ class Summary:
     """The first lines.
 
     Attributes:
-        sentences: What is to be quoted, and what is to be said beside it.
+        sentences: The sentence to quote, and the notes beside it.
         search: A query whose first answer was wrong before and is right after, with its language; None where there is
             none.
     """

@@ -77,7 +77,7 @@ class _Axis:
 
 def _axis(values: Sequence[float], begin: float, end: float, *, margin: float = 0.05) -> _Axis:
     low, high = min(values), max(values)
-    # One value alone needs room around it whatever the margin is.
+    # A single value needs room around it with any margin.
     room = (high - low) * margin if high > low else abs(high) * 0.05 or 1.0
     return _Axis(low - room, high + room, begin, end)
 

@@ -41,7 +41,7 @@ ACCOUNT = {
 
 
 def show_run(name: str, report: Mapping[str, Any]) -> dict[str, Any]:
-    """What the template needs of a run; whatever the report lacks is left out.
+    """What the template needs of a run; what the report lacks is left out.
 
     Args:
         name: What to call the run.

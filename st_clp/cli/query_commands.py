@@ -146,10 +146,10 @@ def _money(cost: float) -> str:
     return f", {cost:.4f} in money" if cost else ""
 
 
-PAIRS_HELP = """Have queries written for documents that nobody asks about, and make a collection to train on.
+PAIRS_HELP = """Write queries for documents without any, and make a collection to train on.
 
 A folder with `corpus.jsonl` alone is enough (lines of `{"_id": …, "title": …, "text": …}`). A query is kept where
-`--model`, the one that is to be trained, finds its document among the best 10 by it. The queries of a tenth of the
+`--model`, the one to train, finds its document among the best 10 by it. The queries of a tenth of the
 documents are kept for evaluation. Training queries that there are, are kept, and their documents get no others.
 
 What is written is kept in `--query-store`: stopped, the same command goes on and pays for nothing twice.

@@ -54,7 +54,7 @@ def with_error_messages(command: Callable[P, None]) -> Callable[P, None]:
             console.print(f"\n[yellow]Stopped.[/yellow] {escape(_resume_advice())}")
             raise typer.Exit(130) from None
         except (ValueError, ModuleNotFoundError, OSError) as error:
-            # Whoever wants to see where an error comes from sets ST_CLP_TRACEBACK=1.
+            # ST_CLP_TRACEBACK=1 shows the traceback.
             if os.environ.get("ST_CLP_TRACEBACK"):
                 raise
             console.print(f"[red]Error:[/red] {escape(_message(error))}")

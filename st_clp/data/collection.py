@@ -31,7 +31,7 @@ class Collection:
         language: ISO 639 code, or None where it is not known.
         split: ``"train"``, ``"dev"`` …, or None where the source has no splits.
         known_queries: Document id to further queries that this document answers (a training row's ``neg_q``).
-        query_marks: Of those that are not somebody's judgment: document id to {query: (source, weight)} (a training
+        query_marks: Of those that are not judgments: document id to {query: (source, weight)} (a training
             row's ``neg_q_source`` and ``neg_q_weight``).
         judged_negatives: Whether the source names negatives on purpose (a training row's ``neg``), so that
             documents of grade 0 should be used as negatives before any mined ones.

@@ -117,7 +117,7 @@ class Corpus(ABC):
         """A short text that changes when the documents may have changed, without reading them all."""
 
     def expected_size(self) -> int | None:
-        """How many documents to expect, for progress bars; None where nobody knows before they are read."""
+        """How many documents to expect, for progress bars; None where that is not known before they are read."""
         return None
 
     def __deepcopy__(self, memo: object) -> Corpus:

@@ -27,7 +27,7 @@ Piece = TypeVar("Piece", bound=tuple[Any, ...])
 IN_HAND = 2  # pieces that a worker has at a time, so that it never waits for the next
 LOOK_SECONDS = 5.0  # between looks at whether the cluster has grown
 PATIENCE = 30.0  # seconds without any worker, after which it is said
-TRIES = 5  # workers that may be lost at one piece, before it is the piece that is at fault
+TRIES = 5  # workers that may be lost at one piece, before the piece itself counts as the cause
 
 
 class Workers:
@@ -175,7 +175,7 @@ def has_room(options: ClusterOptions) -> bool:
 
 
 class _Queue:
-    """Pieces that are to be done: those that a lost worker had first.
+    """Pieces still to do: first those that a lost worker had.
 
     It may have been lost through any of them, so each is given to a worker that has nothing else in hand: where that
     one is lost too, it is plain at what.
@@ -233,7 +233,7 @@ def _named(piece: tuple[Any, ...]) -> str:
 
 
 class Failure:
-    """An error that a call has raised, on its way to whoever asked."""
+    """An error that a call has raised, on its way to the driver."""
 
     def __init__(self, error: Exception, node: str) -> None:
         self._kind: type[Exception] = type(error)
@@ -262,7 +262,7 @@ class _Worker:
         self._made: Callable[..., Any] | None = None
 
     def ready(self) -> bool:
-        """Whether the process is there; what is to be made is made by the first call, whose errors are told."""
+        """Whether the process is there. The first call makes the callable, so that its errors are reported."""
         return True
 
     def call(self, kept: list[Any], *piece: Any) -> Any:

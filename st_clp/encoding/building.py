@@ -46,7 +46,7 @@ LARGEST = {"float16": 65_504.0, "float32": float(np.finfo(np.float32).max)}
 # What the names of the folders beside a store end in: the one that is being built, the one that it is to replace, and
 # what was begun of another collection before it.
 UNFINISHED, REPLACED, BEGUN = ".partial", ".replaced", ".begun"
-# And the one that workers of a cluster write parts of the store to, each a small store of its own.
+# And the one that workers of a cluster write parts of the store to, each itself a small store.
 PARTS = UNFINISHED + ".parts"
 LOCK_NAME = "lock-"  # what the names of files begin with that keep a second worker from a part
 
@@ -108,7 +108,7 @@ class Builder:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with _alone(folder):
-                # Whoever held the folder until now may have made this very store.
+                # The process that held the lock until now may have made this very store.
                 if not _is_whole(folder, manifest):
                     self._make(folder, manifest)
         except OSError as error:
@@ -316,7 +316,7 @@ class Builder:
 
     def _progress(self) -> Any:
         if self._shared_progress is not None:
-            return contextlib.nullcontext(self._shared_progress)  # whoever made it closes it
+            return contextlib.nullcontext(self._shared_progress)  # its owner closes it
         return tqdm(
             total=self._corpus.expected_size(),
             desc=f"Encoding {self._corpus.name}",
@@ -329,7 +329,7 @@ class Builder:
 
 
 def parts_of(folder: Path) -> list[Path]:
-    """What workers of a cluster have written of a store and nobody has put into it yet, in the corpus's order."""
+    """Parts that workers of a cluster have written and that are not in the store yet, in the corpus's order."""
     return sorted(_named(folder, PARTS).glob("part-*"))
 
 
@@ -338,7 +338,7 @@ def _remove_parts(folder: Path) -> None:
         remove_files(part)
     for lock in _named(folder, PARTS).glob(f"{LOCK_NAME}*"):
         lock.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # there are none, or something of somebody's lies beside them
+    with contextlib.suppress(OSError):  # there are none, or another file lies beside them
         _named(folder, PARTS).rmdir()
 
 
@@ -363,7 +363,7 @@ def _is_whole(folder: Path, manifest: dict[str, Any]) -> bool:
 
 
 def _require_own(folder: Path) -> None:
-    """Refuse a folder with files of somebody's, which the store would take the place of."""
+    """Refuse a folder with other files, which the store would replace."""
     for place in (folder, _beside(folder)):
         if foreign := foreign_files(place):
             raise ValueError(
@@ -374,7 +374,7 @@ def _require_own(folder: Path) -> None:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Wait until no other process is making this folder's store. A process that is killed holds up nobody."""
+    """Wait until no other process is making this folder's store. A killed process releases the lock."""
     lock = FileLock(_named(folder, LOCK))
     try:
         lock.acquire(timeout=0)

@@ -266,7 +266,7 @@ def tokens_a_second(
     Args:
         model: The model.
         texts: A sample of them, in any order.
-        encoding: How they are to be encoded.
+        encoding: How to encode them.
         seconds: How long the trial may take, about; a warm-up comes on top.
     """
 

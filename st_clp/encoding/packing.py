@@ -3,7 +3,7 @@
 Attention is two batched matrix products and powers of two between them. PyTorch's fused kernel, with AVX512-BF16, runs
 its products far below the rate of the hardware; as batched products the same attention takes from half to two thirds of
 the time. What the fused kernel saves, the memory of the score matrix, a few heads at a time save too. With AMX the
-fused kernel has a path of its own, which is left alone.
+fused kernel has its own code path, which is left alone.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Parts of a corpus's embeddings: each a small store of its own, which whoever has the documents can make.
+"""Parts of a corpus's embeddings: each a small store, which any process that can read the documents can write.
 
 Parts are what the workers of a cluster make, and what a store at an address consists of.
 """
@@ -78,7 +78,7 @@ class PartEncoder(Builder):
                 if written:
                     Place(folder).put(part_path(Path(scratch), begin), part_name(begin, self._whole))
                 return written
-        # Whoever was taken for lost may be alive, and two that append to the same files would spoil them.
+        # A worker taken for lost may still be alive, and two that append to the same files would spoil them.
         with FileLock(Path(folder, f"{LOCK_NAME}{begin:012d}")):
             return self._write(begin, number, part_path(Path(folder), begin))
 
@@ -108,7 +108,7 @@ Piece = tuple[int, int, str]  # the first document, how many documents, and wher
 
 
 def pieces(begin: int, size: int, place: str, end: list[bool]) -> Iterator[Piece]:
-    """The parts from document ``begin`` on, until ``end`` holds True: whoever writes them notices the corpus's end."""
+    """The parts from document ``begin`` on, until ``end`` holds True: the writer of a part notices the corpus's end."""
     while not end[0]:
         number = size - begin % size
         yield begin, number, place

@@ -3,7 +3,7 @@
 The corpus is cut into parts of some windows each. A worker reads the documents of a part itself, encodes them, and
 writes them as a small store of its own beside the one that is made, a shard at a time. What goes through the process
 that asked is the files of finished parts, which it appends in the corpus's order, so that the store has the bytes that
-one process would have written. Whatever is stopped, killed or lost is taken up from the shards that are on the disk: by
+one process would have written. After a stop, a kill or a loss, work resumes from the shards that are on the disk: by
 the same command, or by one process alone, which finds in the parts what need not be encoded again.
 """
 

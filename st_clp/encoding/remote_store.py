@@ -5,7 +5,7 @@
 
 A part is one shard, so that a worker that is lost costs no more. It is encoded into a temporary folder and copied, its
 manifest last; the store's manifest is written when all parts are there. The digest is of what the embeddings are of, so
-that a store is whole until another has taken its place. Nobody needs to be alone: who encodes the same part writes the
+that a store is whole until another has taken its place. Writers need no lock: two that encode the same part write the
 same bytes.
 """
 

@@ -428,7 +428,7 @@ def read_ids(folder: Path) -> Sequence[str]:
 
 
 def ids_in(file: Path, rows: int, where: str) -> Sequence[str]:
-    """The ids in a file, which are to be so many.
+    """The ids in a file, checked against their expected number.
 
     Raises:
         StoreError: They are fewer, or something else; the message says ``where``.

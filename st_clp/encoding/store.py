@@ -113,7 +113,7 @@ class EmbeddingStore:
             path: The folder to keep the embeddings in, or an address such as ``s3://bucket/folder``; those of another
                 model are encoded anew and then replaced. None keeps them in memory.
             task: Whether the texts are encoded as documents or as queries.
-            progress: A bar to move by each text, in place of one of its own: several stores can share it.
+            progress: A bar to advance by each text in place of a new one; several stores can share it.
             fingerprint: The model's, where it is known already; otherwise it is computed from the weights.
             encoding
 
@@ -133,7 +133,7 @@ class EmbeddingStore:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> EmbeddingStore:
-        """Open a store that :meth:`build` left, whatever model it is of. Checksums are not looked at.
+        """Open a store made by :meth:`build`, of any model. Checksums are not verified.
 
         Raises:
             FileNotFoundError: There is no finished store in the folder.

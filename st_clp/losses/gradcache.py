@@ -1,4 +1,4 @@
-"""What sentence-transformers' cached losses cut batches by: private names of its own, which are known here alone."""
+"""How sentence-transformers' cached losses cut batches: private names of the library, used in this file only."""
 
 from sentence_transformers.base.losses.gradcache import _create_minibatch as create_minibatch
 from sentence_transformers.base.losses.gradcache import _get_batch_size as get_batch_size

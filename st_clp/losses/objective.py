@@ -119,7 +119,7 @@ def penalty(name: str) -> Callable[[Penalty], Penalty]:
 
 @penalty("cosine")
 def cosine_penalty(batch: Batch, rows: slice, options: Options) -> Tensor:
-    """1 - cosine(negative, its query), whatever the similarity function is (Yu 2024, the CLP term)."""
+    """1 - cosine(negative, its query), independent of the similarity function (Yu 2024, the CLP term)."""
     own = slice(batch.offset + rows.start, batch.offset + rows.stop)
     negatives = batch.vectors.documents[1:, own].repeat_interleave(batch.queries_per_negative, dim=0)
     queries = batch.vectors.negative_queries[:, rows]

@@ -24,7 +24,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Where refreshing was before it had a room of its own; mining itself knows nothing of it.
+    # Kept for code that imports refreshing from here, where it was in 0.1.0.
     if name in ("AnceCallback", "plot_refreshes"):
         return getattr(importlib.import_module("st_clp.refresh"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""BM25 as a source of candidates: documents that share the query's words, whatever the model thinks of them."""
+"""BM25 as a source of candidates: documents that share the query's words, independent of the model."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from st_clp.queries import JudgedQueries
 
 @dataclass(frozen=True)
 class Choice:
-    """A document that is to be a negative; ``source`` as in :class:`st_clp.mining.rows.Negative`."""
+    """A document chosen as a negative; ``source`` as in :class:`st_clp.mining.rows.Negative`."""
 
     doc_id: str
     rank: int | None

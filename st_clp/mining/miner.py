@@ -262,7 +262,7 @@ def _refused(chooser: Chooser, ranking: Ranking, passed_over: Counter[str]) -> d
 def _round_trip(
     model: SentenceTransformer, store: EmbeddingStore, options: QueryOptions, encoding: Encoding
 ) -> RoundTrip | None:
-    """The check of what is generated; None where there is to be none."""
+    """The round-trip check of generated queries; None where it is off."""
     if options.query_round_trip == "off":
         return None
     return RoundTrip(model, store, k=options.query_round_trip_k, action=options.query_round_trip, encoding=encoding)

@@ -120,7 +120,7 @@ class Ranking:
         near_duplicates: How many candidates were left out for being too like a relevant document.
         own_documents: How many documents were left out for having their query's own id.
         note: How the approximate search went; None after an exact one.
-        by_score: Whether candidates are to be taken by score and not by rank.
+        by_score: Whether candidates are taken by score and not by rank.
     """
 
     def __init__(

@@ -36,9 +36,10 @@ def choose_negatives(
 ) -> tuple[dict[str, list[Choice]], dict[str, Document], Counter[str]]:
     """Every query's negatives, all documents in the rows by id, and what was passed over for its text.
 
-    A document with the same text as a relevant one is an answer too, whatever its id; one with the query's own text is
-    the query; and one without text teaches nothing. Texts are only known once documents are chosen, so such a choice is
-    excluded and made again until there is none. What ``range_min`` skips is looked at too: it is to skip candidates.
+    A document with the same text as a relevant one is an answer too, even under another id; one with the query's own
+    text is the query; and one without text teaches nothing. Texts are only known once documents are chosen, so such a
+    choice is excluded and made again until there is none. Documents that ``range_min`` skips are checked too, so that
+    it skips candidates only.
     """
     passed_over: Counter[str] = Counter()
     blank: set[str] = set()

@@ -30,9 +30,9 @@ class Balance:
     """What one router has counted, and the rule that moves its bias.
 
     The bias of an expert moves by ``rate * spread * (1 - use)`` with ``use`` its tokens relative to an even share and
-    ``spread`` the standard deviation of the logits: a step is the same whatever scale the router has learnt. The
-    tokens' mean, remembered over steps, is taken off beforehand (``Router.selection_bias``). The first training pass
-    of a router that has no balance yet sets it so that this pass is even.
+    ``spread`` the standard deviation of the logits, so that a step does not depend on the scale that the router has
+    learnt. The tokens' mean, remembered over steps, is subtracted beforehand (``Router.selection_bias``). The first
+    training pass of a router that has no balance yet sets it so that this pass is even.
     """
 
     def __init__(self, settings: MoESettings) -> None:
@@ -188,7 +188,7 @@ def add_balance_gradient(logits: Tensor, mask: Tensor | None, counts: list[int],
 
     The loss is ``weight * experts * sum_e f_e P_e`` with f the share of the tokens that went to expert e and P its
     mean probability (Fedus et al. 2021, arXiv:2101.03961, equation 4), of this forward pass alone. It reaches the
-    router whatever the training loss is; it is not divided where gradients are accumulated.
+    router with any training loss; it is not divided where gradients are accumulated.
     """
     total = max(sum(counts), 1)
     use = torch.tensor([count / total for count in counts], device=logits.device)

@@ -141,7 +141,7 @@ class ExpertLinear(nn.Module):
         return plan, rows
 
     def _products(self, rows: Tensor, plan: Plan, source: Tensor | None = None) -> Tensor:
-        """The experts' products with sorted rows, or with tokens of which ``source`` is to be sorted first."""
+        """The experts' products with sorted rows, or with unsorted tokens, which ``source`` sorts first."""
         experts = list(self.experts)
         if any(type(expert) is not nn.Linear for expert in experts):  # adapters around the experts
             if source is not None:

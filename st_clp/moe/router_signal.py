@@ -52,7 +52,7 @@ def token_marks(features: dict[str, Any], mask: Tensor | None) -> Tensor | None:
         texts = (positions == positions[:, :1]).cumsum(1).reshape(-1) - 1
     else:
         kept = torch.ones_like(ids) if mask is None else (mask != 0).to(ids.dtype)
-        places = kept.cumsum(1) * kept  # 0 at padding, and counted from the first token whatever side is padded
+        places = kept.cumsum(1) * kept  # 0 at padding on either side; counted from the first token
         texts = torch.arange(ids.shape[0], device=ids.device).repeat_interleave(ids.shape[1])
     places = places.reshape(-1).long()
     tokens = _mixed(ids.reshape(-1).long() * 0x10001 + places * 0x3C6EF372)

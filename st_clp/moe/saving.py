@@ -160,7 +160,7 @@ def without_adapters(encoder: Any) -> Iterator[dict[str, Tensor] | None]:
     """Give the weights of ``encoder`` as they are named without adapters, and let transformers write a whole encoder.
 
     Yields:
-        The weights, or None where there are no adapters and nothing is to be done.
+        The weights, or None where there are no adapters.
     """
     wrappers = _wrappers(encoder)
     if not wrappers:

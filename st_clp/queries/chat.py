@@ -90,7 +90,7 @@ NEVER_SENT = ("ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProto
 
 
 class EndpointError(ValueError):
-    """The endpoint refuses every request: asking on would help nobody. The message says what to do."""
+    """The endpoint refuses every request, so sending more is useless. The message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ class ChatClient:
                 sent = _was_sent(error)
                 return Failure("the connection broke" if sent else "no connection", may_be_billed=sent)
             except (openai.APIError, ValueError, TypeError, AttributeError, RecursionError, OverflowError):
-                # Whatever it is that answers, it is not this API: the client meets other kinds of JSON as they come.
+                # The answer is not of this API: the client meets other kinds of JSON as they come.
                 return Failure(NO_ANSWER, may_be_billed=True)
             return _reply(answer)
 

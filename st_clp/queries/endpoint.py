@@ -82,7 +82,7 @@ class Budget:
             )
         self.prices = prices
         self._store = store
-        # A limit that is beyond what can be counted is none that anybody reaches.
+        # A limit beyond what can be counted is never reached.
         self._max_tokens = None if max_tokens is None else min(max_tokens, BEYOND_COUNTING)
         self._max_nano = None if max_cost is None else min(math.floor(Fraction(max_cost) * NANO), BEYOND_COUNTING)
         self._in_flight = 0
@@ -110,7 +110,7 @@ class Budget:
 
         Args:
             reservation: From :meth:`reserve`.
-            usage: What the endpoint counted; None where nobody knows, so that the worst case stays.
+            usage: What the endpoint counted; None where it is unknown, so that the worst case stays.
 
         Returns:
             What counts as spent.
@@ -123,7 +123,7 @@ class Budget:
             self._store.spend(usage.tokens - worst, nano - reservation.nano)
             return Usage(usage.prompt_tokens, usage.completion_tokens, nano / NANO, requests=1)
         finally:
-            with self._settled:  # whatever became of it: others wait for it
+            with self._settled:  # in any case: others wait for it
                 self._in_flight -= 1
                 self._settled.notify_all()
 
@@ -281,7 +281,7 @@ class EndpointQueries(GeneratingSource):
         finally:
             work.stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
-            # Where the work was broken off, requests that are under way are cut, so that nobody waits for them.
+            # When the work is interrupted, requests under way are cancelled instead of waited for.
             self._client.close()
 
     def _message(self, document: Document, language: str | None) -> str:
@@ -304,7 +304,7 @@ class EndpointQueries(GeneratingSource):
             reservation = self._budget.reserve(self._bound(message), self._max_tokens)
             if reservation is None:
                 return DocumentQueries(document.doc_id, cause=BUDGET_USED_UP, usage=usage, final=False)
-            # One key for each request that is to be paid for, the same for its retries: an endpoint that knows such
+            # One key for each request that is paid for, the same for its retries: an endpoint that knows such
             # keys bills them once, though the connection breaks after it has answered.
             found = self._send(message, f"{identity.hexdigest()}-{nonsense}", reservation)
             if isinstance(found, Failure):

@@ -35,7 +35,7 @@ class Usage:
         completion_tokens: Tokens that were written.
         cost: Money, in the currency of the prices; 0 where there are none.
         requests: Requests that were sent.
-        uncounted_tokens: Tokens at most, for requests without an answer or a count: nobody knows what they took.
+        uncounted_tokens: Tokens at most, for requests without an answer or a count, whose real usage is unknown.
     """
 
     prompt_tokens: int = 0
@@ -120,7 +120,7 @@ class SourceEstimate:
         prompt_tokens: Tokens to read, about.
         completion_tokens: Tokens to write, about.
         cost: Money, about; None where there are no prices.
-        most: What they would cost at most, as tokens and money; None where nobody bills.
+        most: What they would cost at most, as tokens and money; None where nothing is billed.
     """
 
     documents: int
@@ -146,7 +146,7 @@ class GeneratingSource(QuerySource):
 
     @abstractmethod
     def describe(self) -> str:
-        """The generator in words, for whoever looks into the store; never a key."""
+        """A readable name of the generator, for inspecting the store; never used as a key."""
 
     @abstractmethod
     def estimate(self, documents: Iterable[Document], language: str | None) -> SourceEstimate:

@@ -38,7 +38,7 @@ class LocalQueries(GeneratingSource):
         samples: Queries to sample for each document.
         max_new_tokens: Tokens that a query may have.
         max_document_tokens: A document is cut after so many.
-        batch_tokens: Tokens in a batch, padding and what is to be written included.
+        batch_tokens: Tokens in a batch, including padding and the tokens to generate.
         temperature: Of the sampling; 0 takes the likeliest token each time.
         top_k: Sample from no more tokens than this.
         top_p: Sample from the likeliest tokens that hold this share together.
@@ -287,7 +287,7 @@ _STEP, _FIRST, _SECOND = (number - 2**64 for number in (0x9E3779B97F4A7C15, 0xBF
 
 
 class SeededSampling(LogitsProcessor):
-    """Samples each row by a seed of its own, so that a row's text is the same in any batch.
+    """Samples each row with its own seed, so that a row's text is the same in any batch.
 
     Adds Gumbel noise to the k likeliest tokens and leaves the best one: its token is a sample from the softmax over
     them (Maddison et al. (2014), A* Sampling, arXiv:1411.0030). The noise is a hash of seed, step and token, so that

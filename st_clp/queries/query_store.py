@@ -308,7 +308,7 @@ class CachedSource(QuerySource):
         if not unknown:
             return
         with self.store.generating():
-            # Whoever was waited for may have answered some.
+            # The process that held the lock may have answered some.
             for key, stored in self.store.get(list(unknown)).items():
                 yield from (self._known(document, stored) for document in unknown.pop(key))
             keys = {key.document: key for key in unknown}

@@ -81,7 +81,7 @@ class Prompts:
         return found[0].replace(LANGUAGE, code)
 
     def as_chat(self, language: str | None, number: int) -> str:
-        """For an endpoint: the template and that the answer is to be JSON."""
+        """For an endpoint: the template, and the instruction to answer in JSON."""
         return self.template(language).replace(NUMBER, str(number)) + (AS_JSON if number == 1 else SEVERAL_AS_JSON)
 
     def as_instruction(self, language: str | None) -> str:
@@ -97,7 +97,7 @@ def fill(template: str, document: str) -> str:
 
 
 LONGEST_QUERY = 300  # characters; real queries of search engines and of MIRACL are far below
-SCRIPT_SHARE = 0.25  # of a document's letters, from which on a script is one of its own
+SCRIPT_SHARE = 0.25  # of a document's letters, from which on a script counts as the document's
 
 EMPTY = "empty"
 TOO_LONG = "far too long"

@@ -119,7 +119,7 @@ class Refresh:
         step: The step whose weights mine; 0 of the negatives that training began with.
         status: ``"first"`` of those; ``"mining"`` until it is ``"used"``, has ``"failed"``, or training ended before
             it could be used (``"unused"``).
-        due: The step after which its negatives are to be used.
+        due: The step after which its negatives are used.
         used_from: The step after which they were used; None where they were not.
         seconds: How long mining took.
         error: Why it failed.

@@ -32,7 +32,7 @@ _TAIL = 2000  # characters of its log that a failure quotes
 
 
 class BackgroundMiner:
-    """Mines snapshots in a process of its own, one at a time.
+    """Mines snapshots in a separate process, one at a time.
 
     The process starts anew if it ended. It runs no code of the script that trains.
 
@@ -168,7 +168,7 @@ class MiningJob:
 
 
 class Miner(Protocol):
-    """Mines one generation at a time. Whatever a method raises, the refresh has failed."""
+    """Mines one generation at a time. If a method raises, the refresh has failed."""
 
     def begin(self, step: int, previous: int) -> None:
         """Begin to mine with the weights as they are, after ``step`` steps; the generation ``previous`` is in use."""
@@ -281,7 +281,7 @@ class SubprocessMiner:
 
 
 def _same_cluster(mining: Mapping[str, Any]) -> dict[str, Any]:
-    """What has another process join the cluster that this one is part of, where mining is to be done on one."""
+    """Options that make the mining process join this one's cluster, where mining uses a cluster."""
     if mining.get("ray") is None:
         return {}
     return {"ray": address_of(ClusterOptions(ray=mining["ray"]))}

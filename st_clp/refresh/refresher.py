@@ -214,7 +214,7 @@ class Refresher:
         assert self._miner is not None
         try:
             work(self._miner)
-        except Exception as error:  # whatever it is, training can go on without it
+        except Exception as error:  # training can go on without a refresh
             logger.debug("%s", traceback.format_exc())
             return f"{type(error).__name__}: {error}"
         return None

@@ -204,7 +204,7 @@ def _open(path: Path) -> pa.Table:
 
 
 def _short(name: str) -> str:
-    """A corpus's name as a path component; not to be read by anybody."""
+    """A corpus's name as a path component; never parsed back."""
     return hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 

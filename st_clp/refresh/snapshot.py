@@ -78,7 +78,7 @@ def fill(model: SentenceTransformer, *paths: Path) -> None:
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Leave the random numbers of the training as they are, whatever is drawn meanwhile."""
+    """Restore the training's random state afterwards, so that what is drawn meanwhile does not change it."""
     python, numpy = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):

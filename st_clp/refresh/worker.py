@@ -1,7 +1,7 @@
 """The process that mines beside the training. It is told what to do by its standard input, and ends when that ends.
 
 So it never outlives the training, however that ends; and if it ends by itself, its refresh has failed. It reads its
-libraries only after it listens: whoever starts it waits until all of the model is handed over.
+libraries only after it listens: the training process waits until the whole model is handed over.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ def main() -> None:
     def listen() -> None:
         for line in iter(stream.readline, b""):
             commands.put(line)
-        os._exit(0)  # whoever asked is gone
+        os._exit(0)  # the training process has ended
 
     threading.Thread(target=listen, daemon=True).start()
     if hasattr(os, "nice"):
         os.nice(NICENESS)
     import torch
 
-    # From the training process itself, by a pipe: nobody else can have written it.
+    # The pipe is the training process's own: no one else can write to it.
     job: Job = pickle.loads(content)
     torch.set_num_threads(job.threads)
     while True:

@@ -49,7 +49,7 @@ def average(model: SentenceTransformer, base: SentenceTransformer, share: float)
 
 
 class WeightAverage:
-    """A model whose weights can be set to any mean of its own and a base's.
+    """A model whose weights can be set to any mean of its trained and a base's weights.
 
     Args:
         model: The fine-tuned model.
@@ -77,7 +77,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def set(self, share: float) -> None:
-        """Give the model this share of its own weights, from 0 to 1; both ends to the bit."""
+        """Set this share of the trained weights, from 0 to 1; both ends are exact to the bit."""
         if not 0 <= share <= 1:
             raise ValueError(f"share must be from 0 to 1, got {share}")
         for parameter, before, after in self._changed:

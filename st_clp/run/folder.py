@@ -142,7 +142,7 @@ class StageRecords:
         self.file(name).unlink(missing_ok=True)
 
     def missing_and_changed(self, name: str, needed: Iterable[Path]) -> tuple[list[str], list[str]]:
-        """(outputs of a finished stage that are gone, those whose content is another now), as they are to be shown.
+        """(missing outputs of a finished stage, those with changed content), as shown to the user.
 
         Args:
             name: The stage.

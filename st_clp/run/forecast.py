@@ -43,7 +43,7 @@ class StageCost:
     Attributes:
         name: The stage.
         seconds: Of it; None where it is finished.
-        work: What is to be done, in words.
+        work: A description of the work.
     """
 
     name: str
@@ -276,7 +276,7 @@ class _Texts:
 
 
 def _count(corpus: Corpus) -> int:
-    """How many documents there are; where nobody knows, they are counted, and known to every bar from then on."""
+    """How many documents there are; counted where the corpus does not know, and known to every bar from then on."""
     known = corpus.expected_size()
     if known is not None:
         return known

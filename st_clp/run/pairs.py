@@ -1,4 +1,4 @@
-"""Training queries for documents that nobody asks about: written, checked, and kept as a collection to train on.
+"""Training queries for documents without any: generated, checked, and saved as a collection to train on.
 
 After Dai et al. (2023), Promptagator, arXiv:2209.11755, and Wang et al. (2022), GPL, arXiv:2112.07577: a language model
 writes a query for a document, and the pair counts where a retriever finds the document by the query.
@@ -134,7 +134,7 @@ def _draw(corpus: Corpus, number: int, asked_for: set[str], seed: int) -> list[D
 
 
 def _distinct(answers: Sequence[DocumentQueries], account: PairsAccount) -> dict[str, list[str]]:
-    """Document id to its queries, without any that was written for several: nobody knows which of them answers it."""
+    """Document id to its queries, without those written for several documents: which of them answers is not known."""
     times = Counter(query.text for answer in answers for query in answer.queries)
     if shared := sum(number for number in times.values() if number > 1):
         account.left_out["queries that were written for several documents"] = shared

@@ -177,7 +177,7 @@ class _Progress(TrainerCallback):
 
 
 class _Told:
-    """What the workers have told, for whoever looks: an actor."""
+    """An actor that holds what the workers have reported."""
 
     def __init__(self) -> None:
         self._lines: list[str] = []

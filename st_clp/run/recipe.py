@@ -193,7 +193,7 @@ class _Run:
         return {"scores": self._evaluate(self._base_model(), "before")}
 
     def _evaluate_after(self) -> dict[str, Any]:
-        # What is evaluated is what was saved, as whoever opens the folder gets it.
+        # Evaluate the saved model, as it is loaded from the folder.
         model = load(str(self.directory.path))
         return {"scores": self._evaluate(model, "after"), "expert_usage": self._expert_usage(model)}
 

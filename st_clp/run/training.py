@@ -62,7 +62,7 @@ def make_trainer(
     refresh: AnceCallback | None = None,
     progress: TrainerCallback | None = None,
 ) -> SentenceTransformerTrainer:
-    """The Trainer of a run. Each collection is a dataset of its own, so that a batch holds one language.
+    """The Trainer of a run. Each collection is a separate dataset, so that a batch holds one language.
 
     Args:
         model: Converted, and with what is not to train frozen.

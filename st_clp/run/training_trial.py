@@ -74,7 +74,7 @@ def try_steps(
         seconds: How long the trial may take, about.
     """
     trial = copy.deepcopy(model)
-    trial.model_card_data.generate_widget_examples = False  # nobody will read its card
+    trial.model_card_data.generate_widget_examples = False  # its card is never written
     trainable = prepare_model(trial, settings)
     rows = _rows(settings, queries, documents)
     saved = _SavedBytes({parameter.untyped_storage().data_ptr() for parameter in trial.parameters()})
@@ -191,7 +191,7 @@ class _SavedBytes:
 
 
 class _Kept:
-    """A tensor that says when nobody keeps it any longer."""
+    """A tensor that reports when its last reference is gone."""
 
     def __init__(self, tensor: Tensor, let_go: Callable[[], None]) -> None:
         self.tensor = tensor

@@ -1,6 +1,6 @@
 """Exact top-k over a stream of shards, by the model's own similarity function.
 
-The memory is that of one shard and of the best k so far, whatever the size of the corpus. On a Ray cluster the workers
+The memory is that of one shard and of the best k so far, independent of the corpus's size. On a Ray cluster the workers
 search a run of shards each, with the same result.
 """
 

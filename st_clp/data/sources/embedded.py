@@ -2,7 +2,7 @@
 
 It holds true statements about territories, currencies and languages, from Unicode CLDR; ``tools/embedded`` makes its
 file. Its texts are plain: good for a demonstration, not for comparing methods. No document answers questions of both
-splits, in whatever language.
+splits, in every language.
 """
 
 from __future__ import annotations

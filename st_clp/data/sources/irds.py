@@ -61,7 +61,7 @@ class IrdsCorpus(Corpus):
         return {doc_id: self._document(document) for doc_id, document in found.items()}
 
     def fingerprint(self) -> str:
-        # Whoever puts other files into the home has another corpus under the same name.
+        # Other files in the home make another corpus under the same name.
         return f"ir_datasets:{self.name}:{','.join(self._fields)}:{self._home()}:{self._first_file()}"
 
     def _first_file(self) -> str:
@@ -86,7 +86,7 @@ class IrdsCorpus(Corpus):
     def expected_size(self) -> int | None:
         """What is really there, where that can be counted in some seconds; else what the catalogue says of the whole.
 
-        Somebody may have put a part of a corpus into the home, and a bar that waits for the rest never ends.
+        The home may hold only a part of a corpus; a bar over the whole would then never end.
         """
         key = self.fingerprint()
         if key not in _COUNTS:

@@ -127,7 +127,7 @@ def train(
         model: The base model, or a copy that may be changed.
         rows: Collection to its rows; a batch holds rows of one.
         settings: The run's, with its learning rate.
-        mine_again: Called after each epoch but the last for the rows of the next one, where these are to be refreshed.
+        mine_again: Called after each epoch but the last for the next one's rows; None without refreshes.
         progress: What to call the training in a progress bar; None shows none.
     """
     prepare_model(model, settings)

@@ -233,7 +233,7 @@ class Ablation:
         return found
 
     def _train(self, variant: Variant, settings: RunSettings) -> tuple[SentenceTransformer, dict[str, Any]]:
-        """(a copy of the base, trained; what is to be noted of it)."""
+        """(a trained copy of the base; its record)."""
         mined = {name: self._mined(name, collection, settings) for name, collection in self.train.items()}
         # By the study's seed: every variant and seed has the same queries held out.
         parts = {name: hold_out(rows, self.settings.seed) for name, rows in mined.items()}

@@ -14,7 +14,7 @@ from st_clp.run.ablation.variants import BASE
 from st_clp.terminal import duration, size
 
 METRIC = "ndcg@10"
-REFERENCE = "ance"  # what a variant is to be better than, besides the base
+REFERENCE = "ance"  # what variants are tested against, besides the base
 RESAMPLES = 2000
 
 
