@@ -40,8 +40,8 @@ from tests.distributed.words import (
     content,
     count_texts,
     counted,
-    write_beir,
 )
+from tests.toy import write_beir
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'st-clp[ray]'")
 import ray

@@ -29,7 +29,8 @@ from st_clp.run.recipe import run
 from st_clp.run.splits import load_collections
 from st_clp.run.training_stage import TrainingStage
 from st_clp.settings import RunSettings
-from tests.distributed.words import collection_of_words, write_beir
+from tests.distributed.words import collection_of_words
+from tests.toy import write_beir
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'st-clp[ray]'")
 

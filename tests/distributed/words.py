@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -78,14 +77,3 @@ def counted(file: Path) -> int:
 
 def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-def write_beir(collection: Collection, folder: Path) -> Path:
-    (folder / "qrels").mkdir(parents=True)
-    lines = [json.dumps({"_id": d.doc_id, "text": d.text}) for d in collection.corpus]
-    (folder / "corpus.jsonl").write_text("\n".join(lines) + "\n")
-    lines = [json.dumps({"_id": query_id, "text": text}) for query_id, text in collection.queries.items()]
-    (folder / "queries.jsonl").write_text("\n".join(lines) + "\n")
-    rows = [f"{q}\t{d}\t{g}" for q, grades in collection.judgments.items() for d, g in grades.items()]
-    (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\n" + "\n".join(rows) + "\n")
-    return folder

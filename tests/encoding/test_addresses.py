@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from st_clp.encoding.shards import StoreError
 from st_clp.mining import MiningOptions, mine
 from st_clp.mining.estimate import estimate
 from st_clp.search import search
+from tests.toy import write_beir
 
 WORDS = "river lake mountain city king queen book song red blue green water fire stone gold".split()
 NUMBER = 1300  # documents: three windows
@@ -204,13 +204,8 @@ def test_what_is_wrong_with_an_address_is_said(tiny_model: SentenceTransformer, 
 
 
 def test_the_commands_take_an_address(tiny_model_path: Path, bucket: str, tmp_path: Path) -> None:
-    source = tmp_path / "collection"
-    (source / "qrels").mkdir(parents=True)
-    lines = [json.dumps({"_id": name, "text": text}) for name, text in texts(60).items()]
-    (source / "corpus.jsonl").write_text("\n".join(lines))
-    (source / "queries.jsonl").write_text(json.dumps({"_id": "q1", "text": "red river"}))
-    for split in ("train", "dev"):
-        (source / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td3\t1\n")
+    collection = Collection.from_dict(texts(60), {"q1": "red river"}, {"q1": {"d3": 1}})
+    source = write_beir(collection, tmp_path / "collection", ("train", "dev"))
     common = ["--model", str(tiny_model_path), "--collection", str(source)]
 
     def run(*arguments: str) -> str:

@@ -20,6 +20,7 @@ from evaluators.beir import BEIR_DATASETS, CQADUPSTACK_PARTS, NANO_BEIR_DATASETS
 from evaluators.benchmark import MIRACL_LANGUAGES
 from st_clp import Collection
 from st_clp.data import CollectionError
+from tests.toy import write_beir
 
 TEXTS = ["the red river", "a blue lake of the north", "old bank of the city", "big green tree", "gold and silver"]
 
@@ -33,16 +34,7 @@ def make_collection(shift: int, name: str) -> Collection:
 
 
 def write_beir_folder(folder: Path, shift: int, splits: tuple[str, ...] = ("test",)) -> Path:
-    collection = make_collection(shift, "folder")
-    (folder / "qrels").mkdir(parents=True)
-    documents = [{"_id": document.doc_id, "title": "", "text": document.text} for document in collection.documents()]
-    queries = [{"_id": query_id, "text": text} for query_id, text in collection.queries.items()]
-    for name, rows in (("corpus", documents), ("queries", queries)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lines = [f"{q}\t{d}\t{grade}\n" for q, docs in collection.judgments.items() for d, grade in docs.items()]
-    for split in splits:
-        (folder / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(lines))
-    return folder
+    return write_beir(make_collection(shift, "folder"), folder, splits)
 
 
 def test_the_mean_counts_every_dataset_once_and_a_dataset_of_parts_once(tiny_model, tmp_path) -> None:

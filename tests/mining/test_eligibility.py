@@ -1,4 +1,4 @@
-"""A query is never its own hard negative, by its text or its id, on whatever path a negative is chosen."""
+"""A query is never its own hard negative, by its text or its id, on every path by which a negative is chosen."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from st_clp import Collection, mine_hard_negatives
 from st_clp.data import CollectionError
 from st_clp.mining import MinedNegatives, MiningOptions, mine
+from tests.toy import WORDS
 
-WORDS = "river lake mountain city country money bank language people capital red blue green old new big small".split()
 OWN_TEXT, OWN_ID = "the query's own text", "the query's own id"
 PATHS: list[dict[str, Any]] = [
     {},

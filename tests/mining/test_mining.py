@@ -18,8 +18,7 @@ from st_clp.data import CollectionError
 from st_clp.mining import MinedNegatives, MiningOptions
 from st_clp.mining import mine as mine_by_options
 from st_clp.mining.rows import read_rows, write_rows
-
-WORDS = "river lake mountain city country money bank language people capital red blue green old new big small".split()
+from tests import toy
 
 
 def mine(
@@ -32,8 +31,6 @@ def mine(
 
 def make_collection(documents: int = 20, queries: int = 12, *, graded: bool = True) -> Collection:
     """Query i is answered by document i, and by document i + 1 for every third; document i + 2 is judged no answer."""
-    texts = {f"d{i}": f"the {WORDS[i % 17]} of {WORDS[(i * 5 + 1) % 17]} {i}" for i in range(documents)}
-    asked = {f"q{i}": f"which {WORDS[i % 17]} is {WORDS[(i * 3) % 17]}?" for i in range(queries)}
     judgments = {}
     for i in range(queries):
         judgments[f"q{i}"] = {f"d{i % documents}": 1}
@@ -41,7 +38,7 @@ def make_collection(documents: int = 20, queries: int = 12, *, graded: bool = Tr
             judgments[f"q{i}"][f"d{(i + 1) % documents}"] = 2
         if graded:
             judgments[f"q{i}"].setdefault(f"d{(i + 2) % documents}", 0)
-    return Collection.from_dict(texts, asked, judgments, name="toy")
+    return toy.make_collection(documents, queries, judgments=judgments)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -19,14 +19,7 @@ from st_clp.data import CollectionError
 from st_clp.mining import DETAIL_COLUMNS, MinedNegatives, MiningOptions, mine
 from st_clp.mining.bm25 import BM25, Words, fuse
 from st_clp.mining.filters import Candidate, refusal
-
-WORDS = "river lake mountain city country money bank language people capital red blue green old new big small".split()
-
-
-def make_collection(documents: int = 30, queries: int = 12) -> Collection:
-    texts = {f"d{i}": f"the {WORDS[i % 17]} of {WORDS[(i * 5 + 1) % 17]} {i}" for i in range(documents)}
-    asked = {f"q{i}": f"which {WORDS[i % 17]} is {WORDS[(i * 3) % 17]}?" for i in range(queries)}
-    return Collection.from_dict(texts, asked, {f"q{i}": {f"d{i}": 1} for i in range(queries)}, name="toy")
+from tests.toy import WORDS, make_collection
 
 
 def mined(model: SentenceTransformer, collection: Collection, **options: Any) -> MinedNegatives:

@@ -22,19 +22,14 @@ from st_clp.queries import (
     make_chain,
     parse_sources,
 )
+from tests import toy
 
 from .conftest import Endpoint
 
-WORDS = "river lake mountain city country money bank language people capital red blue green old new big small".split()
-
 
 def make_collection(documents: int = 30, queries: int = 12) -> Collection:
-    """Query i is answered by document i; the others answer none."""
-    texts = {
-        f"d{i}": f"document {i} : the {WORDS[i % 17]} of {WORDS[(i * 5 + 1) % 17]}. it is {i}" for i in range(documents)
-    }
-    asked = {f"q{i}": f"which {WORDS[i % 17]} is {WORDS[(i * 3) % 17]}?" for i in range(queries)}
-    return Collection.from_dict(texts, asked, {f"q{i}": {f"d{i}": 1} for i in range(queries)}, name="toy")
+    """With sentences, of which the first is a document's lead."""
+    return toy.make_collection(documents, queries, text="document {number} : the {one} of {other}. it is {number}")
 
 
 def mined(model: SentenceTransformer, collection: Collection, sources: Any, **options: Any) -> MinedNegatives:

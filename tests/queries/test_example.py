@@ -10,7 +10,7 @@ from sentence_transformers import SentenceTransformer
 from st_clp.queries import QueryStore
 
 from .conftest import Endpoint
-from .test_store import write_beir
+from .test_store import write_documents
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "queries_by_an_endpoint.py"
 
@@ -19,7 +19,7 @@ def test_the_server_writes_queries_once_and_the_model_trains_on_them(
     endpoint: Endpoint, tiny_model_path: Path, tmp_path: Path
 ) -> None:
     main = runpy.run_path(str(EXAMPLE))["main"]
-    collection, output = write_beir(tmp_path / "collection", 60), tmp_path / "trained"
+    collection, output = write_documents(tmp_path / "collection", 60), tmp_path / "trained"
     arguments = (str(tiny_model_path), str(collection), str(output))
     main(*arguments, writer="tiny", base_url=endpoint.base_url)
     asked = len(endpoint.requests)

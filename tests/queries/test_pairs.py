@@ -19,7 +19,7 @@ from st_clp.settings import RunSettings
 
 from .conftest import Endpoint
 from .test_endpoint import make_documents
-from .test_store import write_beir
+from .test_store import write_documents
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_a_query_that_does_not_find_its_document_is_left_out_and_counted(
 def test_training_queries_that_there_are_stay_and_their_documents_get_no_other(
     endpoint: Endpoint, tmp_path: Path
 ) -> None:
-    collection = write_beir(tmp_path / "collection", 30)  # one query, which d0 answers
+    collection = write_documents(tmp_path / "collection", 30)  # one query, which d0 answers
     code, text = invoke(endpoint, "--collection", collection, "--output", tmp_path / "out", "--unchecked")
     assert code == 0, text
     assert "1 training queries were there before, and are kept" in text

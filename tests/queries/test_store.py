@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -18,9 +17,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from st_clp import Collection
 from st_clp.cli import app
 from st_clp.queries import QueryOptions, QueryStore, Usage, make_chain
 from st_clp.queries.query_store import Key, StoredAnswer
+from tests.toy import write_beir
 
 from .conftest import KEY, Endpoint
 from .test_endpoint import chain_for, make_documents
@@ -123,18 +124,15 @@ def test_no_file_is_made_for_sources_that_cannot_be_used(tmp_path: Path) -> None
     assert not (tmp_path / "made").exists()
 
 
-def write_beir(folder: Path, documents: int) -> Path:
-    (folder / "qrels").mkdir(parents=True)
-    lines = [json.dumps({"_id": d.doc_id, "text": d.text}) for d in make_documents(documents)]
-    (folder / "corpus.jsonl").write_text("\n".join(lines) + "\n")
-    (folder / "queries.jsonl").write_text('{"_id": "q", "text": "which river?"}\n')
-    (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\nq\td0\t1\n")
-    return folder
+def write_documents(folder: Path, number: int) -> Path:
+    """Documents as a BEIR folder, of which the first answers a query."""
+    documents = {d.doc_id: d.text for d in make_documents(number)}
+    return write_beir(Collection.from_dict(documents, {"q": "which river?"}, {"q": {"d0": 1}}), folder)
 
 
 def test_no_file_and_no_line_holds_the_key(endpoint: Endpoint, tiny_model_path: Path, tmp_path: Path) -> None:
     """Neither of what is generated nor of a run that fails half-way, whose endpoint repeats what it was sent."""
-    collection = write_beir(tmp_path / "collection", 20)
+    collection = write_documents(tmp_path / "collection", 20)
     asked = ["--negative-queries", "openai:tiny", "--query-base-url", endpoint.base_url]
     mined = ["mine", "--model", str(tiny_model_path), "--num-negatives", "1", "--range-max", "5"]
     for number, fault in enumerate((None, lambda document, before: "500" if before < 1 else "401")):
@@ -153,7 +151,7 @@ def test_a_killed_process_loses_what_was_in_flight_and_another_finishes_its_work
 ) -> None:
     endpoint.latency = 0.03
     endpoint.knows_idempotency = False  # nothing but the store keeps anybody from paying twice
-    collection = write_beir(tmp_path / "collection", 400)
+    collection = write_documents(tmp_path / "collection", 400)
     store = tmp_path / "q.sqlite"
     command = [sys.executable, "-m", "st_clp.cli", "queries", "--collection", str(collection)]
     command += ["--negative-queries", "judgments,openai:tiny", "--query-base-url", endpoint.base_url]
@@ -194,7 +192,7 @@ def test_a_dry_run_counts_and_sends_and_writes_nothing(
     endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")  # what is spent must be seen on a narrow terminal too
-    collection = write_beir(tmp_path / "collection", 30)
+    collection = write_documents(tmp_path / "collection", 30)
     store = tmp_path / "q.sqlite"
     command = ["queries", "--collection", str(collection), "--negative-queries", "judgments,openai:tiny,title"]
     command += ["--query-base-url", endpoint.base_url, "--query-store", str(store)]
@@ -227,7 +225,7 @@ def test_a_dry_run_counts_and_sends_and_writes_nothing(
 
 
 def test_only_the_negatives_of_mined_rows(endpoint: Endpoint, tiny_model_path: Path, tmp_path: Path) -> None:
-    collection = write_beir(tmp_path / "collection", 30)
+    collection = write_documents(tmp_path / "collection", 30)
     common = ["--collection", str(collection), "--negative-queries", "openai:tiny"]
     common += ["--query-base-url", endpoint.base_url, "--query-store", str(tmp_path / "q.sqlite")]
 
