@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 HELD_OUT, MOST_HELD_OUT = 0.1, 100  # of each collection's training queries
 DOCUMENTS = 4000  # that the queries held out are tried on
 METRIC = "ndcg@10"
+FAR_ABOVE = 0.1  # of nDCG@10: the gain from which on a base counts as weak
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
@@ -95,27 +97,31 @@ class ChosenShare:
         share: How much of the trained weights.
         scores: Share to the mean nDCG@10 on the queries held out; empty where the share was given.
         queries: How many these were.
+        alike: The shares whose scores these queries cannot tell from the best.
     """
 
     share: float
     scores: Mapping[float, float]
     queries: int
+    alike: tuple[float, ...] = ()
 
     def __str__(self) -> str:
         if not self.scores:
             return f"averaged with the base: {self.share:.0%} of the weights are the trained ones"
         found = ", ".join(f"{share:.0%} {score:.4f}" for share, score in self.scores.items())
+        others = [f"{share:.0%}" for share in self.alike if share != self.share]
+        alike = f"{', '.join(others)} cannot be told from it; " if others else ""
         kept = (
             "training gained nothing there, and the base's weights are kept"
             if self.share == 0
-            else (f"{self.share:.0%} is taken" + ("" if self.share == 1 else ", the rest is the base's"))
+            else f"{alike}{self.share:.0%} is taken" + ("" if self.share == 1 else ", the rest is the base's")
         )
         return f"nDCG@10 on {self.queries} training queries held out, by share of the trained weights: {found}; {kept}"
 
     def to_dict(self) -> dict[str, Any]:
         """For a report."""
         scores = {f"{share:g}": round(score, 6) for share, score in self.scores.items()}
-        return {"share": self.share, "scores": scores, "queries": self.queries}
+        return {"share": self.share, "scores": scores, "queries": self.queries, "alike": list(self.alike)}
 
 
 def hold_out(rows: Sequence[TrainingRow], seed: int) -> tuple[list[TrainingRow], list[TrainingRow]]:
@@ -136,12 +142,12 @@ def choose_share(
     trained_on: Mapping[str, Sequence[TrainingRow]],
     options: EvaluationOptions,
 ) -> ChosenShare:
-    """Try shares on rows that were not trained on, and set the model to the best; of equals, the nearest to a half.
+    """Try shares on rows that were not trained on, and set the model to the one that :func:`best_share` names.
 
     Each query ranks some thousand documents: the positives and negatives of its collection's rows, so that it takes a
     small part of an evaluation. Those of rows that were trained on are among them, because a query's own negatives are
-    what the base ranks too high, and by them alone any change would look like a gain. A share of 0 is tried too: what
-    comes out is never worse there than the base.
+    what the base ranks too high, and by them alone any change would look like a gain. A share of 0 is tried too: the
+    result is never worse there than the base.
 
     Args:
         model: The fine-tuned model.
@@ -156,15 +162,50 @@ def choose_share(
         logger.warning("too few training queries to hold any out: the mean of base and trained weights is taken")
         averaging.set(0.5)
         return ChosenShare(0.5, {}, 0)
-    scores = {}
+    found: dict[float, list[np.ndarray]] = {}
     for share in SHARES:
         averaging.set(share)
-        found = [evaluator.evaluate(model)[METRIC] for evaluator in evaluators]
-        scores[share] = sum(found) / len(found)
-    best = max(scores.values())
-    share = min((share for share in SHARES if scores[share] == best), key=lambda share: abs(share - 0.5))
+        for evaluator in evaluators:
+            evaluator.evaluate(model)
+        found[share] = [np.array([each[METRIC] for each in one.query_scores.values()]) for one in evaluators]
+    share, alike = best_share(found)
     averaging.set(share)
-    return ChosenShare(share, scores, queries)
+    return ChosenShare(share, {share: _mean(scores) for share, scores in found.items()}, queries, alike)
+
+
+def best_share(found: Mapping[float, Sequence[np.ndarray]]) -> tuple[float, tuple[float, ...]]:
+    """(the share to take, the shares that the scores cannot tell from the best).
+
+    A share is alike the best where its mean lies within one standard error of the paired difference (the rule of one
+    standard error: Breiman et al. 1984, Classification and Regression Trees), and not below the base's. Of those alike,
+    the nearest to a half is taken: from a base that is good at the language already, half of the trained weights was
+    better than all of them in each of 24 trainings. Where all trained weights are far above the base, 0.1 and more, the
+    base has little to give, and the largest share is taken.
+
+    Args:
+        found: Share to the scores of each collection's queries, the same queries for each share.
+    """
+    means = {share: _mean(scores) for share, scores in found.items()}
+    best = max(means, key=lambda share: (means[share], -abs(share - 0.5)))
+    alike = tuple(
+        share
+        for share in found
+        if means[best] - means[share] <= _standard_error(found[best], found[share]) and means[share] >= means[0.0]
+    )
+    if means[1.0] - means[0.0] >= FAR_ABOVE:
+        return max(alike), alike
+    return min(alike, key=lambda share: (abs(share - 0.5), -means[share])), alike
+
+
+def _mean(scores: Sequence[np.ndarray]) -> float:
+    """The mean over collections, each of which counts the same."""
+    return float(np.mean([one.mean() for one in scores]))
+
+
+def _standard_error(scores: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> float:
+    """Of the difference of two means over collections, by the paired differences of their queries."""
+    each = [(one - other).var(ddof=1) / len(one) for one, other in zip(scores, others, strict=True) if len(one) > 1]
+    return float(np.sqrt(sum(each))) / len(scores)
 
 
 def evaluators_of(

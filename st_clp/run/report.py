@@ -123,7 +123,7 @@ def write_card(
 def _averaged_line(averaged: Mapping[str, Any] | None) -> list[str]:
     if averaged is None:
         return []
-    chosen = f", the best on {averaged['queries']} training queries held out" if averaged["scores"] else ""
+    chosen = f", chosen by {averaged['queries']} training queries held out" if averaged["scores"] else ""
     return [f"- Weights: {averaged['share']:.0%} the trained ones, the rest the base model's{chosen}"]
 
 

@@ -277,7 +277,7 @@ class Ablation:
         share = settings.share_of_trained
         if share == "auto":
             chosen = choose_share(model, WeightAverage(model, self.base), held_out, rows, self._options)
-            return chosen.share, max(chosen.scores.values(), default=None)
+            return chosen.share, chosen.scores.get(chosen.share)
         if share != 1:
             WeightAverage(model, self.base).set(share)
         found = [one.evaluate(model)[METRIC] for one in evaluators_of(held_out, rows, self._options)]
