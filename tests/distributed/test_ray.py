@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import re
 import shutil
@@ -33,6 +32,7 @@ from st_clp.options import ClusterOptions, QueryOptions
 from st_clp.queries import make_chain
 from st_clp.queries.query_store import Key
 from st_clp.search import search_rows
+from tests.distributed.ending import Ending
 from tests.distributed.words import (
     NUMBER,
     SlowCorpus,
@@ -385,15 +385,6 @@ def test_a_machine_without_the_collection_the_store_or_the_model_is_named(
     assert re.match(
         rf"ValueError on node .*: the model that is to write queries, '{hidden}/t5', cannot be loaded", model
     )
-
-
-class Ending:
-    """Ends its process at one piece."""
-
-    def __call__(self, number: int) -> int:
-        if number == 3:
-            os._exit(1)
-        return number
 
 
 def test_work_that_ends_every_worker_is_named_after_five(cluster: Cluster) -> None:
