@@ -43,8 +43,6 @@ def main(
             model=model,
             collection=(str(collection),),  # without a dev.tsv, a tenth of the questions is held out
             output=output,
-            experts=0,
-            average_with_base="auto",  # never worse than the base on questions that were held out
             **settings,
         )
     )

@@ -20,7 +20,7 @@ RoundTripAction = Literal["off", "drop", "weight"]
 SearchedCorpus = Literal["full", "pooled"]
 PenaltyKind = Literal["cosine", "contrastive"]
 Projection = Literal["intermediate", "output", "feed_forward"]
-Trained = Literal["moe", "intermediate", "output", "router", "all"]
+Trained = Literal["auto", "moe", "intermediate", "output", "router", "all"]
 
 DEFAULT_METRICS = ("ndcg@10", "ndcg@5", "recall@100", "mrr@10")  # the main one first
 
@@ -375,11 +375,12 @@ class ExpertOptions(Options):
 
     group = "Mixture of experts"
 
-    experts: int = option(2, "Experts in each layer; 0 trains the dense model.", least=0)
+    experts: int = option(0, "Experts in each layer, as copies of its projection; 0 trains the dense model.", least=0)
     experts_per_token: int = option(1, "Experts that each token goes to.", least=1)
     projection: Projection = option("intermediate", "Which projection of the feed-forward layers becomes a mixture.")
     train: Trained | None = option(
-        None, "What trains; the rest is frozen. By default moe, or all where there are no experts."
+        "auto",
+        "What trains; the rest is frozen. auto: the experts where there are any, or else the intermediate projections.",
     )
 
     def _check(self) -> None:
@@ -393,8 +394,12 @@ class ExpertOptions(Options):
 
     @property
     def what_trains(self) -> str:
-        """``train``, with its default filled in."""
-        return self.train or ("moe" if self.experts else "all")
+        """``train``, with ``auto`` filled in."""
+        if self.train is None:  # the default until 0.2.0, which a run of that time goes on with
+            return "moe" if self.experts else "all"
+        if self.train == "auto":
+            return "moe" if self.experts else "intermediate"
+        return self.train
 
 
 @dataclass(frozen=True)
@@ -411,9 +416,10 @@ class TrainingOptions(SeedOption):
     warmup: float = option(0.1, "Steps of warm-up: a share of all steps, or a number from 1.", least=0)
     bf16: bool | None = option(None, "Train in bfloat16. By default where the hardware has it.")
     average_with_base: str | None = option(
-        None,
+        "auto",
         "Give the trained weights this share, from 0 to 1, and the base model's the rest, which is often better than "
-        "either; auto tries several shares on training queries held out. By default all.",
+        "either. auto tries several shares on a tenth of the training queries, which are not trained on; 1 averages "
+        "nothing.",
     )
     training_arg: dict[str, Any] = option(
         {}, "Any other argument of SentenceTransformerTrainingArguments, as NAME=VALUE."

@@ -78,6 +78,11 @@ class RunSettings(
             return self.learning_rate
         return 2e-5 if self.what_trains == "all" else 1e-4
 
+    @staticmethod
+    def as_recorded(values: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings that a run or an ablation has noted, with what was not noted yet in the version that did."""
+        return {"average_with_base": None, **values}
+
     def require(self, *names: str) -> None:
         """Raise a SettingsError that names the first of these settings that is empty."""
         for name in names:

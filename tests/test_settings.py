@@ -168,9 +168,20 @@ def test_training_arguments_are_tried_and_leave_nothing(
 
 
 def test_what_trains_and_how_fast_by_default() -> None:
-    assert (RunSettings().what_trains, RunSettings().peak_learning_rate) == ("moe", 1e-4)
-    assert (RunSettings(experts=0).what_trains, RunSettings(experts=0).peak_learning_rate) == ("all", 2e-5)
+    assert (RunSettings().what_trains, RunSettings().peak_learning_rate) == ("intermediate", 1e-4)
+    assert (RunSettings(experts=2).what_trains, RunSettings(experts=2).peak_learning_rate) == ("moe", 1e-4)
+    assert (RunSettings(train="all").what_trains, RunSettings(train="all").peak_learning_rate) == ("all", 2e-5)
     assert RunSettings(learning_rate=0.5).peak_learning_rate == 0.5
+
+
+def test_what_an_earlier_version_has_noted_means_what_it_meant() -> None:
+    noted = {"experts": 0, "train": None}
+    read = RunSettings.from_dict(RunSettings.as_recorded(noted))
+    assert (read.what_trains, read.share_of_trained) == ("all", 1.0)
+    read = RunSettings.from_dict(RunSettings.as_recorded({"experts": 2, "train": None}))
+    assert (read.what_trains, read.share_of_trained) == ("moe", 1.0)
+    now = RunSettings()
+    assert RunSettings.from_dict(RunSettings.as_recorded(now.to_dict())) == now
 
 
 @given(names=st.lists(st.text(min_size=1, max_size=12), min_size=2, max_size=8, unique=True))

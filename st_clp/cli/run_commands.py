@@ -49,7 +49,7 @@ command line gives comes before what the file gives.
 
 `st-clp run --model BAAI/bge-m3 --collection miracl/ko --output bge-m3-ko`
 
-`st-clp run --model BAAI/bge-m3 --collection ./my-collection --experts 0 --output my-model`
+`st-clp run --model BAAI/bge-m3 --collection ./my-collection --experts 2 --output my-model`
 
 `st-clp run --output bge-m3-ko --resume`
 """
@@ -232,6 +232,7 @@ def demo_settings(output: str) -> RunSettings:
         epochs=1,
         learning_rate=1e-3,
         scale=20,
+        experts=2,
     )
 
 

@@ -39,7 +39,7 @@ class MoESettings:
         ValueError: If a setting is out of its range; the message names it.
     """
 
-    num_experts: int = ExpertOptions.experts
+    num_experts: int = 2  # as in the paper; whether there are any is asked elsewhere (ExpertOptions.experts)
     num_experts_per_tok: int = ExpertOptions.experts_per_token
     projection: str = ExpertOptions.projection
     layers: tuple[int, ...] = ()

@@ -202,7 +202,7 @@ class RunDirectory:
         if not self.begun:
             raise SettingsError(f"{self.path} holds no run to resume")
         try:
-            return RunSettings.read_yaml(self.settings_file)
+            return RunSettings.as_recorded(RunSettings.read_yaml(self.settings_file))
         except SettingsError as error:
             raise SettingsError(
                 f"{error}; the run cannot go on without its settings: replace it with --overwrite"

@@ -99,7 +99,11 @@ def load_cross_encoder(name: str | None) -> CrossEncoder | None:
 
 
 def prepare_model(model: SentenceTransformer, settings: RunSettings) -> TrainableParameters:
-    """Make the model what the settings train: with experts where they ask for them, and what is not to train frozen."""
+    """Make the model what the settings train: with experts where they ask for them, and all that does not train frozen.
+
+    Raises:
+        SettingsError: The model has no such part.
+    """
     set_seed(settings.seed)  # the routers start at random
     if settings.experts and not is_moe(model):
         upcycle(
@@ -108,7 +112,10 @@ def prepare_model(model: SentenceTransformer, settings: RunSettings) -> Trainabl
             num_experts_per_tok=settings.experts_per_token,
             projection=settings.projection,
         )
-    return train_only(model, settings.what_trains)
+    try:
+        return train_only(model, settings.what_trains)
+    except ValueError as error:
+        raise SettingsError(f"train={settings.what_trains}: {error} Or train the whole model: --train all") from error
 
 
 def make_loss(model: SentenceTransformer, settings: RunSettings) -> nn.Module:

@@ -68,10 +68,10 @@ def arguments(scenario: str, materials: Path, output: Path, url: str) -> list[st
             *("queries", "--collection", small, "--negative-queries", "openai:tiny", *asked),
             *("--query-store", str(output / "queries.sqlite")),
         ],
-        "run with refreshing": [*run, "--epochs", "2", "--refresh-every", "5"],
+        "run with refreshing": [*run, "--epochs", "2", "--refresh-every", "5", "--experts", "2"],
         "run on two collections with queries by an endpoint": [
             *(*run, "--epochs", "1", "--collection", str(materials / "other"), *sources, *asked),
-            *("--experts", "0", "--mini-batch-size", "8"),
+            *("--mini-batch-size", "8"),
         ],
     }[scenario]
 

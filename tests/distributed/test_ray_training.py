@@ -57,6 +57,7 @@ def settings(tiny_model_path: Path, source: Path, tmp_path_factory: pytest.TempP
         batch_size=4,
         epochs=6,
         training_arg={"save_steps": 20},
+        experts=2,
         refresh_every="50",
         average_with_base="0.5",
         ray="auto",

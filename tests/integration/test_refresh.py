@@ -21,7 +21,22 @@ MEASURES = {"changed", "mean_positive_score", "mean_negative_score", "above_posi
 
 def run(model: Path, collection: Path, output: Path, *arguments: str) -> Result:
     common = ["--model", str(model), "--collection", str(collection), "--output", str(output), "--no-bf16"]
-    common += ["--num-negatives", "2", "--range-max", "20", "--epochs", "2", "--learning-rate", "3e-3", "--scale", "20"]
+    common += [
+        "--experts",
+        "2",
+        "--average-with-base",
+        "1",
+        "--num-negatives",
+        "2",
+        "--range-max",
+        "20",
+        "--epochs",
+        "2",
+        "--learning-rate",
+        "3e-3",
+        "--scale",
+        "20",
+    ]
     return CliRunner().invoke(app, ["run", *common, "--training-arg", "disable_tqdm=true", *arguments])
 
 

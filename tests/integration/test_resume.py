@@ -20,7 +20,7 @@ from st_clp.run import recipe, training_stage
 from st_clp.settings import RunSettings
 
 TEXTS = ["where is the red river", "in the north is a big lake"]
-COMMON = "--num-negatives 1 --range-max 10 --epochs 0.5 --learning-rate 3e-3 --scale 20 --no-bf16".split()
+COMMON = "--num-negatives 1 --range-max 10 --epochs 0.5 --learning-rate 3e-3 --scale 20 --no-bf16 --experts 2".split()
 
 
 def invoke(*arguments: Any) -> tuple[int, str]:

@@ -37,6 +37,8 @@ def settings_of(model: Path, collection: Path, output: Path, **changes: Any) -> 
         "epochs": 4,
         "learning_rate": 3e-3,
         "scale": 20,
+        "experts": 2,
+        "average_with_base": "1",
         "bf16": False,
         "training_arg": {"disable_tqdm": True},
     }

@@ -345,7 +345,7 @@ def _changed(was: Mapping[str, Any], now: RunSettings, *, where: str) -> list[st
 
     The record may be of a version with fewer settings: those were as they are by default.
     """
-    differences = RunSettings.from_dict(was, where=where).differences(now)
+    differences = RunSettings.from_dict(RunSettings.as_recorded(was), where=where).differences(now)
     return [
         f"{name} was {before!r}, now {after!r}"
         for name, (before, after) in differences.items()

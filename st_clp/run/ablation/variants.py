@@ -32,15 +32,16 @@ SHARED = (
     "encode_batch_size",
 )
 
-_PLAIN = {"experts": 0, "penalty_weight": 0.0}
+_WHOLE = {"experts": 0, "train": "all", "average_with_base": "1"}
+_PLAIN = {**_WHOLE, "penalty_weight": 0.0}
 _DEFAULT: dict[str, dict[str, Any]] = {
     "pairs": {**_PLAIN, "num_negatives": 0},
     # No score is that low, so all candidates are refused and random documents take their places.
     "random": {**_PLAIN, "range_max": 1, "max_score": -1e9, "on_shortage": "random"},
     "ance": _PLAIN,
-    "clp": {"experts": 0},
-    "clp-intermediate": {"experts": 0, "train": "intermediate"},
-    "clp-moe": {"experts": 2},
+    "clp": _WHOLE,
+    "clp-intermediate": {**_WHOLE, "train": "intermediate"},
+    "clp-moe": {"experts": 2, "train": "moe", "average_with_base": "1"},
     "averaged": {"experts": 0, "train": "intermediate", "average_with_base": "auto"},
 }
 
