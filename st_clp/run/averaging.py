@@ -124,14 +124,18 @@ class ChosenShare:
         return {"share": self.share, "scores": scores, "queries": self.queries, "alike": list(self.alike)}
 
 
+def number_held_out(queries: int) -> int:
+    """Of so many training queries of a collection, how many a share is chosen by."""
+    return min(MOST_HELD_OUT, int(queries * HELD_OUT))
+
+
 def hold_out(rows: Sequence[TrainingRow], seed: int) -> tuple[list[TrainingRow], list[TrainingRow]]:
     """(the rows to train on, those of the queries to choose a share by).
 
     A tenth of the queries is held out, 100 at most; none where there are fewer than ten.
     """
     queries = sorted({row.query_id for row in rows})
-    number = min(MOST_HELD_OUT, int(len(queries) * HELD_OUT))
-    held = set(random.Random(seed).sample(queries, number))
+    held = set(random.Random(seed).sample(queries, number_held_out(len(queries))))
     return [row for row in rows if row.query_id not in held], [row for row in rows if row.query_id in held]
 
 

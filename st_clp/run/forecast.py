@@ -20,6 +20,7 @@ from st_clp.encoding.building import Builder
 from st_clp.encoding.encode import SAMPLE, sample_of, token_counts, tokens_a_second
 from st_clp.mining.estimate import search_seconds
 from st_clp.options import Encoding
+from st_clp.run.averaging import number_held_out
 from st_clp.run.folder import EVALUATE_AFTER, EVALUATE_BEFORE, MINE, STAGES, TRAIN, RunDirectory
 from st_clp.run.splits import Collections
 from st_clp.run.training import number_of_steps
@@ -107,7 +108,7 @@ def is_trifle(model: SentenceTransformer, settings: RunSettings, collections: Co
     longest = model.max_seq_length or 512
     texts = sum(collection.corpus.expected_size() or FIRST for collection in collections.evaluate)
     columns = 2 + settings.num_negatives * (1 + settings.queries_per_negative)
-    trained = sum(map(_rows, collections.train)) * columns * settings.epochs
+    trained = sum(_rows(settings, collection) for collection in collections.train) * columns * settings.epochs
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return 2.0 * parameters * longest * (2 * texts + 3 * trained) < TRIFLE
 
@@ -197,7 +198,7 @@ class _Forecaster:
 
     def _training(self, step: StepCost) -> StageCost:
         settings = self._settings
-        rows = list(map(_rows, self._collections.train))
+        rows = [_rows(settings, collection) for collection in self._collections.train]
         steps = number_of_steps(settings, rows)
         seconds = steps * step.seconds
         text = f"{steps:,} steps of {duration(step.seconds)}: about {sum(rows):,} rows, {settings.batch_size} a batch"
@@ -283,9 +284,11 @@ def _count(corpus: Corpus) -> int:
     return sum(1 for _ in tqdm(corpus, desc=f"Counting {corpus.name}", unit=" documents"))
 
 
-def _rows(collection: Collection) -> int:
-    """How many training rows will be mined, about: one for each answer that is known."""
-    return sum(map(len, collection.positives().values()))
+def _rows(settings: RunSettings, collection: Collection) -> int:
+    """How many rows will be trained on, about: one for each answer that is known, of queries that are not held out."""
+    answers = list(map(len, collection.positives().values()))
+    held_out = number_held_out(len(answers)) if settings.share_of_trained == "auto" else 0
+    return round(sum(answers) * (1 - held_out / max(1, len(answers))))
 
 
 def _free(folder: Path) -> int:

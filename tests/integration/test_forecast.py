@@ -50,6 +50,13 @@ def test_a_dry_run_counts_all_that_is_to_be_done_and_writes_nothing(
     assert not list(tmp_path.iterdir())
 
 
+def test_queries_that_are_held_out_are_not_counted_as_trained_on(
+    tiny_model_path: Path, collection_path: Path, tmp_path: Path
+) -> None:
+    settings = settings_of(tiny_model_path, collection_path, tmp_path / "out", average_with_base="auto")
+    assert "about 108 rows" in by_name(recipe.forecast_run(settings))["train"]
+
+
 def test_the_command_says_it_line_by_line(tiny_model_path: Path, collection_path: Path, tmp_path: Path) -> None:
     command = ["run", "--model", tiny_model_path, "--collection", collection_path, "--output", tmp_path / "out"]
     result = CliRunner().invoke(cli.app, [*map(str, command), "--dry-run", "--average-with-base", "auto"])
