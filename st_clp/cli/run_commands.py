@@ -94,10 +94,10 @@ def run_settings(settings: RunSettings, *, resume: bool = False, overwrite: bool
     transformers_logging.disable_progress_bar()  # a bar for every model that is opened says nothing here
     settings.require("model", "collection", "output")
     under_way.append(settings.output)
-    run(settings, resume=resume, overwrite=overwrite, console=console)
+    report = run(settings, resume=resume, overwrite=overwrite, console=console)
     under_way.clear()
     output = settings.output
-    opening = "st_clp.load" if settings.experts else "SentenceTransformer"
+    opening = "st_clp.load" if report["expert_usage"] is not None else "SentenceTransformer"
     console.print(
         f'Saved in {output}: open it with {opening}("{output}"), look at it with '
         f'st-clp search {shlex.quote(output)} "…"; the report is {Path(output) / "report.json"}',

@@ -112,10 +112,12 @@ def prepare_model(model: SentenceTransformer, settings: RunSettings) -> Trainabl
             num_experts_per_tok=settings.experts_per_token,
             projection=settings.projection,
         )
+    # A base may be a mixture already.
+    what = "moe" if settings.train == "auto" and is_moe(model) else settings.what_trains
     try:
-        return train_only(model, settings.what_trains)
+        return train_only(model, what)
     except ValueError as error:
-        raise SettingsError(f"train={settings.what_trains}: {error} Or train the whole model: --train all") from error
+        raise SettingsError(f"train={what}: {error} Or train the whole model: --train all") from error
 
 
 def make_loss(model: SentenceTransformer, settings: RunSettings) -> nn.Module:

@@ -129,12 +129,12 @@ def _averaged_line(averaged: Mapping[str, Any] | None) -> list[str]:
 
 def _card_section(settings: RunSettings, report: Mapping[str, Any]) -> str:
     trained = report["training"]
-    mixture = (
-        f"a mixture of {settings.experts} experts in every layer's {settings.projection} projection, "
-        f"{settings.experts_per_token} for each token"
-        if settings.experts
-        else "no mixture of experts"
-    )
+    is_mixture = report.get("expert_usage") is not None
+    if settings.experts:
+        mixture = f"a mixture of {settings.experts} experts in every layer's {settings.projection} projection, "
+        mixture += f"{settings.experts_per_token} for each token"
+    else:
+        mixture = "the mixture of experts that the base model is" if is_mixture else "no mixture of experts"
     lines = [
         HEADING,
         "",
@@ -146,7 +146,7 @@ def _card_section(settings: RunSettings, report: Mapping[str, Any]) -> str:
         f"- Base model: `{settings.model}`",
         f"- Trained on: {', '.join(f'`{name}`' for name in report['collections']['train'])}",
         f"- Trained parameters: {trained['trainable_parameters']:,} of {trained['all_parameters']:,} "
-        f"(`{settings.what_trains}`)",
+        f"(`{trained.get('what', settings.what_trains)}`)",
         f"- Epochs {settings.epochs:g}, batch size {settings.batch_size}, learning rate "
         f"{settings.peak_learning_rate:g}, seed {settings.seed}",
         *_averaged_line(trained.get("averaged")),
@@ -159,6 +159,6 @@ def _card_section(settings: RunSettings, report: Mapping[str, Any]) -> str:
     ]
     rows = score_rows(report["scores"]["before"], report["scores"]["after"])
     lines += ["| " + " | ".join(row) + " |" for row in rows]
-    opening = "st_clp.load(path)" if settings.experts else "SentenceTransformer(path)"
+    opening = "st_clp.load(path)" if is_mixture else "SentenceTransformer(path)"
     lines += ["", f"Open it with `{opening}`. Every setting, version, count and time is in `report.json`.", ""]
     return "\n".join(lines)

@@ -81,6 +81,7 @@ class TrainingStage:
         averaged = self._average(model, held_out, rows)
         model.save(str(self.directory.path))
         return {
+            "what": trainable.what,
             "trainable_parameters": trainable.trainable,
             "all_parameters": trainable.total,
             "rows": {name: len(dataset) for name, dataset in datasets.items()},

@@ -18,7 +18,7 @@ from sentence_transformers import SentenceTransformer
 from typer.testing import CliRunner, Result
 
 import st_clp
-from st_clp import cli, mine_hard_negatives
+from st_clp import cli, load, mine_hard_negatives, upcycle
 from st_clp.data import Collection
 from st_clp.run import recipe
 from st_clp.settings import RunSettings
@@ -299,6 +299,33 @@ def test_two_collections_train_together_and_each_is_reported(
     report = recipe.run(settings)
     assert set(report["scores"]["after"]) == {f"{collection_path}/dev", f"{other}/dev"}
     assert sum(report["training"]["rows"].values()) == 240
+
+
+def test_a_base_that_is_a_mixture_trains_its_experts_and_stays_one(
+    tiny_model_path: Path, collection_path: Path, tmp_path: Path
+) -> None:
+    upcycle(SentenceTransformer(str(tiny_model_path), device="cpu")).save(str(tmp_path / "mixture"))
+    short = ["--epochs", "0.5", "--num-negatives", "1", "--no-bf16"]
+    said = {}
+    for name, base in (("dense", tiny_model_path), ("moe", tmp_path / "mixture")):
+        output = tmp_path / name
+        result = invoke("--collection", str(collection_path), "--model", str(base), "--output", str(output), *short)
+        assert result.exit_code == 0, result.output
+        said[name] = " ".join(result.output.split()), (output / "README.md").read_text()
+    assert "intermediate: " in said["dense"][0]
+    assert 'open it with SentenceTransformer("' in said["dense"][0]
+    assert "no mixture of experts" in said["dense"][1]
+    assert "Open it with `SentenceTransformer(path)`" in said["dense"][1]
+    SentenceTransformer(str(tmp_path / "dense"))  # without st_clp's classes
+    assert "moe: " in said["moe"][0]
+    assert 'open it with st_clp.load("' in said["moe"][0]
+    assert "the mixture of experts that the base model is" in said["moe"][1]
+    assert "(`moe`)" in said["moe"][1]
+    assert "Open it with `st_clp.load(path)`" in said["moe"][1]
+    base = load(tmp_path / "mixture").state_dict()
+    changed = {name for name, weight in load(tmp_path / "moe").state_dict().items() if not weight.equal(base[name])}
+    assert any(".experts." in name for name in changed)
+    assert all(".experts." in name or ".gate." in name for name in changed)
 
 
 def test_a_full_disk_ends_in_advice_whoever_meets_it(
