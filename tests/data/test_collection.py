@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import logging
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from st_clp import Collection
 from st_clp.data import CollectionError, corpus
+from st_clp.data.sources.irds import IrdsCorpus
 
 CORPUS = [
     {"_id": "d1", "title": "River", "text": "a big river"},
@@ -394,3 +396,33 @@ def test_a_sample_keeps_the_order_and_no_more_than_was_asked_for(number: int, wa
     assert len(sample.queries) == len(sample.judgments) == min(number, wanted)
     assert list(sample.queries) == [query_id for query_id in collection.queries if query_id in sample.queries]
     assert sample.queries == collection.sample(wanted, seed).queries
+
+
+class Unreachable:
+    """A dataset of ir_datasets whose documents cannot be had."""
+
+    def __init__(self, error: OSError) -> None:
+        self._error = error
+
+    def docs_namespace(self) -> str:
+        return "far/away"
+
+    def docs_iter(self) -> Any:
+        yield from ()
+        raise self._error
+
+    def docs_store(self) -> Any:
+        raise self._error
+
+
+def test_documents_that_ir_datasets_cannot_download_are_said_with_a_remedy() -> None:
+    pytest.importorskip("ir_datasets")
+    there = IrdsCorpus(Unreachable(ConnectionError("no route")), None)
+    for read in (lambda: list(there), lambda: there.get(["d1"])):
+        with pytest.raises(
+            CollectionError, match=r"far/away: .* its documents \(no route\). Check the network"
+        ):
+            read()
+    full = IrdsCorpus(Unreachable(OSError(errno.ENOSPC, "No space left on device")), None)
+    with pytest.raises(OSError, match="No space left on device"):
+        list(full)

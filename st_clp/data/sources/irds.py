@@ -5,6 +5,7 @@ ir_datasets downloads what it needs on first use, to the folder that ``IR_DATASE
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import logging
 import sys
@@ -108,6 +109,8 @@ def _readable(name: str, what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:  # what a failed download raises is one too
+        if error.errno == errno.ENOSPC:
+            raise
         raise CollectionError(
             f"{name}: ir_datasets could not download or read its {what} ({error}). Check the network, or put the files "
             f"into {IrdsCorpus._home()} (IR_DATASETS_HOME says where else)"
