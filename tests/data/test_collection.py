@@ -419,9 +419,7 @@ def test_documents_that_ir_datasets_cannot_download_are_said_with_a_remedy() -> 
     pytest.importorskip("ir_datasets")
     there = IrdsCorpus(Unreachable(ConnectionError("no route")), None)
     for read in (lambda: list(there), lambda: there.get(["d1"])):
-        with pytest.raises(
-            CollectionError, match=r"far/away: .* its documents \(no route\). Check the network"
-        ):
+        with pytest.raises(CollectionError, match=r"far/away: .* its documents \(no route\). Check the network"):
             read()
     full = IrdsCorpus(Unreachable(OSError(errno.ENOSPC, "No space left on device")), None)
     with pytest.raises(OSError, match="No space left on device"):
