@@ -141,14 +141,15 @@ def shares_of(means: list[float], noise: float, queries: int = 200) -> dict[floa
         ([0.80, 0.82, 0.829, 0.83, 0.829], 0.05, 0.5, (0.5, 0.75, 1.0)),
         ([0.80, 0.82, 0.829, 0.83, 0.829], 0.001, 0.75, (0.75,)),
         ([0.80, 0.79, 0.78, 0.70, 0.60], 0.01, 0.0, (0.0,)),
-        # A weak one: the largest that is not worse.
-        ([0.445, 0.632, 0.644, 0.649, 0.645], 0.1, 1.0, (0.5, 0.75, 1.0)),
-        ([0.445, 0.632, 0.644, 0.649, 0.60], 0.1, 0.75, (0.5, 0.75)),
+        # A weak one.
+        ([0.445, 0.632, 0.644, 0.645, 0.649], 0.1, 0.75, (0.5, 0.75, 1.0)),
+        ([0.445, 0.50, 0.55, 0.60, 0.65], 0.1, 1.0, (1.0,)),
+        ([0.445, 0.632, 0.649, 0.60, 0.60], 0.1, 0.5, (0.5,)),
         # None below the base, though it is alike the best.
         ([0.80, 0.795, 0.798, 0.801, 0.802], 0.5, 0.75, (0.0, 0.75, 1.0)),
     ],
 )
-def test_of_shares_that_cannot_be_told_apart_a_half_is_taken_or_of_a_weak_base_the_largest(
+def test_of_shares_that_cannot_be_told_apart_a_half_is_taken_or_from_a_weak_base_three_quarters(
     means: list[float], noise: float, share: float, alike: tuple[float, ...]
 ) -> None:
     assert best_share(shares_of(means, noise)) == (share, alike)
