@@ -45,7 +45,7 @@ demo: $(VENV)/installed-$(VERSION)  ## mine, fine-tune, evaluate, save and searc
 	$(BIN)/st-clp demo
 
 # Most tests start processes or run tiny models on one thread, so there is one worker a core.
-test: $(VENV)/installed-$(VERSION)  ## the tests, in under 10 minutes on 2 cores
+test: $(VENV)/installed-$(VERSION)  ## the tests, in about 10 minutes on 2 cores
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
 
 test-quick: $(VENV)/installed-$(VERSION)  ## those tests that take no time, in under 90 seconds on 2 cores
