@@ -182,8 +182,8 @@ def best_share(found: Mapping[float, Sequence[np.ndarray]]) -> tuple[float, tupl
 
     A share is alike the best where its mean lies within one standard error of the paired difference (the rule of one
     standard error: Breiman et al. 1984, Classification and Regression Trees), and not below the base's. Of those alike,
-    the nearest to a half is taken, or to three quarters where all trained weights are far above the base, 0.1 and more:
-    what was best, from good and from weak bases, in the trainings of ``benchmarks/recipe.md``.
+    the nearest to a half is taken, or to three quarters where all trained weights are far above the base, 0.1 and more;
+    ``benchmarks/recipe.md`` has the trainings that this is taken from.
 
     Args:
         found: Share to the scores of each collection's queries, the same queries for each share.
