@@ -49,7 +49,7 @@ test: $(VENV)/installed-$(VERSION)  ## the tests, in about 10 minutes on 2 cores
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
 
 test-quick: $(VENV)/installed-$(VERSION)  ## those tests that take no time, in under 90 seconds on 2 cores
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "not slow"
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "not slow and not gpu"
 
 test-lowest: $(LOWEST)/installed-$(VERSION)  ## the tests, with the lowest version of each dependency that setup.cfg allows
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(LOWEST)/bin/python $(PYTEST)

@@ -3,19 +3,23 @@
 ``Balance`` adjusts a bias that is added to the router's logits for selecting only (auxiliary-loss-free balancing,
 Wang et al. 2024, arXiv:2408.15664). A step's tokens are counted in the passes that carry gradients, each token once;
 the bias moves when the optimizer has changed the layer, at the next forward pass in training mode. So both passes
-of a cached loss see one and the same bias, and so does a layer that gradient checkpointing runs again.
+of a cached loss see one and the same bias, and so does a layer that gradient checkpointing runs again. A compiled pass
+cannot see whether the optimizer has stepped; there the bias moves when it has.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from st_clp.moe.configuration import MoESettings
-from st_clp.moe.context import ForwardContext
+from st_clp.moe.context import ForwardContext, stays_on_device
 from st_clp.moe.precise import weighted_sums
 
 if TYPE_CHECKING:
@@ -33,25 +37,32 @@ class Balance:
     ``spread`` the standard deviation of the logits, so that a step does not depend on the scale that the router has
     learnt. The tokens' mean, remembered over steps, is subtracted beforehand (``Router.selection_bias``). The first
     training pass of a router that has no balance yet sets it so that this pass is even.
+
+    All counts stay on the router's device until somebody asks for them.
     """
 
     def __init__(self, settings: MoESettings) -> None:
         self.settings = settings
-        self.reset()
-        self._clear()
+        self.calibrated: bool | None = None
+        """Whether there is a balance; None: its values have not been looked at yet."""
+        self.compiled = False
+        """Whether passes are compiled, in which nothing says whether the optimizer has stepped."""
+        self._used: Tensor | None = None
+        self._step: _StepSums | None = None
         self._seen_version = -1
-        self._calibrated: bool | None = None
+
+    @property
+    def used(self) -> list[int]:
+        """The tokens that each expert has had since :meth:`reset`; the host waits for the device."""
+        return [0] * self.settings.num_experts if self._used is None else self._used.tolist()
+
+    @used.setter
+    def used(self, used: Sequence[int]) -> None:
+        self._used = torch.tensor(used) if self._used is None else self._used.new_tensor(used)
 
     def reset(self) -> None:
         """Forget the use counted so far (not the balance)."""
-        self.used = [0] * self.settings.num_experts
-
-    def _clear(self) -> None:
-        self._counts = [0.0] * self.settings.num_experts
-        self._tokens = 0
-        self._center: Tensor | float = 0.0
-        self._logit_mean: Tensor | float = 0.0
-        self._squares: Tensor | float = 0.0
+        self._used = None
 
     def count(
         self,
@@ -59,43 +70,41 @@ class Balance:
         logits: Tensor,
         tokens: Tensor,
         mask: Tensor | None,
-        counts: list[int],
+        use: Tensor,
         context: ForwardContext | None,
     ) -> None:
         """Count one forward pass, unless this pass has been counted or is one that shall not count."""
-        if context is None or not context.counts or not context.first_time(router):
+        if context is None or not context.counts or not context.first_time(router.layer):
             return
-        self.used = [total + new for total, new in zip(self.used, counts, strict=True)]
+        self._used = use.clone() if self._used is None else self._used.to(use.device) + use
         if router.training and self.settings.uses_bias and router.weight.requires_grad:
-            self._counts = [total + new for total, new in zip(self._counts, counts, strict=True)]
-            self._add(logits if mask is None else logits[mask], _mean(tokens, mask))
-
-    def _add(self, logits: Tensor, center: Tensor) -> None:
-        """Add one pass's tokens to the step's: the same result however the step is cut into passes.
-
-        Means and squared deviations are merged as in Chan et al. 1979: a sum of squares would lose them in float32.
-        """
-        new = len(logits)
-        if not new:
-            return
-        variance, mean = torch.var_mean(logits.float(), dim=0, correction=0)
-        share = new / (self._tokens + new)
-        shift = mean - self._logit_mean
-        self._squares = self._squares + variance * new + shift.square() * (self._tokens * share)
-        self._logit_mean = self._logit_mean + shift * share
-        self._center = self._center + (center - self._center) * share
-        self._tokens += new
+            if self._step is None or self._step.device != use.device:
+                self._step = _StepSums(self.settings.num_experts, tokens.shape[1], use.device)
+            self._step.add(logits, _mean(tokens, mask), mask, use)
 
     def adjust(self, router: Router, logits: Tensor, tokens: Tensor, mask: Tensor | None) -> None:
         """Move the balance if the optimizer has stepped since the last counted pass."""
         if not router.weight.requires_grad:
             return
-        if self._calibrated is None:
-            self._calibrated = bool(router.balance_bias.any() or router.balance_center.any())
-        if not self._calibrated and (mask is None or mask.any()):
-            self._calibrated = True
-            self._calibrate(router, logits, tokens, mask)
-        self._move(router)
+        if self.calibrated is None or not (self.calibrated or torch.compiler.is_compiling()):
+            self.look(router)
+        if not self.calibrated and (mask is None or stays_on_device(mask) or bool(mask.any())):
+            self.calibrated = True
+            center = _mean(tokens, mask)
+            keep = logits.new_ones(logits.shape[0]) if mask is None else mask.to(logits.dtype)
+            calibrate = calibration if torch.compiler.is_compiling() else _calibration
+            found = calibrate(logits, center, router.weight.detach(), keep, self.settings.num_experts_per_tok)
+            router.balance_center.copy_(found[: center.numel()])
+            router.balance_bias.copy_(found[center.numel() :])
+        if torch.compiler.is_compiling():
+            self.compiled = True
+        else:
+            self._move(router)
+
+    @torch.compiler.disable
+    def look(self, router: Router) -> None:
+        """Find out whether the router has a balance, as after loading; the host waits for the device."""
+        self.calibrated = bool(router.balance_bias.any() or router.balance_center.any())
 
     def settle(self, router: Router) -> None:
         """Move the balance now as the next forward pass would, so that a checkpoint holds all there is to know.
@@ -107,34 +116,83 @@ class Balance:
 
     @torch.no_grad()
     def _move(self, router: Router) -> None:
-        version, device = router.weight._version, router.weight.device
+        version = router.weight._version
         if version == self._seen_version:
             return
         self._seen_version = version
-        if not self._tokens:
+        if self._step is None:
             return
-        spread = (torch.as_tensor(self._squares, device=device) / self._tokens).sqrt().mean()
-        center = torch.as_tensor(self._center, device=device)
-        counted = torch.cat([torch.tensor(self._counts, device=device), spread.reshape(1), center])
+        counted = self._step.counted().to(router.weight.device)
+        self._step = None
         if _distributed():
             torch.distributed.all_reduce(counted)
             counted /= torch.distributed.get_world_size()
         experts = self.settings.num_experts
         counts, spread, mean = counted[:experts], counted[experts], counted[experts + 1 :]
-        lack = (1 - counts * (experts / counts.sum().clamp(min=1e-9))).clamp(-1, 1)
-        router.balance_bias.add_((lack - lack.mean()) * spread, alpha=self.settings.balance_rate)
-        router.balance_center.lerp_(mean, CENTER_RATE)
-        self._clear()
+        total = counts.sum()
+        lack = (1 - counts * (experts / total.clamp(min=1e-9))).clamp(-1, 1)
+        moved = total > 0  # a step of padding alone says nothing
+        router.balance_bias.add_(moved * (lack - lack.mean()) * spread, alpha=self.settings.balance_rate)
+        router.balance_center.lerp_(torch.where(moved, mean, router.balance_center), CENTER_RATE)
 
-    def _calibrate(self, router: Router, logits: Tensor, tokens: Tensor, mask: Tensor | None) -> None:
-        center = _mean(tokens, mask)
-        centered = logits - router.weight.detach().float() @ center
-        bias = _even_bias(centered if mask is None else centered[mask], self.settings)
-        if _distributed():
-            for tensor in (center, bias):
-                torch.distributed.broadcast(tensor, src=0)
-        router.balance_center.copy_(center)
-        router.balance_bias.copy_(bias)
+
+class _StepSums:
+    """One optimizer step's tokens: the same result however the step is cut into passes.
+
+    Means and squared deviations are merged as in Chan et al. 1979: a sum of squares would lose them in float32.
+    """
+
+    def __init__(self, experts: int, dim: int, device: torch.device) -> None:
+        self.device = device
+        self._tokens = torch.zeros((), device=device)
+        self._counts, self._squares = torch.zeros(experts, device=device), torch.zeros(experts, device=device)
+        self._logit_mean, self._center = torch.zeros(experts, device=device), torch.zeros(dim, device=device)
+
+    def add(self, logits: Tensor, center: Tensor, mask: Tensor | None, use: Tensor) -> None:
+        """Add one pass's ``logits`` (tokens, experts), mean token (dim,) and ``use`` (experts,)."""
+        logits = logits.float()
+        if mask is None:
+            new = torch.full_like(self._tokens, logits.shape[0])
+            squares, mean = torch.var_mean(logits, dim=0, correction=0)
+            squares = squares * logits.shape[0]
+        else:
+            keep = mask.to(logits.dtype).unsqueeze(1)
+            new = keep.sum()
+            mean = (logits * keep).sum(0) / new.clamp(min=1)
+            squares = ((logits - mean).square() * keep).sum(0)
+        share = new / (self._tokens + new).clamp(min=1)
+        shift = mean - self._logit_mean
+        # in place: a captured graph writes where it wrote when it was captured
+        self._squares.add_(squares + shift.square() * (self._tokens * share))
+        self._logit_mean.add_(shift * share)
+        self._center.add_((center - self._center) * share)
+        self._counts.add_(use)
+        self._tokens.add_(new)
+
+    def counted(self) -> Tensor:
+        """Counts (experts,), the logits' standard deviation, and the mean token (dim,), in one tensor."""
+        spread = (self._squares / self._tokens.clamp(min=1)).sqrt().mean()
+        return torch.cat([self._counts, spread.reshape(1), self._center])
+
+
+def move_after(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Move the balance of the routers that ``optimizer`` has stepped, where their passes are compiled.
+
+    In the optimizer's order, which is the same in all processes: they sum their counts one router after the other.
+    """
+    waiting = {id(router.weight): router for router in ROUTERS if router.balance.compiled}
+    if not waiting:
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            router = waiting.get(id(parameter))
+            if router is not None:
+                router.balance._move(router)
+
+
+ROUTERS: WeakSet[Router] = WeakSet()
+"""Every router there is."""
+register_optimizer_step_post_hook(move_after)
 
 
 def _mean(tokens: Tensor, mask: Tensor | None) -> Tensor:
@@ -150,21 +208,42 @@ def _distributed() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
-def _spread(logits: Tensor, mask: Tensor | None) -> Tensor:
-    """The standard deviation of an expert's logit over the tokens, experts averaged; a scalar."""
-    logits = logits if mask is None else logits[mask]
-    return logits.std(dim=0, unbiased=False).mean()
+def _calibration(logits: Tensor, center: Tensor, weight: Tensor, keep: Tensor, per_token: int) -> Tensor:
+    """A first balance: the mean token (dim,) and then a bias (experts,) with which this pass's tokens spread evenly.
+
+    Args:
+        logits: (tokens, experts).
+        center: (dim,) the mean token.
+        weight: (experts, dim) the router's.
+        keep: (tokens,) 1 at tokens, 0 at padding.
+        per_token: Experts a token.
+    """
+    bias = _even_bias(logits - weight.float() @ center, keep, per_token)
+    found = torch.cat([center, bias])
+    if _distributed():
+        torch.distributed.broadcast(found, src=0)
+    return found
 
 
-def _even_bias(logits: Tensor, settings: MoESettings, rounds: int = 60) -> Tensor:
-    """Find a bias (experts,) with which the tokens of ``logits`` (tokens, experts) spread evenly."""
-    logits = logits[:8192]
-    bias = logits.mean() - logits.mean(dim=0)
-    spread = _spread(logits, None)
+calibration = torch.library.custom_op("st_clp::calibration", _calibration, mutates_args=())
+"""The same as one operation of a compiled graph, which its many rounds would swell otherwise."""
+calibration.register_fake(
+    lambda logits, center, weight, keep, per_token: center.new_empty(center.numel() + logits.shape[1])
+)
+
+
+def _even_bias(logits: Tensor, keep: Tensor, per_token: int, rounds: int = 60) -> Tensor:
+    """Find a bias (experts,) with which the tokens of ``logits`` (tokens, experts), weighed by ``keep``, spread evenly."""
+    logits, keep = logits[:8192], keep[:8192].unsqueeze(1)
+    experts, tokens = logits.shape[1], keep.sum().clamp(min=1)
+    mean = (logits * keep).sum(0) / tokens
+    spread = (((logits - mean).square() * keep).sum(0) / tokens).sqrt().mean()
+    bias = mean.mean() - mean
+    every = torch.arange(experts, device=logits.device)
     for round_ in range(rounds):
-        chosen = (logits + bias).topk(settings.num_experts_per_tok, dim=-1).indices
-        counts = torch.bincount(chosen.reshape(-1), minlength=settings.num_experts)
-        lack = (1 - counts * (settings.num_experts / counts.sum().clamp(min=1))).clamp(-1, 1)
+        chosen = (logits + bias).topk(per_token, dim=-1).indices
+        counts = ((chosen.unsqueeze(2) == every).sum(1) * keep).sum(0)
+        lack = (1 - counts * (experts / counts.sum().clamp(min=1))).clamp(-1, 1)
         bias = bias + (lack - lack.mean()) * spread / (1 + round_ / 4)
     return bias
 
@@ -183,20 +262,20 @@ class _BalanceGradient(Function):
         return gradient + added, None
 
 
-def add_balance_gradient(logits: Tensor, mask: Tensor | None, counts: list[int], weight: float) -> Tensor:
+def add_balance_gradient(logits: Tensor, mask: Tensor | None, use: Tensor, weight: float) -> Tensor:
     """Return ``logits`` (tokens, experts), whose gradient will hold the load-balance loss's as well.
 
-    The loss is ``weight * experts * sum_e f_e P_e`` with f the share of the tokens that went to expert e and P its
-    mean probability (Fedus et al. 2021, arXiv:2101.03961, equation 4), of this forward pass alone. It reaches the
-    router with any training loss; it is not divided where gradients are accumulated.
+    The loss is ``weight * experts * sum_e f_e P_e`` with f the share of the tokens that went to expert e, which ``use``
+    (experts,) counts, and P its mean probability (Fedus et al. 2021, arXiv:2101.03961, equation 4), of this forward
+    pass alone. It reaches the router with any training loss; it is not divided where gradients are accumulated.
     """
-    total = max(sum(counts), 1)
-    use = torch.tensor([count / total for count in counts], device=logits.device)
+    total = use.sum().clamp(min=1)
     with torch.no_grad():
+        use = use / total
         shares = torch.softmax(logits, dim=-1)
         gradient = shares * (use - (shares * use).sum(-1, keepdim=True))
         if mask is not None:
             gradient = gradient * mask.unsqueeze(-1)
-        tokens = logits.shape[0] if mask is None else max(sum(counts), 1)
-        gradient = gradient * (weight * len(counts) / max(tokens, 1))
+        tokens = logits.shape[0] if mask is None else total
+        gradient = gradient * (weight * use.numel() / tokens)
     return _BalanceGradient.apply(logits, gradient)

@@ -18,6 +18,11 @@ from torch import Tensor, nn
 from st_clp.moe.router_signal import drawn
 
 
+def stays_on_device(tokens: Tensor) -> bool:
+    """Whether routing should leave its counts on the device: everywhere but in a processor's own eager mode."""
+    return tokens.device.type != "cpu" or torch.compiler.is_compiling()
+
+
 class ForwardContext:
     """One forward pass of a MoETransformer.
 
@@ -33,21 +38,17 @@ class ForwardContext:
         self._tried: Tensor | None = None
         self._counted: set[int] = set()
         self.mask: Tensor | None = None
-        self.tokens = 0
         if mask is not None:
             flat = mask.reshape(-1) != 0
-            self.tokens = int(flat.sum())
-            if self.tokens < flat.numel():
+            if stays_on_device(flat) or not bool(flat.all()):
                 self.mask = flat
 
-    def mask_for(self, positions: int) -> tuple[Tensor | None, int]:
-        """Return the flat mask (positions,) for hidden states at ``positions``, and how many tokens it keeps.
+    def mask_for(self, positions: int) -> Tensor | None:
+        """Return the flat mask (positions,) for hidden states at ``positions``; None where all of them are tokens.
 
         An encoder that drops or adds positions has none that this mask could name: there every position is a token.
         """
-        if self.mask is None or positions != self.mask.numel():
-            return None, positions
-        return self.mask, self.tokens
+        return None if self.mask is None or positions != self.mask.numel() else self.mask
 
     def tried_tokens(self, weight: Tensor, positions: int, stride: int) -> Tensor:
         """Return which tokens have their other experts tried, (positions,) bool: the same ones in every layer.
@@ -61,11 +62,11 @@ class ForwardContext:
             self._tried = drawn(marks, weight, stride)
         return self._tried
 
-    def first_time(self, router: object) -> bool:
-        """Whether ``router`` has not counted this pass yet; a layer that is run again counts no token twice."""
-        if id(router) in self._counted:
+    def first_time(self, layer: int) -> bool:
+        """Whether this layer's router has not counted the pass yet; a layer that is run again counts no token twice."""
+        if layer in self._counted:
             return False
-        self._counted.add(id(router))
+        self._counted.add(layer)
         return True
 
 

@@ -244,6 +244,7 @@ def _put_experts(
         module.gate.draw(ROUTER_SCALE, generator)
         for buffer in module.gate.buffers():
             buffer.zero_()
+        module.gate.balance.calibrated = False
     projection.replace(module)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from st_clp.moe.configuration import MoESettings
+from st_clp.moe.grouped import StackedLinear
 from st_clp.moe.products import GatherRows, GroupedLinear, ScatterRows, gathered_products
 from st_clp.moe.router_signal import RouterSignal
 from st_clp.moe.routing import Plan, Router
@@ -102,10 +103,13 @@ class ExpertLinear(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         if self.gate is not None and self.last_sorted:
             plan, tokens = self._route(hidden)
-            result = self._products(tokens, plan, plan.source)
+            result = self._products(tokens, plan, unsorted=True)
+        elif self.gate is not None:
+            plan, rows, unsorted = self._sort_for_two(hidden)
+            result = self._products(rows, plan, unsorted)
         else:
-            plan, rows = self._sort(hidden) if self.gate is not None else self._sorted_by_another(hidden)
-            result = self._products(rows, plan)
+            plan, rows, unsorted = self._sorted_by_another(hidden)
+            result = self._products(rows, plan, unsorted)
         if not self.restores and self.dispatch.carries_on():
             return result
         if self.last_sorted and self.restores:
@@ -120,13 +124,17 @@ class ExpertLinear(nn.Module):
         self.dispatch.plan = plan
         return plan, tokens
 
-    def _sort(self, hidden: Tensor) -> tuple[Plan, Tensor]:
+    def _sort_for_two(self, hidden: Tensor) -> tuple[Plan, Tensor, bool]:
         """Decide and sort, for this projection and another after it that takes the same input."""
         plan, tokens = self._route(hidden)
-        plan.given, plan.rows = hidden, gather(tokens, plan)
-        return plan, plan.rows
+        plan.given = hidden
+        if plan.ends is not None:  # each sorts for itself, as it adds its bias
+            plan.rows = tokens
+            return plan, tokens, True
+        plan.rows = gather(tokens, plan)
+        return plan, plan.rows, False
 
-    def _sorted_by_another(self, hidden: Tensor) -> tuple[Plan, Tensor]:
+    def _sorted_by_another(self, hidden: Tensor) -> tuple[Plan, Tensor, bool]:
         plan = self.dispatch.plan
         if plan is None or (self.sorts and (plan.given is not hidden or plan.rows is None)):
             raise RuntimeError(
@@ -134,34 +142,59 @@ class ExpertLinear(nn.Module):
                 "another input. Name an architecture's projections in the order in which its layer calls them."
             )
         if not self.sorts:
-            return plan, hidden
+            return plan, hidden, False
         rows = cast(Tensor, plan.rows)
         if self.last_sorted:
             plan.given = plan.rows = None
-        return plan, rows
+        return plan, rows, plan.ends is not None
 
-    def _products(self, rows: Tensor, plan: Plan, source: Tensor | None = None) -> Tensor:
-        """The experts' products with sorted rows, or with unsorted tokens, which ``source`` sorts first."""
+    def _products(self, rows: Tensor, plan: Plan, unsorted: bool) -> Tensor:
+        """The experts' products with sorted rows, or with tokens that are to be sorted first."""
         experts = list(self.experts)
         if any(type(expert) is not nn.Linear for expert in experts):  # adapters around the experts
-            if source is not None:
+            if unsorted:
                 rows = gather(rows, plan)
             parts = torch.split(rows, plan.counts)
             return torch.cat([expert(part) for expert, part in zip(experts, parts, strict=True)])
         weights: list[Tensor] = [cast(nn.Linear, expert).weight for expert in experts]
         biases: list[Tensor | None] = [cast(nn.Linear, expert).bias for expert in experts]
-        if torch.is_autocast_enabled(rows.device.type):
-            dtype = torch.get_autocast_dtype(rows.device.type)
-            rows = rows.to(dtype)
-            weights = [weight.to(dtype) for weight in weights]
-            biases = [None if bias is None else bias.to(dtype) for bias in biases]
-        if source is not None:
-            if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                return gathered_products(rows, source, plan.counts, [weight.t() for weight in weights], biases)
+        autocast = torch.is_autocast_enabled(rows.device.type)
+        if autocast:
+            rows = rows.to(torch.get_autocast_dtype(rows.device.type))
+        if plan.ends is not None:
+            return self._stacked(rows, plan, unsorted, weights, biases)
+        if autocast:
+            weights = [weight.to(rows.dtype) for weight in weights]
+            biases = [None if bias is None else bias.to(rows.dtype) for bias in biases]
+        if unsorted and plan.source is not None:
+            if not torch.is_grad_enabled():
+                return gathered_products(rows, plan.source, plan.counts, [weight.t() for weight in weights], biases)
             rows = gather(rows, plan)
-        learns = self.settings.routing == "learned" and plan.shares is not None
-        signal = RouterSignal(self.settings.sample_stride, plan.tried) if learns else None
+        signal = None if self._stride(plan) is None else RouterSignal(self.settings.sample_stride, plan.tried)
         return GroupedLinear.apply(rows, plan.shares, plan.counts, signal, *weights, *biases)
+
+    def _stacked(
+        self, rows: Tensor, plan: Plan, unsorted: bool, weights: list[Tensor], biases: list[Tensor | None]
+    ) -> Tensor:
+        """The same by one product of all experts, while the counts stay on the device."""
+        source, back = (plan.source, plan.back) if unsorted else (None, None)
+        return StackedLinear.apply(
+            rows,
+            plan.shares,
+            source,
+            back,
+            plan.slots_per_token,
+            plan.ends,
+            plan.owner,
+            self._stride(plan),
+            plan.tried,
+            *weights,
+            *biases,
+        )
+
+    def _stride(self, plan: Plan) -> int | None:
+        """Of how many tokens one has its other experts tried; None where the router learns nothing."""
+        return self.settings.sample_stride if self.settings.routing == "learned" and plan.shares is not None else None
 
     def extra_repr(self) -> str:
         # PEFT shows the module that it refuses, so this is what someone reads whose target_modules name the layer

@@ -30,8 +30,10 @@ class PreciseLinear(Function):
     def forward(ctx: Any, rows: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(rows, weight)
         factors = weight.float().t()
-        if rows.dtype == torch.float32:
-            return rows @ factors
+        if rows.dtype == torch.float32 or torch.compiler.is_compiling():
+            return rows.float() @ factors
+        if rows.device.type == "cuda":
+            return _wide_product(rows, weight)
         result = rows.new_empty(rows.shape[0], weight.shape[0], dtype=torch.float32)
         for block, copied in float_blocks(rows):
             torch.mm(copied, factors, out=result[block])
@@ -47,6 +49,19 @@ class PreciseLinear(Function):
         return rows_gradient, weight_gradient
 
 
+def _wide_product(rows: Tensor, weight: Tensor) -> Tensor:
+    """``rows`` (rows, dim) times ``weight`` (out, dim) in float32, reading the rows in their own precision.
+
+    What the weight loses by rounding to that precision is a second factor of the same product.
+    """
+    rounded = weight.to(rows.dtype)
+    if weight.dtype == rows.dtype:
+        return torch.mm(rows, rounded.t(), out_dtype=torch.float32)
+    lost = (weight.float() - rounded.float()).to(rows.dtype)
+    both = torch.mm(rows, torch.cat([rounded, lost]).t(), out_dtype=torch.float32)
+    return both[:, : weight.shape[0]] + both[:, weight.shape[0] :]
+
+
 def _narrow_product(gradient: Tensor, weight: Tensor) -> Tensor:
     """``gradient`` (rows, out) float32 times ``weight`` (out, dim), in the latter's precision, rounded once."""
     if weight.dtype == torch.float32:
@@ -58,6 +73,8 @@ def _narrow_product(gradient: Tensor, weight: Tensor) -> Tensor:
 
 def weighted_sums(weights: Tensor, rows: Tensor) -> Tensor:
     """Sum ``rows`` (rows, dim) by each column of the float32 ``weights`` (rows, sums): (sums, dim) float32."""
+    if torch.compiler.is_compiling():
+        return weights.t() @ rows.float()
     total = torch.zeros(weights.shape[1], rows.shape[1], dtype=torch.float32, device=rows.device)
     for block, copied in float_blocks(rows):
         total.addmm_(weights[block].t(), copied)

@@ -1,20 +1,14 @@
-"""The experts' matrix products, grouped by expert or by one kernel.
+"""The experts' matrix products, one for each expert, where the host knows how many rows each expert has.
 
-Rows are sorted by expert, multiplied by their expert's weight, and put back, by three autograd functions.
-
-On an accelerator all experts' products may go into one kernel. Whether that is faster depends on the device, on how
-many experts there are and on how large they are: it spares a launch an expert and fills a device that one expert's few
-rows leave half empty, but it needs the weights beside each other, and the biases cost a pass over the result. So both
-ways are timed once for each shape and the faster one is kept. On a processor PyTorch's grouped product is a loop that
-is slower than ours, and is not tried.
+Rows are sorted by expert, multiplied by their expert's weight, and put back, by three autograd functions. This is how a
+processor computes them, on which PyTorch's grouped product is a slower loop. Accelerators and compiled graphs use
+:mod:`st_clp.moe.grouped`, and come back to these products for numbers that the grouped one does not take.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -117,109 +111,6 @@ class GroupedLinear(Function):
         )
 
 
-logger = logging.getLogger(__name__)
-
-DEVICES = ("cuda",)
-"""Where it is tried."""
-REPEATS, GAIN = 5, 1.05
-"""How often each way is timed, and how much sooner the one kernel must be done: the two round differently."""
-
-Way = Callable[[Tensor, Sequence[int], Sequence[Tensor], Sequence[Tensor | None] | None], Tensor]
-_faster: dict[tuple[object, ...], bool] = {}
-
-
-def choose(
-    each: Way,
-    rows: Tensor,
-    counts: Sequence[int],
-    matrices: Sequence[Tensor],
-    biases: Sequence[Tensor | None] | None,
-) -> Way:
-    """Return the faster way for products of this kind: ``each``, a product an expert, or :func:`in_one_kernel`.
-
-    Args:
-        each: What computes one product an expert.
-        rows: (rows, in), sorted by expert.
-        counts: Rows of each expert.
-        matrices: Each expert's (in, out).
-        biases: Each expert's (out,), or None.
-    """
-    if not _can(rows, counts, matrices):
-        return each
-    shape = tuple(matrices[0].shape)
-    magnitude = rows.shape[0].bit_length()  # what is so many rows, to a factor of two, is alike
-    kind = (rows.device, rows.dtype, shape, matrices[0].stride(), len(counts), magnitude, biases is None)
-    if kind not in _faster:
-        _faster[kind] = _is_faster(each, rows, counts, matrices, biases)
-    return in_one_kernel if _faster[kind] else each
-
-
-def in_one_kernel(
-    rows: Tensor, counts: Sequence[int], matrices: Sequence[Tensor], biases: Sequence[Tensor | None] | None
-) -> Tensor:
-    """Multiply each expert's slice of the sorted ``rows`` (rows, in) by its matrix (in, out): (rows, out)."""
-    ends = torch.tensor(counts, device=rows.device).cumsum(0)
-    if matrices[0].stride(0) == 1:  # of a weight (out, in) that is read the other way round
-        stacked = torch.stack([matrix.t() for matrix in matrices]).transpose(1, 2)
-    else:
-        stacked = torch.stack(list(matrices))
-    result = torch.nn.functional.grouped_mm(rows.contiguous(), stacked, offs=ends.int())
-    if biases is not None and biases[0] is not None:
-        added = torch.stack([bias for bias in biases if bias is not None])
-        expert = torch.searchsorted(ends, torch.arange(rows.shape[0], device=rows.device), right=True)
-        result += added.index_select(0, expert)
-    return result
-
-
-def _can(rows: Tensor, counts: Sequence[int], matrices: Sequence[Tensor]) -> bool:
-    """Whether it can be tried: the kernel reads rows of whole 16 bytes, and its results may not differ by a choice."""
-    return (
-        rows.device.type in DEVICES
-        and rows.dtype == torch.bfloat16
-        and rows.shape[0] > 0
-        and len(counts) > 1
-        and all(side % 8 == 0 for side in matrices[0].shape)
-        and hasattr(torch.nn.functional, "grouped_mm")
-        and not torch.are_deterministic_algorithms_enabled()
-        and not torch.compiler.is_compiling()
-    )
-
-
-def _is_faster(
-    each: Way,
-    rows: Tensor,
-    counts: Sequence[int],
-    matrices: Sequence[Tensor],
-    biases: Sequence[Tensor | None] | None,
-) -> bool:
-    def seconds(way: Way) -> float:
-        best = float("inf")
-        for _ in range(REPEATS):
-            _finish(rows.device)
-            begin = time.perf_counter()
-            way(rows, counts, matrices, biases)
-            _finish(rows.device)
-            best = min(best, time.perf_counter() - begin)
-        return best
-
-    try:
-        one, several = seconds(in_one_kernel), seconds(each)
-    except RuntimeError as error:  # not for this device
-        logger.debug("no grouped product on %s (%s)", rows.device, error)
-        return False
-    faster = one * GAIN < several
-    logger.debug(
-        "%d rows, %d experts of %s on %s: %.3f ms in one kernel, %.3f ms with one each",
-        rows.shape[0], len(counts), tuple(matrices[0].shape), rows.device, 1e3 * one, 1e3 * several,
-    )  # fmt: skip
-    return faster
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 PIECE = 1024
 """Rows of a piece, at most (in float32, where shorter products are slower, about)."""
 MULTIPLE = 8
@@ -239,14 +130,6 @@ def products(
     rows: Tensor, counts: Sequence[int], matrices: Sequence[Tensor], biases: Sequence[Tensor | None] | None = None
 ) -> Tensor:
     """Multiply each expert's slice of the sorted ``rows`` (rows, in) by its matrix (in, out): (rows, out)."""
-    way = choose(one_each, rows, counts, matrices, biases)
-    return way(rows, counts, matrices, biases)
-
-
-def one_each(
-    rows: Tensor, counts: Sequence[int], matrices: Sequence[Tensor], biases: Sequence[Tensor | None] | None
-) -> Tensor:
-    """As :func:`products`, by one product an expert."""
     total, (_, out) = rows.shape[0], matrices[0].shape
     result = rows.new_empty(total, out)
     for expert, part in enumerate(slices(counts)):
@@ -270,8 +153,8 @@ def gathered_products(
 ) -> Tensor:
     """As :func:`products` of the rows that ``source`` (rows,) names, without a sorted copy of the tokens.
 
-    The rows of one piece after the other go through the same memory, which wide rows need not wait for again. On an
-    accelerator, where new memory costs nothing and few large products are best, a copy is made after all.
+    The rows of one piece after the other go through the same memory, which wide rows need not wait for again. Elsewhere
+    than on a processor new memory costs nothing and few large products are best: there a copy is made after all.
     """
     if tokens.device.type != "cpu":
         return products(tokens.index_select(0, source), counts, matrices, biases)

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from st_clp.moe.balance import Balance, add_balance_gradient
+from st_clp.moe.balance import ROUTERS, Balance, add_balance_gradient
 from st_clp.moe.configuration import MoESettings
-from st_clp.moe.context import ForwardContext, current_context
+from st_clp.moe.context import ForwardContext, current_context, stays_on_device
+from st_clp.moe.grouped import places_of, sort_by_expert
 from st_clp.moe.precise import PreciseLinear
 
 
@@ -19,20 +20,26 @@ from st_clp.moe.precise import PreciseLinear
 class Plan:
     """One routing decision: the tokens of a layer's input, sorted by expert.
 
-    A slot is one token at one of its experts; slot s belongs to token ``s // slots_per_token``.
+    A slot is one token at one of its experts; slot s belongs to token ``s // slots_per_token``. There are two kinds: in
+    a processor's eager mode the host knows the ``counts``, and padding is left out; elsewhere they stay on the device
+    as ``ends``, and padding is routed too (:mod:`st_clp.moe.grouped`).
 
     Args:
         leading: The input's shape without its last dimension.
-        counts: Routed slots of each expert.
+        slots_per_token: Experts a token.
         order: (rows,) the slot of each sorted row; None where all tokens go to one expert in their own order.
+        source: (rows,) the token of each sorted row; None where ``order`` is.
         back: (tokens * slots_per_token,) the sorted row of each slot; None where some tokens are padding.
         weights: (tokens, slots_per_token) float32, or None where each token has one expert with weight 1.
         shares: (rows, experts) float32, the router's distribution at each sorted row, or None where nothing learns.
-        tried: (tried rows,) the sorted rows whose other experts are tried in the backward pass, or None for none.
+        tried: (tried rows,) the sorted rows whose other experts are tried in the backward pass, or None for none; on
+            the device filled up with -1.
+        known_counts: Rows of each expert, where the host knows them.
+        ends: (experts,) int32, where each expert's rows end, where the host does not know.
+        owner: (rows,) each row's expert, there.
     """
 
     leading: tuple[int, ...]
-    counts: list[int]
     slots_per_token: int
     order: Tensor | None
     source: Tensor | None
@@ -40,9 +47,32 @@ class Plan:
     weights: Tensor | None
     shares: Tensor | None
     tried: Tensor | None = None
+    known_counts: list[int] | None = None
+    ends: Tensor | None = None
+    owner: Tensor | None = None
     # held until the layer's last projection has run, so that a second up projection need not sort again
     given: Tensor | None = None
     rows: Tensor | None = None
+
+    @property
+    def counts(self) -> list[int]:
+        """Rows of each expert; the host waits for the device where it does not know them."""
+        if self.known_counts is None:
+            assert self.ends is not None
+            self.known_counts = torch.diff(self.ends, prepend=self.ends.new_zeros(1)).tolist()
+        return self.known_counts
+
+
+@dataclass
+class _Decision:
+    """Which slots each expert has: ``use`` (experts,) counts those that are no padding; the rest is as in Plan."""
+
+    use: Tensor
+    order: Tensor | None = None
+    back: Tensor | None = None
+    counts: list[int] | None = None
+    ends: Tensor | None = None
+    owner: Tensor | None = None
 
 
 class Router(nn.Module):
@@ -69,6 +99,16 @@ class Router(nn.Module):
         self.balance = Balance(settings)
         # the entropy summed over tokens, and the tokens, while someone measures it
         self.entropy: tuple[float, int] | None = None
+        ROUTERS.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # of a copy, which __init__ has not made
+        ROUTERS.add(self)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.settings.uses_bias:
+            self.balance.look(self)
 
     def draw(self, scale: float, generator: torch.Generator | None) -> None:
         """Draw new weights from a normal distribution with standard deviation ``scale``."""
@@ -98,47 +138,77 @@ class Router(nn.Module):
             logits = PreciseLinear.apply(tokens, self.weight)
         return self._plan(logits, tokens.detach(), leading)
 
-    @torch.compiler.disable
     def _plan(self, logits: Tensor, tokens: Tensor, leading: tuple[int, ...]) -> Plan:
         context = current_context()
-        mask, routed = (None, logits.shape[0]) if context is None else context.mask_for(logits.shape[0])
+        mask = None if context is None else context.mask_for(logits.shape[0])
         if self.settings.uses_bias and self.training:
             self.balance.adjust(self, logits.detach(), tokens, mask)
         scores = logits + self.selection_bias() if self.settings.uses_bias else logits
         chosen = self._choose(scores.detach())
+        decision = self._on_device(chosen, mask) if stays_on_device(tokens) else self._on_host(chosen, mask)
+        self.balance.count(self, logits.detach(), tokens, mask, decision.use, context)
+        if self.entropy is not None:
+            self._measure_entropy(scores.detach(), mask)
+        if self.settings.balance == "loss" and logits.requires_grad and self.training:
+            scores = logits = add_balance_gradient(logits, mask, decision.use, self.settings.balance_weight)
+        per_token = self.settings.num_experts_per_tok
+        plan = Plan(
+            leading=leading,
+            slots_per_token=per_token,
+            order=decision.order,
+            source=decision.order if decision.order is None or per_token == 1 else decision.order // per_token,
+            back=decision.back,
+            weights=torch.softmax(logits.gather(1, chosen), dim=-1) if per_token > 1 else None,
+            shares=None,
+            known_counts=decision.counts,
+            ends=decision.ends,
+            owner=decision.owner,
+        )
+        if per_token == 1 and scores.requires_grad:
+            plan.shares = self._shares(scores, plan.source)
+            plan.tried = self._tried(context, logits.shape[0], plan.source, on_device=plan.ends is not None)
+        return plan
+
+    def _on_host(self, chosen: Tensor, mask: Tensor | None) -> _Decision:
+        """Sort with counts that the host knows, and leave padding out."""
         experts, per_token = self.settings.num_experts, self.settings.num_experts_per_tok
         slots = chosen.reshape(-1)
         if mask is not None:
-            slot_mask = mask if per_token == 1 else mask.repeat_interleave(per_token)
-            slots = slots.masked_fill(~slot_mask, experts)
-        counts = torch.bincount(slots, minlength=experts + 1)[:experts].tolist()
-        self.balance.count(self, logits.detach(), tokens, mask, counts, context)
-        if self.entropy is not None:
-            self._measure_entropy(scores.detach() if mask is None else scores.detach()[mask])
-        if self.settings.balance == "loss" and logits.requires_grad and self.training:
-            scores = logits = add_balance_gradient(logits, mask, counts, self.settings.balance_weight)
-        weights = torch.softmax(logits.gather(1, chosen), dim=-1) if per_token > 1 else None
-        if max(counts) == logits.shape[0] * per_token:  # one expert does it all: there is nothing to sort
-            shares = self._shares(scores) if per_token == 1 else None
-            tried = None if shares is None else self._tried(context, logits.shape[0], None)
-            return Plan(leading, counts, per_token, None, None, None, weights, shares, tried)
-        order = torch.argsort(slots, stable=True)[: routed * per_token]
-        source = order if per_token == 1 else order // per_token
+            slots = slots.masked_fill(~_of_slots(mask, per_token), experts)
+        use = torch.bincount(slots, minlength=experts + 1)[:experts]
+        counts = use.tolist()
+        if max(counts) == slots.shape[0]:  # one expert does it all: there is nothing to sort
+            return _Decision(use, counts=counts)
+        order = torch.argsort(slots, stable=True)[: sum(counts)]
         back = None
         if mask is None:
             back = torch.empty_like(order)
             back[order] = torch.arange(order.numel(), device=order.device)
-        shares = self._shares(scores, source) if per_token == 1 else None
-        tried = None if shares is None else self._tried(context, logits.shape[0], source)
-        return Plan(leading, counts, per_token, order, source, back, weights, shares, tried)
+        return _Decision(use, order, back, counts=counts)
 
-    def _tried(self, context: ForwardContext | None, tokens: int, source: Tensor | None) -> Tensor | None:
+    def _on_device(self, chosen: Tensor, mask: Tensor | None) -> _Decision:
+        """Sort without the host's knowing anything, padding too, which is no use of an expert."""
+        experts, per_token = self.settings.num_experts, self.settings.num_experts_per_tok
+        slots = chosen.reshape(-1)
+        order, back, owner, ends = sort_by_expert(slots, experts)
+        if mask is None:
+            use = torch.diff(ends, prepend=ends.new_zeros(1)).long()
+        else:
+            each = slots.unsqueeze(1) == torch.arange(experts, device=slots.device)
+            use = (each & _of_slots(mask, per_token).unsqueeze(1)).sum(0)
+        return _Decision(use, order, back, ends=ends, owner=owner)
+
+    def _tried(
+        self, context: ForwardContext | None, tokens: int, source: Tensor | None, on_device: bool
+    ) -> Tensor | None:
         """The sorted rows whose other experts are tried; ``source`` names each sorted row's token."""
         if self.settings.routing != "learned" or not self.settings.sample_stride:
             return None
         context = context or ForwardContext(None, counts=False)
         chosen = context.tried_tokens(self.weight, tokens, self.settings.sample_stride)
-        return (chosen if source is None else chosen.index_select(0, source)).nonzero().squeeze(1)
+        if source is not None:
+            chosen = chosen.index_select(0, source)
+        return places_of(chosen, self.settings.sample_stride) if on_device else chosen.nonzero().squeeze(1)
 
     def _choose(self, scores: Tensor) -> Tensor:
         """Return the experts of each token, (tokens, experts per token)."""
@@ -146,17 +216,21 @@ class Router(nn.Module):
             return scores.argmax(dim=-1, keepdim=True)
         return scores.topk(self.settings.num_experts_per_tok, dim=-1).indices
 
-    def _measure_entropy(self, logits: Tensor) -> None:
+    def _measure_entropy(self, logits: Tensor, mask: Tensor | None) -> None:
         assert self.entropy is not None
+        logits = logits if mask is None else logits[mask]
         logarithms = torch.log_softmax(logits, dim=-1)
         entropy = -(logarithms.exp() * logarithms).sum() / math.log(max(self.settings.num_experts, 2))
         self.entropy = (self.entropy[0] + float(entropy), self.entropy[1] + logits.shape[0])
 
-    def _shares(self, scores: Tensor, source: Tensor | None = None) -> Tensor | None:
+    def _shares(self, scores: Tensor, source: Tensor | None) -> Tensor:
         """The distribution that the choice comes from, which stands for the choice in the backward pass."""
-        if not scores.requires_grad:
-            return None
         return torch.softmax(scores if source is None else scores.index_select(0, source), dim=-1)
 
     def extra_repr(self) -> str:
         return f"dim={self.weight.shape[1]}, experts={self.weight.shape[0]}, routing={self.settings.routing!r}"
+
+
+def _of_slots(mask: Tensor, per_token: int) -> Tensor:
+    """The mask (tokens,) of the tokens' slots."""
+    return mask if per_token == 1 else mask.repeat_interleave(per_token)

@@ -1,0 +1,327 @@
+"""The experts' matrix products as one grouped product, with nothing that the host would have to wait for.
+
+How many tokens each expert gets stands in a tensor on the device, and every other shape follows from the number of
+positions alone. So a forward pass is queued without a look at its results, and can be captured in a graph or compiled
+without a break. Padding is routed like tokens, since leaving it out would make shapes depend on the texts; nothing
+reads what comes of it, and it counts as no expert's use.
+
+A grouped product takes no bias for each group. Where the rows are copied anyway, as they are sorted, each gets one more
+column that holds a 1, and the weights one that holds the bias: the bias, its gradient and its part of the router's
+signal then come of the same products. That makes a product of 1,024 columns 0.8 % longer (a few more where the kernel
+rounds up to its tiles); adding biases afterwards would read and write all the wide rows once more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from st_clp.moe.precise import inner_products
+from st_clp.moe.products import products, slices
+from st_clp.moe.router_signal import TIE_BREAK
+
+ALIGNMENT = 16
+"""Bytes of which every row of a grouped product's matrices must be a multiple."""
+
+
+def grouped_product(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    """Multiply each expert's part of the sorted ``rows`` (rows, in) by its matrix: (rows, out).
+
+    Args:
+        rows: Sorted by expert.
+        matrices: (experts, in, out).
+        ends: (experts,) int32, where each expert's rows end.
+    """
+    if _is_grouped(rows, *matrices.shape[1:]):
+        return torch.nn.functional.grouped_mm(rows, matrices, offs=ends)
+    return (product_op if torch.compiler.is_compiling() else _product_each)(rows, matrices, ends)
+
+
+def grouped_outer_product(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    """Multiply each expert's part of ``left`` (rows, out), transposed, by ``right``'s (rows, in): (experts, out, in)."""
+    if _is_grouped(left, left.shape[1], right.shape[1]):
+        found = torch.nn.functional.grouped_mm(left.t(), right, offs=ends)
+        empty = torch.diff(ends, prepend=ends.new_zeros(1)) == 0
+        return found.masked_fill(empty.view(-1, 1, 1), 0)  # what a kernel leaves there is not said anywhere
+    return (outer_product_op if torch.compiler.is_compiling() else _outer_product_each)(left, right, ends)
+
+
+def _is_grouped(rows: Tensor, *sides: int) -> bool:
+    """Whether PyTorch has a grouped product for these numbers; otherwise the host has to wait, and then loop."""
+    aligned = all(side * rows.dtype.itemsize % ALIGNMENT == 0 for side in sides)
+    return rows.dtype == torch.bfloat16 and rows.device.type in ("cuda", "cpu") and aligned
+
+
+def _product_each(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    return products(rows, _counts(ends), list(matrices.unbind()))
+
+
+def _outer_product_each(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    return torch.stack([left[part].t() @ right[part] for part in slices(_counts(ends))])
+
+
+def _counts(ends: Tensor) -> list[int]:
+    return torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
+
+
+# The same as operations of a compiled graph, which has no shapes for the products in them.
+product_op = torch.library.custom_op("st_clp::product_each", _product_each, mutates_args=())
+product_op.register_fake(lambda rows, matrices, ends: rows.new_empty(rows.shape[0], matrices.shape[2]))
+outer_product_op = torch.library.custom_op("st_clp::outer_product_each", _outer_product_each, mutates_args=())
+outer_product_op.register_fake(lambda left, right, ends: left.new_empty(len(ends), left.shape[1], right.shape[1]))
+
+
+class StackedLinear(Function):
+    """``tokens[source[r]] @ weight[e].T + bias[e]`` for each row r of expert e: GroupedLinear, but on the device.
+
+    Args of ``apply``:
+        tokens: (tokens, in) in token order; or (rows, in) sorted by expert, where ``source`` is None.
+        shares: (rows, experts) float32 or None, as for :class:`st_clp.moe.products.GroupedLinear`.
+        source: (rows,) each sorted row's token, or None.
+        back: (tokens * slots,) the sorted row of each slot, or None where ``source`` is.
+        slots: Experts a token.
+        ends: (experts,) int32, where each expert's rows end.
+        owner: (rows,) int64, each sorted row's expert.
+        stride: Of how many tokens one has its other experts tried; None where the router learns nothing.
+        tried: (rows that may be tried,) int64 of sorted rows, -1 where there is none; None where none is.
+        parameters: Each expert's weight (out, in), then each one's bias (out,) or None.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tokens: Tensor,
+        shares: Tensor | None,
+        source: Tensor | None,
+        back: Tensor | None,
+        slots: int,
+        ends: Tensor,
+        owner: Tensor,
+        stride: int | None,
+        tried: Tensor | None,
+        *parameters: Tensor | None,
+    ) -> Tensor:
+        experts = len(parameters) // 2
+        weights, biases = parameters[:experts], parameters[experts:]
+        with_column = source is not None and biases[0] is not None
+        stack = _stack(weights, biases if with_column else None, tokens.dtype)
+        rows = tokens if source is None else _sorted_rows(tokens, source, stack.shape[2])
+        result = grouped_product(rows, stack.transpose(1, 2), ends)
+        bias = None
+        if biases[0] is not None and not with_column:
+            bias = torch.stack([each for each in biases if each is not None]).to(result.dtype)
+            result = result + bias.index_select(0, owner)
+        learns = stride is not None and shares is not None
+        # the signal is an inner product of either what came in or what went out; the narrower is less to read
+        keeps_result = learns and result.shape[1] < rows.shape[1]
+        ctx.save_for_backward(rows, stack, bias, result if keeps_result else None, back, ends, owner, tried)
+        ctx.width, ctx.slots, ctx.experts, ctx.with_column = tokens.shape[1], slots, experts, with_column
+        ctx.stride = stride if learns else None
+        ctx.dtypes = [None if each is None else each.dtype for each in parameters]
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        rows, stack, bias, result, back, ends, owner, tried = ctx.saved_tensors
+        needs_tokens, needs_shares = ctx.needs_input_grad[:2]
+        needed = ctx.needs_input_grad[9:]
+        gradient = gradient.contiguous()
+        learns = needs_shares and ctx.stride is not None
+        rows_gradient = None
+        if needs_tokens or (learns and result is None):
+            rows_gradient = grouped_product(gradient, stack, ends)
+        parameter_gradients: list[Tensor | None] = [None] * len(needed)
+        if any(needed):
+            parameter_gradients = _parameter_gradients(ctx, gradient, rows, ends, owner)
+        shares_gradient = None
+        if needs_shares:
+            shares_gradient = gradient.new_zeros(rows.shape[0], ctx.experts, dtype=torch.float32)
+        if learns:
+            signal = _Signal(gradient, rows, rows_gradient, result, stack, bias, owner, ctx.stride)
+            shares_gradient = signal.of_chosen()
+            if tried is not None:
+                signal.add_tried(shares_gradient, tried)
+        tokens_gradient = None
+        if needs_tokens:
+            assert rows_gradient is not None
+            tokens_gradient = _to_tokens(rows_gradient[:, : ctx.width], back, ctx.slots)
+        return (tokens_gradient, shares_gradient, *[None] * 7, *parameter_gradients)
+
+
+def _stack(weights: Sequence[Any], biases: Sequence[Any] | None, dtype: torch.dtype) -> Tensor:
+    """The experts' weights in one tensor (experts, out, in), with the biases as a column after them if given.
+
+    It is made anew in every pass. A cast to autocast's precision costs that anyway; and a copy that is kept would have
+    to know of every change of a weight, but PyTorch does not tell of changes by ``weight.data``.
+    """
+    stacked = torch.stack([weight.to(dtype) for weight in weights])
+    if biases is None:
+        return stacked
+    column = torch.stack([bias.to(dtype) for bias in biases]).unsqueeze(2)
+    return torch.nn.functional.pad(torch.cat([stacked, column], dim=2), (0, _columns(dtype) - 1))
+
+
+def _sorted_rows(tokens: Tensor, source: Tensor, width: int) -> Tensor:
+    """The rows of ``tokens`` that ``source`` names, with a column of ones and then zeros up to ``width``."""
+    dim = tokens.shape[1]
+    if width == dim:
+        return tokens.index_select(0, source)
+    if torch.compiler.is_compiling():  # one kernel, generated
+        ones = torch.nn.functional.pad(tokens.new_ones(source.shape[0], 1), (0, width - dim - 1))
+        return torch.cat([tokens.index_select(0, source), ones], dim=1)
+    rows = tokens.new_empty(source.shape[0], width)
+    torch.index_select(tokens, 0, source, out=rows[:, :dim])
+    rows[:, dim:] = 0
+    rows[:, dim] = 1
+    return rows
+
+
+def _columns(dtype: torch.dtype) -> int:
+    """How many columns are added for the bias."""
+    return ALIGNMENT // dtype.itemsize
+
+
+def _parameter_gradients(ctx: Any, gradient: Tensor, rows: Tensor, ends: Tensor, owner: Tensor) -> list[Tensor | None]:
+    """The gradients of weights and biases; zeros for an expert without tokens, as distributed training wants."""
+    needed, experts, dtypes = ctx.needs_input_grad[9:], ctx.experts, ctx.dtypes
+    found: list[Tensor | None] = [None] * len(needed)
+    if any(needed[:experts]) or ctx.with_column:
+        together = grouped_outer_product(gradient, rows, ends)
+        for expert in range(experts):
+            if needed[expert]:
+                found[expert] = together[expert, :, : ctx.width].to(dtypes[expert])
+            if ctx.with_column and needed[experts + expert]:
+                found[experts + expert] = together[expert, :, ctx.width].to(dtypes[experts + expert])
+    if not ctx.with_column and any(needed[experts:]):
+        which = (owner.unsqueeze(0) == torch.arange(experts, device=owner.device).unsqueeze(1)).to(gradient.dtype)
+        sums = which @ gradient
+        for expert in range(experts):
+            if needed[experts + expert]:
+                found[experts + expert] = sums[expert].to(dtypes[experts + expert])
+    return found
+
+
+def _to_tokens(rows: Tensor, back: Tensor | None, slots: int) -> Tensor:
+    """Sorted rows' gradients to those of the tokens, of which each is the sum over its slots."""
+    if back is None:
+        return rows
+    rows = rows.index_select(0, back)
+    return rows if slots == 1 else rows.view(-1, slots, rows.shape[-1]).sum(1)
+
+
+class _Signal:
+    """What :class:`st_clp.moe.router_signal.RouterSignal` says, by grouped products; its docstring has the meaning.
+
+    Args:
+        gradient: (rows, out) of the layer's output.
+        rows: (rows, in), its input, sorted, perhaps with the bias's column.
+        rows_gradient: (rows, in), or None where ``result`` is there.
+        result: (rows, out), the output, or None.
+        stack: (experts, out, in), perhaps with the bias's column.
+        bias: (experts, out), where it is no column and there is one.
+        owner: (rows,) each row's expert.
+        stride: Of how many tokens one is tried.
+    """
+
+    def __init__(
+        self,
+        gradient: Tensor,
+        rows: Tensor,
+        rows_gradient: Tensor | None,
+        result: Tensor | None,
+        stack: Tensor,
+        bias: Tensor | None,
+        owner: Tensor,
+        stride: int,
+    ) -> None:
+        self.gradient, self.rows, self.result = gradient, rows, result
+        self.stack, self.bias, self.owner, self.stride = stack, bias, owner, stride
+        if result is not None:
+            self.own = _inner(gradient, result)
+        else:
+            assert rows_gradient is not None
+            self.own = _inner(rows_gradient, rows)
+            if bias is not None:
+                self.own = self.own + _inner(gradient, bias.index_select(0, owner))
+
+    def of_chosen(self) -> Tensor:
+        """The term of each row's own expert, (rows, experts) float32, zero elsewhere."""
+        into = self.own.new_zeros(self.rows.shape[0], self.stack.shape[0])
+        return into.scatter_(1, self.owner.unsqueeze(1), self.own.unsqueeze(1) * (TIE_BREAK if self.stride else 1.0))
+
+    def add_tried(self, into: Tensor, tried: Tensor) -> None:
+        """Add to ``into`` (rows, experts) what every expert would have done at the rows ``tried``."""
+        experts = self.stack.shape[0]
+        counted = (tried >= 0).float() * self.stride
+        tried = tried.clamp(min=0)
+        owner = self.owner.index_select(0, tried)
+        flat = into.view(-1)
+        flat.index_add_(0, tried * experts + owner, self.own.index_select(0, tried) * counted)
+        if experts == 1:
+            return
+        others = (owner.unsqueeze(1) + torch.arange(1, experts, device=owner.device)) % experts
+        pairs, order = torch.sort(others.reshape(-1), stable=True)
+        which = order // (experts - 1)
+        at = tried.index_select(0, which)
+        ends = _ends(pairs, experts)
+        gradient, rows = self.gradient.index_select(0, at), self.rows.index_select(0, at)
+        if self.result is not None:
+            done = grouped_product(rows, self.stack.transpose(1, 2), ends)
+            value = _inner(gradient, done)
+        else:
+            value = _inner(grouped_product(gradient, self.stack, ends), rows)
+        if self.bias is not None:
+            value = value + _inner(gradient, self.bias.index_select(0, pairs))
+        flat.index_add_(0, at * experts + pairs, value * counted.index_select(0, which))
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """Each row's inner product, in float32."""
+    if torch.compiler.is_compiling():
+        return (a.float() * b.float()).sum(-1)  # one kernel, which reads both once
+    return inner_products(a, b)
+
+
+def _ends(experts_of_rows: Tensor, experts: int) -> Tensor:
+    """Where each expert's rows end, (experts,) int32, of rows sorted by expert."""
+    every = torch.arange(experts, device=experts_of_rows.device, dtype=experts_of_rows.dtype)
+    return torch.searchsorted(experts_of_rows, every, right=True, out_int32=True)
+
+
+def sort_by_expert(slots: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sort slots by the expert that each has, on the device.
+
+    Args:
+        slots: (slots,) int64, each one's expert.
+        experts: How many there are.
+
+    Returns:
+        (order, back, owner, ends): the slot of each row, the row of each slot, each row's expert, and where each
+        expert's rows end.
+    """
+    narrow = slots.to(torch.uint8) if experts <= 256 else slots  # a radix sort makes a pass for every few bits
+    owner, order = torch.sort(narrow, stable=True)
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
+    return order, back, owner.long(), _ends(owner, experts)
+
+
+def places_of(chosen: Tensor, stride: int) -> Tensor:
+    """Where ``chosen`` (rows,) bool is true, in ascending order, as so many numbers that the shape tells nothing of it.
+
+    One row in ``stride`` is expected to be chosen. There is room for that and eight standard deviations; what is not
+    filled is -1, and what is over is left out.
+    """
+    rows = chosen.shape[0]
+    expected = -(-rows // stride)
+    room = min(rows, expected + 8 * math.isqrt(expected) + 8)
+    place = chosen.long().cumsum(0) - 1
+    place = torch.where(chosen & (place < room), place, room)  # the last one is for what has no place
+    places = torch.full((room + 1,), -1, dtype=torch.int64, device=chosen.device)
+    return places.scatter_(0, place, torch.arange(rows, device=chosen.device))[:room]
