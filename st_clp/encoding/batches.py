@@ -16,11 +16,19 @@ Features = dict[str, Any]
 
 @dataclass(frozen=True)
 class Batch:
-    """Texts for one forward pass: their places in the window, the model's features, and their number of tokens."""
+    """Texts for one forward pass.
+
+    Args:
+        rows: Their places in the window.
+        features: The model's.
+        tokens: Their number of tokens, padding included.
+        padded: Whether there is any padding.
+    """
 
     rows: np.ndarray
     features: Features
     tokens: int
+    padded: bool
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -50,10 +58,24 @@ class Window:
         """(texts,): how many tokens each has, padding aside; in no order that means anything."""
         return np.concatenate([part.lengths for part in self._parts])
 
-    def part_at(self, position: int) -> tuple[_Part, int]:
-        """The part that holds this place in the order by length, and the place within it."""
+    def batch(self, position: int, tokens: int, batch_size: int | None) -> Batch:
+        """The batch that begins at this place in the order by length.
+
+        Args:
+            position: How many texts went before.
+            tokens: As many texts as come to so many tokens are taken, padding included, and at least one.
+            batch_size: No more texts than this; None for any number.
+        """
         index = int(np.searchsorted(self._ends, position, side="right"))
-        return self._parts[index], position - (int(self._ends[index - 1]) if index else 0)
+        part, begin = self._parts[index], position - (int(self._ends[index - 1]) if index else 0)
+        width = max(1, int(part.lengths[begin]))
+        number = max(1, tokens // width)
+        if batch_size is not None:
+            number = min(number, batch_size)
+        rows = part.rows[begin : begin + number]
+        features = _trim(_take(part.features, slice(begin, begin + number)), width)
+        padded = int(part.lengths[begin : begin + number].min()) < width
+        return Batch(rows, features, len(rows) * width, padded)
 
 
 def tokenise(preprocess: Callable[[list[str]], Features], texts: list[str]) -> Window:
@@ -68,18 +90,6 @@ def tokenise(preprocess: Callable[[list[str]], Features], texts: list[str]) -> W
         exact = np.argsort(-lengths, kind="stable")
         parts.append(_Part(rows[exact], lengths[exact], _take(features, torch.from_numpy(exact))))
     return Window(parts)
-
-
-def batch_at(window: Window, position: int, tokens: int, batch_size: int | None) -> Batch:
-    """The batch that begins at this place: as many texts as come to so many tokens, and at least one."""
-    part, begin = window.part_at(position)
-    width = max(1, int(part.lengths[begin]))
-    number = max(1, tokens // width)
-    if batch_size is not None:
-        number = min(number, batch_size)
-    rows = part.rows[begin : begin + number]
-    features = _trim(_take(part.features, slice(begin, begin + number)), width)
-    return Batch(rows, features, len(rows) * width)
 
 
 def _take(features: Features, rows: Any) -> Features:

@@ -1,7 +1,8 @@
 """Texts to embeddings in a stream: the embeddings of ``model.encode_query`` and ``encode_document``, sooner.
 
 A transformer's time is spent on tokens, padding included, so texts are sorted by length within a window and batches
-are filled by tokens. The next window is tokenised while an accelerator has this one. Where the hardware multiplies
+are filled by tokens. The next windows are tokenised while an accelerator has this one, and its batches are as large as
+its memory allows. Where the hardware multiplies
 bfloat16 the transformer runs in it, and what comes after it (pooling, dense layers) in float32: a mean over hundreds of
 tokens in bfloat16 costs more accuracy than the transformer does.
 """
@@ -12,16 +13,16 @@ import itertools
 import logging
 import random
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
 from st_clp.declaring import takes
-from st_clp.encoding.batches import Window, batch_at, keep_freed_memory, tokenise
+from st_clp.encoding.ahead import TokenBudget, tokenised_ahead
+from st_clp.encoding.batches import Window, keep_freed_memory, tokenise
+from st_clp.encoding.token_lists import ListWindow
 from st_clp.encoding.working_model import Embedded, Task, WorkingModel
 from st_clp.options import Encoding, EncodingOptions
 
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 # Texts that are sorted by length together. A processor's batches are small, and a store's shards are windows: what a
 # killed run loses is at most one. An accelerator's batches are larger.
 CPU_WINDOW, ACCELERATOR_WINDOW = 512, 8192
-CPU_TOKENS, ACCELERATOR_TOKENS = 2048, 65_536
+CPU_TOKENS = 2048
 CPU_BLOCK = 12 << 20  # bytes of a batch's widest states: several of them have to fit into what stays when it is freed
 
 
@@ -138,42 +139,19 @@ class Encoder:
         self._batch_size = encoding.encode_batch_size
         self._dim = embedding_dimension(model)
         self._whole_batch = self._batch_size or 32
-        self._tokens = ACCELERATOR_TOKENS
+        self._budget = TokenBudget(model.device)
         if model.device.type == "cpu":
             keep_freed_memory()
-            self._tokens = max(1, min(CPU_TOKENS, CPU_BLOCK // self._working.bytes_per_token))
+            self._budget.tokens = max(1, min(CPU_TOKENS, CPU_BLOCK // self._working.bytes_per_token))
 
     def encode_windows(self, windows: Iterator[list[str]]) -> Iterator[np.ndarray]:
         """Yield the float32 embeddings of each window's texts, (texts, dim); a window may be empty."""
         if not self._working.by_tokens:
             yield from (self._run_whole(texts) if texts else self._nothing() for texts in windows)
         elif reads_ahead(self._working.device):
-            yield from map(self._run, self._tokenised_ahead(windows))
+            yield from map(self._run, tokenised_ahead(windows, self._working.token_lists, self._working.preprocess))
         else:
             yield from map(self._run, map(self._tokenise, windows))
-
-    def _tokenised_ahead(self, windows: Iterator[list[str]]) -> Iterator[Window | None]:
-        """Tokenise each window on a thread while the one before it is in the model."""
-        waiting: deque[Future[Window | None]] = deque()
-        with ThreadPoolExecutor(1) as tokenizer:
-
-            def read_ahead() -> None:
-                try:
-                    texts = next(windows, None)
-                except Exception as error:
-                    # What was read before is encoded first: an error in the texts must not cost a window.
-                    failed: Future[Window | None] = Future()
-                    failed.set_exception(error)
-                    waiting.append(failed)
-                    return
-                if texts is not None:
-                    waiting.append(tokenizer.submit(self._tokenise, texts))
-
-            read_ahead()
-            while waiting:
-                ready = waiting.popleft()
-                read_ahead()
-                yield ready.result()
 
     def _tokenise(self, texts: list[str]) -> Window | None:
         return tokenise(self._working.preprocess, texts) if texts else None
@@ -182,7 +160,7 @@ class Encoder:
         return np.zeros((0, self._dim), dtype=np.float32)
 
     @torch.inference_mode()
-    def _run(self, window: Window | None) -> np.ndarray:
+    def _run(self, window: Window | ListWindow | None) -> np.ndarray:
         """The embeddings of a window's texts, in their order; batches shrink when memory runs out."""
         if window is None:
             return self._nothing()
@@ -190,19 +168,21 @@ class Encoder:
         position = 0
         waiting: tuple[np.ndarray, Embedded] | None = None
         while position < len(window):
-            batch = batch_at(window, position, self._tokens, self._batch_size)
+            batch = window.batch(position, self._budget.tokens, self._batch_size)
+            before = self._budget.allocated()
             try:
-                embedded = self._working.forward(batch.features)
+                embedded = self._working.forward(batch.features, padded=batch.padded)
             except torch.OutOfMemoryError:
                 if len(batch) == 1:
                     raise
                 embedded = None
             if embedded is None:
                 # Not within the except clause, where the error's frames still hold what the batch had taken.
-                self._tokens = max(1, batch.tokens // 2)
-                logger.warning("out of memory: going on with batches of %d tokens", self._tokens)
+                self._budget.shrink(batch.tokens)
+                logger.warning("out of memory: going on with batches of %d tokens", self._budget.tokens)
                 self._working.free_memory()
                 continue
+            self._budget.learn(batch.tokens, before)
             # An accelerator works on this batch while the one before it is copied back.
             if waiting is not None:
                 embeddings[waiting[0]] = waiting[1].wait()

@@ -21,6 +21,8 @@ from transformers import PreTrainedModel
 
 from st_clp.encoding.batches import Features
 from st_clp.encoding.packing import pack_linear_layers, use_batched_products
+from st_clp.encoding.padding import known_padding, use_known_padding
+from st_clp.encoding.token_lists import TokenLists
 from st_clp.options import ComputeDtype
 
 logger = logging.getLogger(__name__)
@@ -66,9 +68,19 @@ class WorkingModel:
         """Tokenise texts."""
         return self._model.preprocess(texts, prompt=self._prompt, task=self._task)
 
-    def forward(self, features: Features) -> Embedded:
-        """The embeddings of one batch, float32, (texts, dim), which a GPU may still be computing."""
-        output = self._runs(self._on_device(features), task=self._task)
+    def token_lists(self, texts: list[str]) -> TokenLists | None:
+        """What tokenises into lists as :meth:`preprocess` does into tensors, judged by these texts; or None."""
+        return TokenLists.of(self._model, self.preprocess, self._task, self._prompt, texts)
+
+    def forward(self, features: Features, *, padded: bool = True) -> Embedded:
+        """The embeddings of one batch, float32, (texts, dim), which a GPU may still be computing.
+
+        Args:
+            features: Those of the batch.
+            padded: Whether any text is shorter than the longest.
+        """
+        with known_padding(padded):
+            output = self._runs(self._on_device(features), task=self._task)
         embeddings = output["sentence_embedding"]
         if self._model.truncate_dim is not None:
             embeddings = truncate_embeddings(embeddings, self._model.truncate_dim)
@@ -189,6 +201,8 @@ def _in_bfloat16(model: SentenceTransformer) -> SentenceTransformer:
             # Not by a hook: hooks are numbered in each process anew, and one that came with a model that was sent here
             # may have the number that a new one would get.
             module.forward = partial(_in_float32, module.forward)
+            if model.device.type != "cpu":
+                use_known_padding(module.model)
             if model.device.type == "cpu" and not _capabilities().get("amx_bf16"):
                 use_batched_products(module.model)
             if model.device.type == "cpu" and hardware_has_bf16(model.device):

@@ -233,7 +233,7 @@ calibration.register_fake(
 
 
 def _even_bias(logits: Tensor, keep: Tensor, per_token: int, rounds: int = 60) -> Tensor:
-    """Find a bias (experts,) with which the tokens of ``logits`` (tokens, experts), weighed by ``keep``, spread evenly."""
+    """Find a bias (experts,) with which the tokens of ``logits`` (tokens, experts) that ``keep`` has spread evenly."""
     logits, keep = logits[:8192], keep[:8192].unsqueeze(1)
     experts, tokens = logits.shape[1], keep.sum().clamp(min=1)
     mean = (logits * keep).sum(0) / tokens

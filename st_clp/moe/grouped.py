@@ -44,7 +44,7 @@ def grouped_product(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
 
 
 def grouped_outer_product(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
-    """Multiply each expert's part of ``left`` (rows, out), transposed, by ``right``'s (rows, in): (experts, out, in)."""
+    """Multiply each expert's part of ``left`` (rows, out), transposed, by that of ``right`` (rows, in)."""
     if _is_grouped(left, left.shape[1], right.shape[1]):
         found = torch.nn.functional.grouped_mm(left.t(), right, offs=ends)
         empty = torch.diff(ends, prepend=ends.new_zeros(1)) == 0

@@ -382,9 +382,9 @@ def test_batches_are_smaller_where_the_states_are_wider(
     sizes: list[int] = []
     forward = working_model.WorkingModel.forward
 
-    def counting(working: working_model.WorkingModel, features: dict[str, torch.Tensor]) -> object:
+    def counting(working: working_model.WorkingModel, features: dict[str, torch.Tensor], **options: bool) -> object:
         sizes.append(features["input_ids"].numel())
-        return forward(working, features)
+        return forward(working, features, **options)
 
     monkeypatch.setattr(working_model.WorkingModel, "forward", counting)
     monkeypatch.setattr(encode, "CPU_BLOCK", 40 * widest * 4)

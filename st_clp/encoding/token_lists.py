@@ -1,0 +1,127 @@
+"""Tokens as plain lists, for devices that are done with a batch before the next one is padded and turned into tensors.
+
+Padding texts and turning nested lists into tensors takes ten times as long as handing over their ids, and keeps all
+other threads of Python waiting. So texts come from the tokenizer one by one, on all cores, and each batch is laid out
+when it is known which texts it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Router, Transformer
+
+from st_clp.encoding.batches import Batch, Features
+
+SAMPLE = 32  # texts on which it is tried whether ids are all that a model wants
+KNOWN = {"input_ids", "attention_mask", "token_type_ids"}
+
+
+class TokenLists:
+    """Tokenises texts without padding, for a model whose features follow from the ids alone.
+
+    Args:
+        tokenizer: The model's own.
+        prompt: What is put before each text.
+        max_length: Tokens of a text, at most.
+        template: What the model's own preprocessing gives for some text: which features there are.
+    """
+
+    def __init__(self, tokenizer: Any, prompt: str, max_length: int | None, template: Features) -> None:
+        self._tokenizer, self._prompt, self._max_length = tokenizer, prompt, max_length
+        self._names = [name for name, value in template.items() if isinstance(value, torch.Tensor)]
+        self._constant = {name: value for name, value in template.items() if not isinstance(value, torch.Tensor)}
+        self._left = getattr(tokenizer, "padding_side", "right") == "left"
+
+    @classmethod
+    def of(
+        cls, model: SentenceTransformer, preprocess: Callable[[list[str]], Features], task: str, prompt: str | None,
+        texts: Sequence[str],
+    ) -> TokenLists | None:  # fmt: skip
+        """Such a tokenizer, if it gives what ``preprocess`` gives for the first texts and for a very long one."""
+        sample = [*texts[:SAMPLE], " ".join(texts[:SAMPLE])]
+        template = preprocess(sample)
+        if {name for name, value in template.items() if isinstance(value, torch.Tensor)} - KNOWN:
+            return None
+        for module in _inputs(model):
+            tokenizer: Any = module.tokenizer
+            if not getattr(tokenizer, "is_fast", False) or tokenizer.pad_token_id is None:
+                continue
+            length = getattr(module, f"{task}_length", None) or module.max_seq_length
+            lists = cls(tokenizer, prompt or "", length, template)
+            rows = lists(sample)
+            found = lists.features(rows, max(len(row) for row in rows))
+            if all(torch.equal(found[name], template[name]) for name in lists._names):
+                return lists
+        return None
+
+    def __call__(self, texts: list[str]) -> list[np.ndarray]:
+        """The ids of each text; other threads may go on meanwhile."""
+        given = [self._prompt + text for text in texts] if self._prompt else texts
+        ids = self._tokenizer(
+            given,
+            truncation="longest_first" if self._max_length else False,
+            max_length=self._max_length,
+            padding=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )["input_ids"]
+        return [np.asarray(row, dtype=np.int64) for row in ids]
+
+    def features(self, rows: Sequence[np.ndarray], width: int) -> Features:
+        """The features of a batch of texts, padded to ``width`` tokens."""
+        lengths = np.array([len(row) for row in rows])
+        kept = np.arange(width) < lengths[:, None]
+        if self._left:
+            kept = kept[:, ::-1]
+        ids = np.full(kept.shape, self._tokenizer.pad_token_id, dtype=np.int64)
+        ids[kept] = np.concatenate(rows)
+        made = {
+            "input_ids": ids,
+            "attention_mask": kept.astype(np.int64),
+            "token_type_ids": np.zeros(kept.shape, dtype=np.int64),
+        }
+        return {**{name: torch.from_numpy(made[name]) for name in self._names}, **self._constant}
+
+
+class ListWindow:
+    """A window's texts as token lists, which batches of any size can be made of.
+
+    Args:
+        rows: Each text's ids.
+        lists: What lays them out.
+    """
+
+    def __init__(self, rows: list[np.ndarray], lists: TokenLists) -> None:
+        self._rows, self._lists = rows, lists
+        self.lengths = np.array([len(row) for row in rows], dtype=np.int64)
+        self._order = np.argsort(-self.lengths, kind="stable")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def batch(self, position: int, tokens: int, batch_size: int | None) -> Batch:
+        """The batch that begins at this place in the order by length, as ``Window.batch`` says."""
+        width = max(1, int(self.lengths[self._order[position]]))
+        number = max(1, tokens // width)
+        if batch_size is not None:
+            number = min(number, batch_size)
+        places = self._order[position : position + number]
+        features = self._lists.features([self._rows[place] for place in places], width)
+        padded = int(self.lengths[places[-1]]) < width
+        return Batch(places, features, len(places) * width, padded)
+
+
+def _inputs(model: SentenceTransformer) -> Iterator[Transformer]:
+    """The modules that may tokenise the model's texts."""
+    first = model[0]
+    found = (
+        [next(iter(route.children())) for route in first.sub_modules.values()] if isinstance(first, Router) else [first]
+    )
+    for module in found:
+        if isinstance(module, Transformer):
+            yield module
