@@ -35,7 +35,7 @@ class Balance:
 
     The bias of an expert moves by ``rate * spread * (1 - use)`` with ``use`` its tokens relative to an even share and
     ``spread`` the standard deviation of the logits, so that a step does not depend on the scale that the router has
-    learnt. The tokens' mean, remembered over steps, is subtracted beforehand (``Router.selection_bias``). The first
+    learnt. The tokens' mean, remembered over steps, is subtracted beforehand (``Router.of_mean_token``). The first
     training pass of a router that has no balance yet sets it so that this pass is even.
 
     All counts stay on the router's device until somebody asks for them.
@@ -51,6 +51,21 @@ class Balance:
         self._step: _StepSums | None = None
         self._seen_version = -1
 
+    def prepare(self, dim: int, device: torch.device) -> None:
+        """Have counters on the device, before a pass is compiled that writes to them; none are changed that are there.
+
+        Args:
+            dim: The tokens' width.
+            device: The router's.
+        """
+        if self._used is not None and self._used.device == device:
+            return
+        with torch.inference_mode(False):  # so that they can be written to outside of it too
+            used = torch.zeros(self.settings.num_experts, dtype=torch.int64, device=device)
+            self._used = used if self._used is None else used.copy_(self._used)
+            if self.settings.uses_bias:
+                self._step = _StepSums(self.settings.num_experts, dim, device)
+
     @property
     def used(self) -> list[int]:
         """The tokens that each expert has had since :meth:`reset`; the host waits for the device."""
@@ -58,11 +73,13 @@ class Balance:
 
     @used.setter
     def used(self, used: Sequence[int]) -> None:
-        self._used = torch.tensor(used) if self._used is None else self._used.new_tensor(used)
+        assert self._used is not None
+        self._used.copy_(torch.tensor(used))
 
     def reset(self) -> None:
         """Forget the use counted so far (not the balance)."""
-        self._used = None
+        if self._used is not None:
+            self._used.zero_()
 
     def count(
         self,
@@ -73,14 +90,23 @@ class Balance:
         use: Tensor,
         context: ForwardContext | None,
     ) -> None:
-        """Count one forward pass, unless this pass has been counted or is one that shall not count."""
-        if context is None or not context.counts or not context.first_time(router.layer):
+        """Count one forward pass, unless this pass has been counted or is one that shall not count.
+
+        Args:
+            router: Whose it is.
+            logits: (tokens, experts), the mean token's taken off.
+            tokens: (tokens, dim).
+            mask: (tokens,) or None.
+            use: (experts,) the tokens that each expert has.
+            context: The forward pass.
+        """
+        if context is None or not context.counts:
             return
-        self._used = use.clone() if self._used is None else self._used.to(use.device) + use
-        if router.training and self.settings.uses_bias and router.weight.requires_grad:
-            if self._step is None or self._step.device != use.device:
-                self._step = _StepSums(self.settings.num_experts, tokens.shape[1], use.device)
-            self._step.add(logits, _mean(tokens, mask), mask, use)
+        self.prepare(tokens.shape[1], use.device)
+        assert self._used is not None
+        self._used.add_(use)
+        if router.training and self._step is not None and router.weight.requires_grad:
+            self._step.add(logits, tokens, mask, use)
 
     def adjust(self, router: Router, logits: Tensor, tokens: Tensor, mask: Tensor | None) -> None:
         """Move the balance if the optimizer has stepped since the last counted pass."""
@@ -123,7 +149,7 @@ class Balance:
         if self._step is None:
             return
         counted = self._step.counted().to(router.weight.device)
-        self._step = None
+        self._step.clear()
         if _distributed():
             torch.distributed.all_reduce(counted)
             counted /= torch.distributed.get_world_size()
@@ -139,40 +165,33 @@ class Balance:
 class _StepSums:
     """One optimizer step's tokens: the same result however the step is cut into passes.
 
-    Means and squared deviations are merged as in Chan et al. 1979: a sum of squares would lose them in float32.
+    The logits come with the mean token's taken off, so that their squares lose nothing in float32.
     """
 
     def __init__(self, experts: int, dim: int, device: torch.device) -> None:
-        self.device = device
-        self._tokens = torch.zeros((), device=device)
-        self._counts, self._squares = torch.zeros(experts, device=device), torch.zeros(experts, device=device)
-        self._logit_mean, self._center = torch.zeros(experts, device=device), torch.zeros(dim, device=device)
+        self._moments = torch.zeros(1 + experts, 1 + experts, device=device)
+        self._counts, self._tokens = torch.zeros(experts, device=device), torch.zeros(dim, device=device)
 
-    def add(self, logits: Tensor, center: Tensor, mask: Tensor | None, use: Tensor) -> None:
-        """Add one pass's ``logits`` (tokens, experts), mean token (dim,) and ``use`` (experts,)."""
-        logits = logits.float()
-        if mask is None:
-            new = torch.full_like(self._tokens, logits.shape[0])
-            squares, mean = torch.var_mean(logits, dim=0, correction=0)
-            squares = squares * logits.shape[0]
-        else:
-            keep = mask.to(logits.dtype).unsqueeze(1)
-            new = keep.sum()
-            mean = (logits * keep).sum(0) / new.clamp(min=1)
-            squares = ((logits - mean).square() * keep).sum(0)
-        share = new / (self._tokens + new).clamp(min=1)
-        shift = mean - self._logit_mean
+    def add(self, logits: Tensor, tokens: Tensor, mask: Tensor | None, use: Tensor) -> None:
+        """Add one pass's ``logits`` (tokens, experts), its ``tokens`` (tokens, dim) and ``use`` (experts,)."""
+        one_and_logits = torch.nn.functional.pad(logits, (1, 0), value=1.0)
+        kept = one_and_logits if mask is None else one_and_logits * mask.unsqueeze(1)
         # in place: a captured graph writes where it wrote when it was captured
-        self._squares.add_(squares + shift.square() * (self._tokens * share))
-        self._logit_mean.add_(shift * share)
-        self._center.add_((center - self._center) * share)
+        self._moments.addmm_(one_and_logits.t(), kept)
+        self._tokens.add_(_sum(tokens, mask))
         self._counts.add_(use)
-        self._tokens.add_(new)
+
+    def clear(self) -> None:
+        """Begin with the next step."""
+        for sums in (self._moments, self._counts, self._tokens):
+            sums.zero_()
 
     def counted(self) -> Tensor:
         """Counts (experts,), the logits' standard deviation, and the mean token (dim,), in one tensor."""
-        spread = (self._squares / self._tokens.clamp(min=1)).sqrt().mean()
-        return torch.cat([self._counts, spread.reshape(1), self._center])
+        number = self._moments[0, 0].clamp(min=1)
+        mean, squares = self._moments[0, 1:] / number, self._moments.diagonal()[1:] / number
+        spread = (squares - mean.square()).clamp(min=0).sqrt().mean()
+        return torch.cat([self._counts, spread.reshape(1), self._tokens / number])
 
 
 def move_after(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -195,12 +214,16 @@ ROUTERS: WeakSet[Router] = WeakSet()
 register_optimizer_step_post_hook(move_after)
 
 
+def _sum(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """The sum of the tokens, (dim,) float32."""
+    if mask is None:
+        return tokens.sum(0, dtype=torch.float32)
+    return weighted_sums(mask.float().unsqueeze(1), tokens).squeeze(0)
+
+
 def _mean(tokens: Tensor, mask: Tensor | None) -> Tensor:
     """The mean token, (dim,) float32."""
-    if mask is None:
-        return tokens.mean(0, dtype=torch.float32)
-    weights = mask.float() / mask.sum().clamp(min=1)
-    return weighted_sums(weights.unsqueeze(1), tokens).squeeze(0)
+    return _sum(tokens, mask) / (tokens.shape[0] if mask is None else mask.sum().clamp(min=1))
 
 
 def _distributed() -> bool:

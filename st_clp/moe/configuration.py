@@ -15,10 +15,6 @@ CONFIG_KEY = "st_clp_moe"
 """The key of the encoder's ``config.json`` under which the settings are saved."""
 
 
-TRIED_PRODUCTS = 0.125
-"""Products with other experts than a token's own, in the backward pass, for each product with its own."""
-
-
 @dataclass(frozen=True)
 class MoESettings:
     """The settings of a mixture of experts.
@@ -36,8 +32,7 @@ class MoESettings:
         balance_rate: How far one optimizer step moves the bias, in standard deviations of the router's logits.
         balance_weight: The weight of the auxiliary loss where ``balance="loss"``.
         router_sample: The share of tokens, 0 to 1, whose other experts are tried in the backward pass to tell the
-            router which one would have served better. None: an eighth divided by the number of other experts, so that
-            trying them costs an eighth of a product however many there are.
+            router which one would have served better.
         only_train: What a reference checkpoint says was trained; kept so that it can be written again.
 
     Raises:
@@ -52,7 +47,7 @@ class MoESettings:
     balance: str = "bias"
     balance_rate: float = 0.2
     balance_weight: float = 0.01
-    router_sample: float | None = None
+    router_sample: float = 0.125
     only_train: str | None = None
 
     def __post_init__(self) -> None:
@@ -69,9 +64,6 @@ class MoESettings:
         for name, choices in (("projection", PROJECTIONS), ("routing", ROUTINGS), ("balance", BALANCES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}.")
-        if self.router_sample is None:
-            object.__setattr__(self, "router_sample", TRIED_PRODUCTS / max(1, self.num_experts - 1))
-        assert self.router_sample is not None
         if not 0 <= self.router_sample <= 1:
             raise ValueError(f"router_sample is a share of the tokens, 0 to 1; got {self.router_sample!r}.")
         for name in ("balance_rate", "balance_weight"):

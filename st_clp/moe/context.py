@@ -7,6 +7,7 @@ model since; its checkpoint function therefore takes the forward pass's own cont
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,21 @@ import torch
 from torch import Tensor, nn
 
 from st_clp.moe.router_signal import drawn
+
+
+def places_of(chosen: Tensor, stride: int) -> Tensor:
+    """Where ``chosen`` (rows,) bool is true, in ascending order, as so many numbers that the shape tells nothing of it.
+
+    One row in ``stride`` is expected to be chosen. There is room for so many, e, and for e/4 + 65 more, which is more
+    than eight standard deviations of independent lots (8 √e). What is not filled is -1; what is over is left out.
+    """
+    rows = chosen.shape[0]
+    expected = -(-rows // stride)
+    room = min(rows, expected + expected // 4 + 65)
+    place = chosen.cumsum(0) - 1
+    place = torch.where(chosen & (place < room), place, room)  # the last one is for what has no place
+    places = torch.full((room + 1,), -1, dtype=torch.int64, device=chosen.device)
+    return places.scatter_(0, place, torch.arange(rows, device=chosen.device))[:room]
 
 
 def stays_on_device(tokens: Tensor) -> bool:
@@ -36,7 +52,7 @@ class ForwardContext:
         self.counts = counts
         self._marks = marks
         self._tried: Tensor | None = None
-        self._counted: set[int] = set()
+        self._places: tuple[Tensor, Tensor] | None = None
         self.mask: Tensor | None = None
         if mask is not None:
             flat = mask.reshape(-1) != 0
@@ -59,15 +75,25 @@ class ForwardContext:
             marks = None if self._marks is None else self._marks()
             if marks is None or marks.numel() != positions:  # as where an encoder drops or adds positions
                 marks = torch.arange(positions, device=weight.device)
-            self._tried = drawn(marks, weight, stride)
+            self._tried, self._places = drawn(marks, weight, stride), None
         return self._tried
 
-    def first_time(self, layer: int) -> bool:
-        """Whether this layer's router has not counted the pass yet; a layer that is run again counts no token twice."""
-        if layer in self._counted:
-            return False
-        self._counted.add(layer)
-        return True
+    def tried_places(self, weight: Tensor, positions: int, stride: int) -> tuple[Tensor, Tensor]:
+        """Return the places of :meth:`tried_tokens`, so many whatever is drawn, and how many fold each counts.
+
+        What is left over stands at place 0 and counts nothing.
+        """
+        tried = self.tried_tokens(weight, positions, stride)
+        if self._places is None:
+            places = places_of(tried, stride)
+            self._places = places.clamp(min=0), (places >= 0).float() * stride
+        return self._places
+
+    def again(self) -> ForwardContext:
+        """The same pass for a layer that is run again, which counts no token twice."""
+        other = copy.copy(self)
+        other.counts = False
+        return other
 
 
 _state = threading.local()
@@ -100,8 +126,10 @@ class _Recalling:
         if context is None:
             return self.checkpoint(function, *args, **kwargs)
 
+        runs = [context]  # then those without counting
+
         def in_context(*inner_args: Any, **inner_kwargs: Any) -> Any:
-            with entered(context):
+            with entered(runs.pop() if runs else context.again()):
                 return function(*inner_args, **inner_kwargs)
 
         # a reentrant checkpoint gives no gradient to what is inside it unless one of its inputs has one, and below

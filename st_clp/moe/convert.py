@@ -245,6 +245,7 @@ def _put_experts(
         for buffer in module.gate.buffers():
             buffer.zero_()
         module.gate.balance.calibrated = False
+        module.gate.balance.prepare(dense.in_features, dense.weight.device)
     projection.replace(module)
 
 

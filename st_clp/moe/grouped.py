@@ -13,9 +13,8 @@ rounds up to its tiles); adding biases afterwards would read and write all the w
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,7 +88,8 @@ class StackedLinear(Function):
         ends: (experts,) int32, where each expert's rows end.
         owner: (rows,) int64, each sorted row's expert.
         stride: Of how many tokens one has its other experts tried; None where the router learns nothing.
-        tried: (rows that may be tried,) int64 of sorted rows, -1 where there is none; None where none is.
+        tried: (rows that may be tried,) int64 of sorted rows; None where none is.
+        tried_weights: (rows that may be tried,) float32, how many fold each counts.
         parameters: Each expert's weight (out, in), then each one's bias (out,) or None.
     """
 
@@ -105,6 +105,7 @@ class StackedLinear(Function):
         owner: Tensor,
         stride: int | None,
         tried: Tensor | None,
+        tried_weights: Tensor | None,
         *parameters: Tensor | None,
     ) -> Tensor:
         experts = len(parameters) // 2
@@ -116,11 +117,13 @@ class StackedLinear(Function):
         bias = None
         if biases[0] is not None and not with_column:
             bias = torch.stack([each for each in biases if each is not None]).to(result.dtype)
-            result = result + bias.index_select(0, owner)
+            result = result + bias.index_select(0, owner.long())
         learns = stride is not None and shares is not None
         # the signal is an inner product of either what came in or what went out; the narrower is less to read
         keeps_result = learns and result.shape[1] < rows.shape[1]
-        ctx.save_for_backward(rows, stack, bias, result if keeps_result else None, back, ends, owner, tried)
+        ctx.save_for_backward(
+            rows, stack, bias, result if keeps_result else None, back, ends, owner, tried, tried_weights
+        )
         ctx.width, ctx.slots, ctx.experts, ctx.with_column = tokens.shape[1], slots, experts, with_column
         ctx.stride = stride if learns else None
         ctx.dtypes = [None if each is None else each.dtype for each in parameters]
@@ -129,9 +132,9 @@ class StackedLinear(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        rows, stack, bias, result, back, ends, owner, tried = ctx.saved_tensors
+        rows, stack, bias, result, back, ends, owner, tried, tried_weights = ctx.saved_tensors
         needs_tokens, needs_shares = ctx.needs_input_grad[:2]
-        needed = ctx.needs_input_grad[9:]
+        needed = ctx.needs_input_grad[10:]
         gradient = gradient.contiguous()
         learns = needs_shares and ctx.stride is not None
         rows_gradient = None
@@ -147,12 +150,12 @@ class StackedLinear(Function):
             signal = _Signal(gradient, rows, rows_gradient, result, stack, bias, owner, ctx.stride)
             shares_gradient = signal.of_chosen()
             if tried is not None:
-                signal.add_tried(shares_gradient, tried)
+                signal.add_tried(shares_gradient, tried, tried_weights)
         tokens_gradient = None
         if needs_tokens:
             assert rows_gradient is not None
             tokens_gradient = _to_tokens(rows_gradient[:, : ctx.width], back, ctx.slots)
-        return (tokens_gradient, shares_gradient, *[None] * 7, *parameter_gradients)
+        return (tokens_gradient, shares_gradient, *[None] * 8, *parameter_gradients)
 
 
 def _stack(weights: Sequence[Any], biases: Sequence[Any] | None, dtype: torch.dtype) -> Tensor:
@@ -161,11 +164,15 @@ def _stack(weights: Sequence[Any], biases: Sequence[Any] | None, dtype: torch.dt
     It is made anew in every pass. A cast to autocast's precision costs that anyway; and a copy that is kept would have
     to know of every change of a weight, but PyTorch does not tell of changes by ``weight.data``.
     """
-    stacked = torch.stack([weight.to(dtype) for weight in weights])
-    if biases is None:
-        return stacked
-    column = torch.stack([bias.to(dtype) for bias in biases]).unsqueeze(2)
-    return torch.nn.functional.pad(torch.cat([stacked, column], dim=2), (0, _columns(dtype) - 1))
+    out, width = weights[0].shape
+    stack = weights[0].new_empty(len(weights), out, width + (0 if biases is None else _columns(dtype)), dtype=dtype)
+    for expert, weight in enumerate(weights):
+        stack[expert, :, :width].copy_(weight)
+        if biases is not None:
+            stack[expert, :, width].copy_(biases[expert])
+    if biases is not None:
+        stack[:, :, width + 1 :].zero_()
+    return stack
 
 
 def _sorted_rows(tokens: Tensor, source: Tensor, width: int) -> Tensor:
@@ -178,8 +185,8 @@ def _sorted_rows(tokens: Tensor, source: Tensor, width: int) -> Tensor:
         return torch.cat([tokens.index_select(0, source), ones], dim=1)
     rows = tokens.new_empty(source.shape[0], width)
     torch.index_select(tokens, 0, source, out=rows[:, :dim])
-    rows[:, dim:] = 0
-    rows[:, dim] = 1
+    rows[:, dim:].zero_()
+    rows[:, dim].fill_(1)
     return rows
 
 
@@ -190,7 +197,7 @@ def _columns(dtype: torch.dtype) -> int:
 
 def _parameter_gradients(ctx: Any, gradient: Tensor, rows: Tensor, ends: Tensor, owner: Tensor) -> list[Tensor | None]:
     """The gradients of weights and biases; zeros for an expert without tokens, as distributed training wants."""
-    needed, experts, dtypes = ctx.needs_input_grad[9:], ctx.experts, ctx.dtypes
+    needed, experts, dtypes = ctx.needs_input_grad[10:], ctx.experts, ctx.dtypes
     found: list[Tensor | None] = [None] * len(needed)
     if any(needed[:experts]) or ctx.with_column:
         together = grouped_outer_product(gradient, rows, ends)
@@ -242,44 +249,40 @@ class _Signal:
         stride: int,
     ) -> None:
         self.gradient, self.rows, self.result = gradient, rows, result
-        self.stack, self.bias, self.owner, self.stride = stack, bias, owner, stride
+        self.stack, self.bias, self.owner, self.stride = stack, bias, owner.long(), stride
         if result is not None:
             self.own = _inner(gradient, result)
         else:
             assert rows_gradient is not None
             self.own = _inner(rows_gradient, rows)
             if bias is not None:
-                self.own = self.own + _inner(gradient, bias.index_select(0, owner))
+                self.own = self.own + _inner(gradient, bias.index_select(0, self.owner))
 
     def of_chosen(self) -> Tensor:
         """The term of each row's own expert, (rows, experts) float32, zero elsewhere."""
         into = self.own.new_zeros(self.rows.shape[0], self.stack.shape[0])
         return into.scatter_(1, self.owner.unsqueeze(1), self.own.unsqueeze(1) * (TIE_BREAK if self.stride else 1.0))
 
-    def add_tried(self, into: Tensor, tried: Tensor) -> None:
-        """Add to ``into`` (rows, experts) what every expert would have done at the rows ``tried``."""
+    def add_tried(self, into: Tensor, tried: Tensor, counted: Tensor) -> None:
+        """Add to ``into`` (rows, experts) what every expert would have done at the rows ``tried``, so many fold."""
         experts = self.stack.shape[0]
-        counted = (tried >= 0).float() * self.stride
-        tried = tried.clamp(min=0)
         owner = self.owner.index_select(0, tried)
-        flat = into.view(-1)
-        flat.index_add_(0, tried * experts + owner, self.own.index_select(0, tried) * counted)
+        flat, own = into.view(-1), tried * experts
+        flat.index_add_(0, own + owner, self.own.index_select(0, tried) * counted)
         if experts == 1:
             return
-        others = (owner.unsqueeze(1) + torch.arange(1, experts, device=owner.device)) % experts
-        pairs, order = torch.sort(others.reshape(-1), stable=True)
-        which = order // (experts - 1)
+        others = owner.unsqueeze(1) + torch.arange(1, experts, device=owner.device)
+        pairs = sort_by_expert(others.remainder(experts).reshape(-1), experts)
+        which = pairs.order // (experts - 1)
         at = tried.index_select(0, which)
-        ends = _ends(pairs, experts)
         gradient, rows = self.gradient.index_select(0, at), self.rows.index_select(0, at)
         if self.result is not None:
-            done = grouped_product(rows, self.stack.transpose(1, 2), ends)
-            value = _inner(gradient, done)
+            value = _inner(gradient, grouped_product(rows, self.stack.transpose(1, 2), pairs.ends))
         else:
-            value = _inner(grouped_product(gradient, self.stack, ends), rows)
+            value = _inner(grouped_product(gradient, self.stack, pairs.ends), rows)
         if self.bias is not None:
-            value = value + _inner(gradient, self.bias.index_select(0, pairs))
-        flat.index_add_(0, at * experts + pairs, value * counted.index_select(0, which))
+            value = value + _inner(gradient, self.bias.index_select(0, pairs.owner.long()))
+        flat.index_add_(0, at * experts + pairs.owner, value * counted.index_select(0, which))
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
@@ -289,39 +292,34 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
     return inner_products(a, b)
 
 
-def _ends(experts_of_rows: Tensor, experts: int) -> Tensor:
-    """Where each expert's rows end, (experts,) int32, of rows sorted by expert."""
-    every = torch.arange(experts, device=experts_of_rows.device, dtype=experts_of_rows.dtype)
-    return torch.searchsorted(experts_of_rows, every, right=True, out_int32=True)
-
-
-def sort_by_expert(slots: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sort slots by the expert that each has, on the device.
+class SortedSlots(NamedTuple):
+    """Slots sorted by their expert.
 
     Args:
-        slots: (slots,) int64, each one's expert.
-        experts: How many there are.
-
-    Returns:
-        (order, back, owner, ends): the slot of each row, the row of each slot, each row's expert, and where each
-        expert's rows end.
+        order: (rows,) int64, the slot of each row.
+        back: (slots,) int64, the row of each slot.
+        owner: (rows,) uint8, or int64 with more than 256 experts: each row's expert.
+        ends: (experts,) int32, where each expert's rows end.
+        counts: (experts,) int64, how many each has.
     """
+
+    order: Tensor
+    back: Tensor
+    owner: Tensor
+    ends: Tensor
+    counts: Tensor
+
+
+def sort_by_expert(slots: Tensor, experts: int) -> SortedSlots:
+    """Sort ``slots`` (slots,) int64, each of which names one of so many experts, on the device."""
+    counts = counts_by_expert(slots, experts)
     narrow = slots.to(torch.uint8) if experts <= 256 else slots  # a radix sort makes a pass for every few bits
     owner, order = torch.sort(narrow, stable=True)
     back = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
-    return order, back, owner.long(), _ends(owner, experts)
+    return SortedSlots(order, back, owner, counts.cumsum(0).int(), counts)
 
 
-def places_of(chosen: Tensor, stride: int) -> Tensor:
-    """Where ``chosen`` (rows,) bool is true, in ascending order, as so many numbers that the shape tells nothing of it.
-
-    One row in ``stride`` is expected to be chosen. There is room for that and eight standard deviations; what is not
-    filled is -1, and what is over is left out.
-    """
-    rows = chosen.shape[0]
-    expected = -(-rows // stride)
-    room = min(rows, expected + 8 * math.isqrt(expected) + 8)
-    place = chosen.long().cumsum(0) - 1
-    place = torch.where(chosen & (place < room), place, room)  # the last one is for what has no place
-    places = torch.full((room + 1,), -1, dtype=torch.int64, device=chosen.device)
-    return places.scatter_(0, place, torch.arange(rows, device=chosen.device))[:room]
+def counts_by_expert(slots: Tensor, experts: int, mask: Tensor | None = None) -> Tensor:
+    """How often each expert stands in ``slots`` (slots,) where ``mask`` is true: (experts,) int64."""
+    each = slots.unsqueeze(1) == torch.arange(experts, device=slots.device)
+    return (each if mask is None else each & mask.unsqueeze(1)).sum(0)

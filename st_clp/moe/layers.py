@@ -89,6 +89,7 @@ class ExpertLinear(nn.Module):
         self.gate = Router(in_features, settings, layer, **factory) if routes else None
         self.in_features, self.out_features = in_features, out_features
         self.settings, self.layer, self.dispatch = settings, layer, dispatch
+        self.sample_stride = settings.sample_stride
         self.sorts, self.restores, self.last_sorted = sorts, restores, last_sorted
 
     @property
@@ -170,7 +171,7 @@ class ExpertLinear(nn.Module):
             if not torch.is_grad_enabled():
                 return gathered_products(rows, plan.source, plan.counts, [weight.t() for weight in weights], biases)
             rows = gather(rows, plan)
-        signal = None if self._stride(plan) is None else RouterSignal(self.settings.sample_stride, plan.tried)
+        signal = None if self._stride(plan) is None else RouterSignal(self.sample_stride, plan.tried)
         return GroupedLinear.apply(rows, plan.shares, plan.counts, signal, *weights, *biases)
 
     def _stacked(
@@ -188,13 +189,14 @@ class ExpertLinear(nn.Module):
             plan.owner,
             self._stride(plan),
             plan.tried,
+            plan.tried_weights,
             *weights,
             *biases,
         )
 
     def _stride(self, plan: Plan) -> int | None:
         """Of how many tokens one has its other experts tried; None where the router learns nothing."""
-        return self.settings.sample_stride if self.settings.routing == "learned" and plan.shares is not None else None
+        return self.sample_stride if self.settings.routing == "learned" and plan.shares is not None else None
 
     def extra_repr(self) -> str:
         # PEFT shows the module that it refuses, so this is what someone reads whose target_modules name the layer

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from st_clp.moe.balance import ROUTERS, Balance, add_balance_gradient
 from st_clp.moe.configuration import MoESettings
 from st_clp.moe.context import ForwardContext, current_context, stays_on_device
-from st_clp.moe.grouped import places_of, sort_by_expert
+from st_clp.moe.grouped import counts_by_expert, sort_by_expert
 from st_clp.moe.precise import PreciseLinear
 
 
@@ -32,11 +32,12 @@ class Plan:
         back: (tokens * slots_per_token,) the sorted row of each slot; None where some tokens are padding.
         weights: (tokens, slots_per_token) float32, or None where each token has one expert with weight 1.
         shares: (rows, experts) float32, the router's distribution at each sorted row, or None where nothing learns.
-        tried: (tried rows,) the sorted rows whose other experts are tried in the backward pass, or None for none; on
-            the device filled up with -1.
+        tried: (tried rows,) the sorted rows whose other experts are tried in the backward pass, or None for none.
+        tried_weights: (tried rows,) float32, how many fold each counts, where the host does not know how many there are
+            and some of them stand for none.
         known_counts: Rows of each expert, where the host knows them.
         ends: (experts,) int32, where each expert's rows end, where the host does not know.
-        owner: (rows,) each row's expert, there.
+        owner: (rows,) uint8 or int64, each row's expert, there.
     """
 
     leading: tuple[int, ...]
@@ -47,6 +48,7 @@ class Plan:
     weights: Tensor | None
     shares: Tensor | None
     tried: Tensor | None = None
+    tried_weights: Tensor | None = None
     known_counts: list[int] | None = None
     ends: Tensor | None = None
     owner: Tensor | None = None
@@ -96,6 +98,8 @@ class Router(nn.Module):
             device = factory.get("device")
             self.register_buffer("balance_bias", torch.zeros(settings.num_experts, device=device))
             self.register_buffer("balance_center", torch.zeros(dim, device=device))
+        # a number of the module's own: one that is computed from a fraction would be no constant of a compiled graph
+        self.sample_stride = settings.sample_stride
         self.balance = Balance(settings)
         # the entropy summed over tokens, and the tokens, while someone measures it
         self.entropy: tuple[float, int] | None = None
@@ -123,30 +127,35 @@ class Router(nn.Module):
         for name, value in before.items():
             if value is not None and not value.is_meta:
                 setattr(self, name, value.to(device=self.weight.device, dtype=torch.float32))
+        if not self.weight.is_meta:
+            self.balance.prepare(self.weight.shape[1], self.weight.device)
         return self
 
-    def selection_bias(self) -> Tensor:
-        """What is added to the logits for choosing, (experts,): the balance's bias, less the mean token's logits.
+    def of_mean_token(self) -> Tensor:
+        """The mean token's logits, (experts,), which are taken off before the balance's bias is added.
 
-        Without the latter, any step of the weights along the tokens' common direction would move all tokens at once.
+        Otherwise any step of the weights along the tokens' common direction would move all tokens at once.
         """
-        return self.balance_bias - self.weight.detach().float() @ self.balance_center
+        return self.weight.detach().float() @ self.balance_center
 
     def forward(self, tokens: Tensor, leading: tuple[int, ...]) -> Plan:
         """Decide for ``tokens`` (tokens, dim), whose shape was ``leading`` + (dim,)."""
         with torch.autocast(tokens.device.type, enabled=False):
             logits = PreciseLinear.apply(tokens, self.weight)
-        return self._plan(logits, tokens.detach(), leading)
+            return self._plan(logits, tokens.detach(), leading)
 
     def _plan(self, logits: Tensor, tokens: Tensor, leading: tuple[int, ...]) -> Plan:
         context = current_context()
         mask = None if context is None else context.mask_for(logits.shape[0])
         if self.settings.uses_bias and self.training:
             self.balance.adjust(self, logits.detach(), tokens, mask)
-        scores = logits + self.selection_bias() if self.settings.uses_bias else logits
+        centered = scores = logits
+        if self.settings.uses_bias:
+            centered = logits - self.of_mean_token()
+            scores = centered + self.balance_bias
         chosen = self._choose(scores.detach())
         decision = self._on_device(chosen, mask) if stays_on_device(tokens) else self._on_host(chosen, mask)
-        self.balance.count(self, logits.detach(), tokens, mask, decision.use, context)
+        self.balance.count(self, centered.detach(), tokens, mask, decision.use, context)
         if self.entropy is not None:
             self._measure_entropy(scores.detach(), mask)
         if self.settings.balance == "loss" and logits.requires_grad and self.training:
@@ -166,7 +175,7 @@ class Router(nn.Module):
         )
         if per_token == 1 and scores.requires_grad:
             plan.shares = self._shares(scores, plan.source)
-            plan.tried = self._tried(context, logits.shape[0], plan.source, on_device=plan.ends is not None)
+            self._set_tried(context, plan, logits.shape[0])
         return plan
 
     def _on_host(self, chosen: Tensor, mask: Tensor | None) -> _Decision:
@@ -190,25 +199,22 @@ class Router(nn.Module):
         """Sort without the host's knowing anything, padding too, which is no use of an expert."""
         experts, per_token = self.settings.num_experts, self.settings.num_experts_per_tok
         slots = chosen.reshape(-1)
-        order, back, owner, ends = sort_by_expert(slots, experts)
-        if mask is None:
-            use = torch.diff(ends, prepend=ends.new_zeros(1)).long()
-        else:
-            each = slots.unsqueeze(1) == torch.arange(experts, device=slots.device)
-            use = (each & _of_slots(mask, per_token).unsqueeze(1)).sum(0)
-        return _Decision(use, order, back, ends=ends, owner=owner)
+        found = sort_by_expert(slots, experts)
+        use = found.counts if mask is None else counts_by_expert(slots, experts, _of_slots(mask, per_token))
+        return _Decision(use, found.order, found.back, ends=found.ends, owner=found.owner)
 
-    def _tried(
-        self, context: ForwardContext | None, tokens: int, source: Tensor | None, on_device: bool
-    ) -> Tensor | None:
-        """The sorted rows whose other experts are tried; ``source`` names each sorted row's token."""
-        if self.settings.routing != "learned" or not self.settings.sample_stride:
-            return None
+    def _set_tried(self, context: ForwardContext | None, plan: Plan, tokens: int) -> None:
+        """Settle which sorted rows have their other experts tried."""
+        if self.settings.routing != "learned" or not self.sample_stride:
+            return
         context = context or ForwardContext(None, counts=False)
-        chosen = context.tried_tokens(self.weight, tokens, self.settings.sample_stride)
-        if source is not None:
-            chosen = chosen.index_select(0, source)
-        return places_of(chosen, self.settings.sample_stride) if on_device else chosen.nonzero().squeeze(1)
+        if plan.ends is not None:
+            assert plan.back is not None
+            places, plan.tried_weights = context.tried_places(self.weight, tokens, self.sample_stride)
+            plan.tried = plan.back.index_select(0, places)
+            return
+        chosen = context.tried_tokens(self.weight, tokens, self.sample_stride)
+        plan.tried = (chosen if plan.source is None else chosen.index_select(0, plan.source)).nonzero().squeeze(1)
 
     def _choose(self, scores: Tensor) -> Tensor:
         """Return the experts of each token, (tokens, experts per token)."""

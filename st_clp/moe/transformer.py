@@ -231,8 +231,10 @@ class MoETransformer(Transformer):
         _refuse_disagreement(model_name_or_path, info, settings, allowed=_UNUSED if from_reference else ())
         setattr(model.config, CONFIG_KEY, settings.to_dict())
         for layer in expert_layers(model):
-            if layer.gate is not None and settings.uses_bias:
-                layer.gate.balance.look(layer.gate)  # now: in a compiled pass nothing can be looked at
+            if layer.gate is not None:  # now: a compiled pass can neither look at anything nor make room for counts
+                layer.gate.balance.prepare(layer.in_features, layer.gate.weight.device)
+                if settings.uses_bias:
+                    layer.gate.balance.look(layer.gate)
         if adapters:
             load_adapters(model, self._adapter_folder(model_name_or_path, kwargs), adapters)
         return model

@@ -17,13 +17,11 @@ from torch import Tensor, nn
 
 import st_clp
 from st_clp.moe import expert_usage
-from st_clp.moe.configuration import MoESettings
-from st_clp.moe.context import ForwardContext, entered
+from st_clp.moe.context import ForwardContext, entered, places_of
 from st_clp.moe.grouped import (
     StackedLinear,
     grouped_outer_product,
     grouped_product,
-    places_of,
     sort_by_expert,
 )
 from st_clp.moe.products import slices
@@ -161,6 +159,31 @@ def test_a_compiled_model_trains_as_any_does(tiny_model: SentenceTransformer) ->
     torch.testing.assert_close(two, one, atol=1e-5, rtol=1e-4)
 
 
+def test_layers_that_are_compiled_alone_are_not_compiled_again_for_other_lengths(
+    tiny_model: SentenceTransformer,
+) -> None:
+    """Nor for another pass, step or layer: what is read outside of a graph does not differ between them."""
+    model = upcycled(tiny_model, 2).train()
+    st_clp.train_only(model, "moe")
+    torch.compiler.reset()
+    for layer in model[0].model.encoder.layer:
+        layer.compile(dynamic=True, fullgraph=True, backend="aot_eager")
+    optimizer = torch.optim.SGD([value for value in model.parameters() if value.requires_grad], lr=0.01)
+
+    def step(more: int) -> None:
+        for texts in ([*TEXTS[:2], "a cat " * more], TEXTS * more):
+            with torch.autocast("cpu", torch.bfloat16):
+                model(model.preprocess(texts))["sentence_embedding"].float().pow(3).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(2)
+    step(3)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for more in (1, 4, 5):
+            step(more)
+
+
 def test_a_training_step_queues_no_wait(tiny_model: SentenceTransformer) -> None:
     """Loss and optimizer included, no operation but those of a fixed shape is asked for."""
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -201,11 +224,12 @@ def test_products_are_those_of_the_experts_one_by_one(
     experts = [nn.Linear(16, 8, bias=bias).to(dtype) for _ in sizes]
     chosen = torch.cat([torch.full((size,), expert) for expert, size in enumerate(sizes)])
     shuffled = chosen[torch.randperm(len(chosen))] if unsorted else chosen
-    order, back, owner, ends = sort_by_expert(shuffled, len(sizes))
+    ordered = sort_by_expert(shuffled, len(sizes))
+    order, back = ordered.order, ordered.back
     tokens = torch.randn(len(chosen), 16).to(dtype).requires_grad_()
     parameters = [*[e.weight for e in experts], *[e.bias for e in experts]]
     source = (order, back) if unsorted else (None, None)
-    found = StackedLinear.apply(tokens, None, *source, 1, ends, owner, None, None, *parameters)
+    found = StackedLinear.apply(tokens, None, *source, 1, ordered.ends, ordered.owner, None, None, None, *parameters)
     rows = tokens[order] if unsorted else tokens
     expected = torch.cat([expert(rows[part]) for expert, part in zip(experts, slices(sizes), strict=True)])
     tolerance = 1e-5 if dtype == torch.float32 else 0.03
@@ -241,14 +265,17 @@ def test_the_routers_signal_is_that_of_all_experts_at_the_rows_tried(
     torch.manual_seed(stride)
     count, experts = sum(sizes), [nn.Linear(*sides).double().float() for _ in sizes]
     tried = sorted(data.draw(st.sets(st.integers(0, count - 1))))
-    places = torch.tensor([*tried, *[-1] * data.draw(st.integers(0, 3))], dtype=torch.int64)
+    empty = data.draw(st.integers(0, 3))
+    places = torch.tensor([*tried, *[0] * empty], dtype=torch.int64)
+    weights = torch.tensor([float(stride)] * len(tried) + [0.0] * empty)
     owner = torch.cat([torch.full((size,), expert) for expert, size in enumerate(sizes)])
-    order, back, owner, ends = sort_by_expert(owner, len(sizes))
+    ordered = sort_by_expert(owner, len(sizes))
     tokens, direction = torch.randn(count, sides[0]), torch.randn(count, sides[1])
     shares = torch.rand(count, len(sizes), requires_grad=True)
     parameters = [*[e.weight for e in experts], *[e.bias for e in experts]]
-    source = (order, back) if unsorted else (None, None)
-    StackedLinear.apply(tokens, shares, *source, 1, ends, owner, stride, places, *parameters).backward(direction)
+    source = (ordered.order, ordered.back) if unsorted else (None, None)
+    router = (ordered.ends, ordered.owner, stride, places, weights)
+    StackedLinear.apply(tokens, shares, *source, 1, *router, *parameters).backward(direction)
     every = torch.stack([(direction * expert(tokens)).sum(1) for expert in experts], dim=1).detach()
     expected = torch.zeros(count, len(sizes))
     expected[tried] = every[tried] * stride
@@ -270,19 +297,12 @@ def test_the_places_of_what_is_drawn_have_a_shape_that_tells_nothing(drawn: list
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=40))
 def test_sorting_keeps_the_order_of_each_experts_tokens(chosen: list[int]) -> None:
-    order, back, owner, ends = sort_by_expert(torch.tensor(chosen), 4)
-    assert order.tolist() == sorted(range(len(chosen)), key=lambda slot: chosen[slot])
-    assert back[order].tolist() == list(range(len(chosen)))
-    assert owner.tolist() == sorted(chosen)
-    assert torch.diff(ends, prepend=torch.zeros(1, dtype=torch.int32)).tolist() == [chosen.count(e) for e in range(4)]
-
-
-def test_trying_other_experts_costs_alike_however_many_there_are() -> None:
-    for experts in (2, 3, 8):
-        settings_ = MoESettings(num_experts=experts)
-        assert settings_.router_sample is not None
-        assert settings_.router_sample * (experts - 1) == pytest.approx(1 / 8)
-    assert MoESettings(num_experts=8, router_sample=0.125).sample_stride == 8  # as it was saved
+    found = sort_by_expert(torch.tensor(chosen), 4)
+    assert found.order.tolist() == sorted(range(len(chosen)), key=lambda slot: chosen[slot])
+    assert found.back[found.order].tolist() == list(range(len(chosen)))
+    assert found.owner.tolist() == sorted(chosen)
+    assert torch.diff(found.ends, prepend=torch.zeros(1, dtype=torch.int32)).tolist() == found.counts.tolist()
+    assert found.counts.tolist() == [chosen.count(expert) for expert in range(4)]
 
 
 @pytest.mark.gpu
