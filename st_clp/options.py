@@ -415,6 +415,11 @@ class TrainingOptions(SeedOption):
     )
     warmup: float = option(0.1, "Steps of warm-up: a share of all steps, or a number from 1.", least=0)
     bf16: bool | None = option(None, "Train in bfloat16. By default where the hardware has it.")
+    compile_layers: bool = option(
+        False,
+        "Compile the encoder's layers for the training. A step then asks less of the host, for which a GPU waits with "
+        "small models or batches; the first steps take a minute or so.",
+    )
     average_with_base: str | None = option(
         "auto",
         "Give the trained weights this share, from 0 to 1, and the base model's the rest, which is often better than "

@@ -19,6 +19,7 @@ from st_clp.losses.choices import Direction, HardnessMode, MarginStrategy, Optio
 from st_clp.losses.columns import (
     Column,
     Layout,
+    RangeCheck,
     check_finite,
     drop_foreign_features,
     weights_from_labels,
@@ -230,6 +231,7 @@ class CLPLoss(nn.Module):
         self.margin = 0.0 if margin is None and guide is not None else margin
         self.margin_strategy = margin_strategy
         self.check_finite = check_finite
+        self._check_range = RangeCheck()
         check_settings(self)
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
@@ -287,7 +289,9 @@ class CLPLoss(nn.Module):
             # Nothing reads the queries of the negatives, so they need not be encoded, and nothing weighs them.
             columns = [columns[0], *columns[layout.num_queries :]]
             return columns, Layout(layout.num_negatives, 0), None
-        return columns, layout, weights_from_labels(labels, batch_size, layout)
+        weights = weights_from_labels(labels, batch_size, layout)
+        self._check_range(weights)
+        return columns, layout, weights
 
     def _guide_mini_batch(self) -> dict[str, int | None]:
         return {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -87,7 +88,8 @@ def weights_from_labels(labels: Tensor | None, batch_size: int, layout: Layout) 
     be no weights: they are ignored with a warning, as the losses of sentence-transformers ignore them.
 
     Args:
-        labels: ``(batch, n * m)``, each from 0 to 1, or None where the dataset has no label column.
+        labels: ``(batch, n * m)``, each from 0 to 1, or None where the dataset has no label column. That they are in
+            this range is for :class:`RangeCheck` to see.
         batch_size: Rows in the batch.
         layout: The columns of a row.
 
@@ -95,7 +97,7 @@ def weights_from_labels(labels: Tensor | None, batch_size: int, layout: Layout) 
         ``(batch, n * m)`` weights, or None where every query counts fully.
 
     Raises:
-        ValueError: The labels have another shape, or a value outside 0 to 1.
+        ValueError: The labels have another shape or kind.
     """
     if labels is None:
         return None
@@ -114,12 +116,51 @@ def weights_from_labels(labels: Tensor | None, batch_size: int, layout: Layout) 
             "the dataset what the Trainer reads as the label: dataset.remove_columns('label'), or 'labels', 'score' or "
             "'scores', whichever it has."
         )
-    if labels.is_complex() or not bool(((labels >= 0) & (labels <= 1)).all()):
+    if labels.is_complex():
+        raise ValueError("labels are the weights of the negatives' queries, from 0 to 1, and no complex numbers.")
+    return labels
+
+
+class RangeCheck:
+    """Checks that weights lie between 0 and 1 without waiting for a GPU: what is wrong there is said a step later."""
+
+    def __init__(self) -> None:
+        self._waiting: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def __call__(self, weights: Tensor | None) -> None:
+        """Check the weights of a batch; on a GPU the batch before is judged.
+
+        Raises:
+            ValueError: Some weight is not from 0 to 1, or no number.
+        """
+        if self._waiting is not None:
+            (bounds, copied), self._waiting = self._waiting, None
+            copied.synchronize()  # a whole step ago
+            _check_bounds(bounds, "in the batch before this one")
+        if weights is None or not weights.numel():
+            return
+        bounds = torch.stack([*weights.detach().float().aminmax(), weights.detach().float().sum()])
+        if weights.device.type != "cuda":
+            _check_bounds(bounds, "in this batch")
+            return
+        here = torch.empty(bounds.shape, dtype=bounds.dtype, pin_memory=True)
+        here.copy_(bounds, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record(torch.cuda.current_stream(weights.device))
+        self._waiting = here, copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_waiting": None}  # an event belongs to its process
+
+
+def _check_bounds(bounds: Tensor, where: str) -> None:
+    """Raise unless (least, greatest, sum) are those of weights; the sum is no number where any weight is none."""
+    least, greatest, total = bounds.tolist()
+    if not (least >= 0 and greatest <= 1 and math.isfinite(total)):
         raise ValueError(
             "labels are the weights of the negatives' queries and must lie between 0 (no such query) and 1; "
-            f"these lie between {labels.min().item()} and {labels.max().item()}."
+            f"those {where} lie between {least} and {greatest}."
         )
-    return labels
 
 
 @lru_cache

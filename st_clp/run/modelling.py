@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +12,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import nn
 from transformers import set_seed
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from st_clp.losses import CachedCLPLoss, CLPLoss
 from st_clp.moe import is_moe, load, train_only, upcycle
@@ -118,6 +121,27 @@ def prepare_model(model: SentenceTransformer, settings: RunSettings) -> Trainabl
         return train_only(model, what)
     except ValueError as error:
         raise SettingsError(f"train={what}: {error} Or train the whole model: --train all") from error
+
+
+@contextmanager
+def compiled_layers(model: SentenceTransformer, backend: str = "inductor") -> Iterator[None]:
+    """Compile the layers of the model's encoders for a while, once for texts of all lengths.
+
+    Raises:
+        SettingsError: The encoder does not say what its layers are.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise SettingsError(
+            "compile_layers: the encoder of this model has no layers that transformers would name; leave it out"
+        )
+    for layer in layers:
+        layer.compile(dynamic=True, backend=backend)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._compiled_call_impl = None  # what PyTorch runs in place of the layer; it has no way to take it back
 
 
 def make_loss(model: SentenceTransformer, settings: RunSettings) -> nn.Module:

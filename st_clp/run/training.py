@@ -194,6 +194,8 @@ def make_arguments(
         "save_steps": max(1, steps // 10),
         "save_total_limit": 2,
         "report_to": "none",
+        # The Trainer would wait for the device in every step to leave losses that are NaN out of its log.
+        "logging_nan_inf_filter": model.device.type == "cpu",
         "prompts": column_kinds(columns, model.prompts.get("query"), model.prompts.get("document")),
     }
     if any(isinstance(module, Router) for module in model.modules()):

@@ -6,6 +6,7 @@ Several processes have the run's folder in common. All of them prepare and train
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from st_clp.options import HERE, EvaluationOptions
 from st_clp.refresh import AnceCallback, plot_refreshes
 from st_clp.run.averaging import ChosenShare, WeightAverage, choose_share, hold_out
 from st_clp.run.folder import RunDirectory, slug
-from st_clp.run.modelling import load_base_model, prepare_model
+from st_clp.run.modelling import compiled_layers, load_base_model, prepare_model
 from st_clp.run.training import make_refresh, make_trainer
 from st_clp.settings import RunSettings
 
@@ -72,7 +73,8 @@ class TrainingStage:
             if checkpoint is not None:
                 self.say(f"going on from {checkpoint.name}")
         try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            with compiled_layers(model) if settings.compile_layers else nullcontext():
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             if refresh is not None:
                 refresh.close()

@@ -178,3 +178,14 @@ def test_settings_may_change_while_training(lookup_model: Any, run_loss: Any) ->
         loss.scale, loss.penalty_weight, loss.penalty = 5.0, 0.6, "contrastive"
         fresh = loss_class(model, 5.0, 0.6, penalty="contrastive")
         torch.testing.assert_close(run_loss(loss, columns), run_loss(fresh, columns))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_wrong_labels_are_named_a_step_later(tiny_model: SentenceTransformer) -> None:
+    """The host does not wait for the device to see them; the batch after is refused for the one before."""
+    model = tiny_model.to("cuda")
+    loss = CLPLoss(model)
+    embeddings = [torch.randn(2, 32, device="cuda", requires_grad=True) for _ in range(4)]
+    loss.compute_loss_from_embeddings(embeddings, torch.tensor([[0.0], [1.5]], device="cuda"))
+    with pytest.raises(ValueError, match=r"batch before this one lie between 0\.0 and 1\.5"):
+        loss.compute_loss_from_embeddings(embeddings, torch.tensor([[0.0], [1.0]], device="cuda"))
