@@ -37,10 +37,11 @@ KNOWN: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "sentence_transformers.base.losses.gradcache",
         (),
     ),
-    "_attn_implementation": ("st_clp/encoding/packing.py", "class transformers PreTrainedConfig", ()),
+    "_attn_implementation": ("st_clp/encoding/attention.py", "class transformers PreTrainedConfig", ()),
     "_hf_peft_config_loaded": ("st_clp/moe/saving.py", "class transformers PreTrainedModel", ()),
     "_version": ("st_clp/moe/balance.py", "class torch Tensor", ()),
     "_gradient_checkpointing_func": ("st_clp/moe/context.py", "text of transformers.modeling_utils", ()),
+    "_compiled_call_impl": ("st_clp/run/modelling.py", "class torch.nn Module", ()),
     "_modules": ("st_clp/moe/upcycling.py", "torch.nn.Module", ()),
 }
 

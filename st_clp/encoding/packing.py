@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
+
+from st_clp.encoding.attention import attend_by
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +68,6 @@ def _linear_layers(module: nn.Module) -> Iterator[nn.Linear]:
 
 
 NAME = "st_clp_batched_products"
-REPLACED = "sdpa"  # the implementation whose place it can take
 LOG2_E = math.log2(math.e)
 SAFE = 2.0**-100, 2.0**120  # sums of a row's powers, of which bfloat16 knows 2^-126 to 2^127
 SCORES = 1 << 22  # of the score matrix that are computed together: 8 MiB, with heads for many threads in short texts
@@ -74,15 +75,7 @@ SCORES = 1 << 22  # of the score matrix that are computed together: 8 MiB, with 
 
 def use_batched_products(model: PreTrainedModel) -> bool:
     """Let a model attend by batched products, if it is one whose attention can be chosen; whether it does."""
-    if getattr(model.config, "_attn_implementation", None) != REPLACED:
-        return False
-    AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, make_mask)
-    try:
-        model.set_attn_implementation(NAME)
-    except (ValueError, AttributeError):
-        return False
-    return model.config._attn_implementation == NAME
+    return attend_by(model, NAME, attend, make_mask)
 
 
 def make_mask(*args: Any, **kwargs: Any) -> Tensor | None:

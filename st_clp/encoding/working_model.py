@@ -19,9 +19,9 @@ from sentence_transformers.sentence_transformer.modules import Router, Transform
 from sentence_transformers.util import batch_to_device, truncate_embeddings
 from transformers import PreTrainedModel
 
+from st_clp.encoding.attention import known_padding, use_known_padding
 from st_clp.encoding.batches import Features
 from st_clp.encoding.packing import pack_linear_layers, use_batched_products
-from st_clp.encoding.padding import known_padding, use_known_padding
 from st_clp.encoding.token_lists import TokenLists
 from st_clp.options import ComputeDtype
 

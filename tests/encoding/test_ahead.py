@@ -18,7 +18,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 
 from st_clp.encoding import ahead, encode, encode_documents, encode_queries
 from st_clp.encoding.ahead import LEAST_TOKENS, MOST_TOKENS, TokenBudget, tokenised_ahead, tokens_that_fit
-from st_clp.encoding.padding import known_padding, make_mask, use_known_padding
+from st_clp.encoding.attention import known_padding, make_mask, use_known_padding
 from st_clp.encoding.token_lists import ListWindow, TokenLists
 
 TEXTS = [" ".join(["river", "king", "a", "cat"][: 1 + number % 4] * (1 + number % 9)) for number in range(60)]
