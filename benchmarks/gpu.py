@@ -3,6 +3,7 @@
     python benchmarks/gpu.py                      # everything, in less than 5 minutes on an H100
     python benchmarks/gpu.py --only layers steps
     python benchmarks/gpu.py --device cpu --small   # does it run at all?
+    python benchmarks/gpu.py --device cpu --only host   # what a step and tokenising ask of the host; needs no GPU
 
 Needs torch, transformers, sentence-transformers and this checkout, nothing else: texts, tokenizer and models are made
 here, with random weights. Before anything is timed, losses, gradients and embeddings are compared with a processor's.
@@ -38,6 +39,7 @@ from transformers import PreTrainedTokenizerFast, XLMRobertaConfig, XLMRobertaMo
 import st_clp
 from st_clp import CLPLoss
 from st_clp.encoding import encode_documents
+from st_clp.encoding.token_lists import TokenLists
 from st_clp.moe import MoESettings
 from st_clp.moe.convert import build_experts
 
@@ -48,7 +50,7 @@ SHAPES = {
 }
 MIRACL_EN = 32_900_000
 """Passages of MIRACL's English collection."""
-PARTS = ("checks", "encoding", "layers", "steps")
+PARTS = ("checks", "encoding", "layers", "steps", "host")
 
 
 @dataclass(frozen=True)
@@ -406,12 +408,22 @@ class Step:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=setting.on_gpu)
 
     def __call__(self) -> None:
+        self.timed()
+
+    def timed(self) -> tuple[float, float, float]:
+        """Take a step; milliseconds of this thread for the loss, the gradients and the rest."""
+        marks = [time.thread_time()]
         with torch.autocast(self.setting.device.split(":")[0], torch.bfloat16):
             value = self.loss([dict(column) for column in self.features], None)
+        marks.append(time.thread_time())
         value.backward()
+        marks.append(time.thread_time())
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        marks.append(time.thread_time())
+        first, second, third, last = (1000 * mark for mark in marks)
+        return second - first, third - second, last - third
 
 
 def steps(setting: Setting, texts: list[str], tokenizer: PreTrainedTokenizerFast) -> None:
@@ -449,6 +461,71 @@ def steps(setting: Setting, texts: list[str], tokenizer: PreTrainedTokenizerFast
     table(["a step", "tokens", "ms", "of which the host queues", "tokens a second"], rows)
 
 
+# ------------------------------------------------------------------------------------------------------------ host
+
+
+def host(setting: Setting, texts: list[str], tokenizer: PreTrainedTokenizerFast) -> None:
+    """What one thread of the host does, on a processor: the same step at a width at which products take no time."""
+    torch.set_num_threads(1)
+    here = Setting("cpu", setting.small)
+    base = make_model((2 if setting.small else 12, 16, 32), tokenizer, "cpu")
+    columns = [[" ".join(text.split()[:8]) for text in texts[at : at + 2]] for at in range(0, 16, 2)]
+    rows = []
+    for name, change, on_device in (
+        ("all weights", "all", False),
+        ("intermediate projections, dense", "intermediate", False),
+        ("2 experts, as on a processor", "moe", False),
+        ("2 experts, as on a GPU", "moe", True),
+    ):
+        model = copy.deepcopy(base)
+        if change == "moe":
+            model = st_clp.upcycle(model, 2)
+        if change != "all":
+            st_clp.train_only(model, change)
+        step = Step(name, model, CLPLoss(model), columns, here)
+        with routed_as_on_a_gpu(on_device):
+            step()
+            forward, backward, rest = (min(times) for times in zip(*[step.timed() for _ in range(9)], strict=True))
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                step()
+        operations = sum(event.count for event in profile.key_averages() if event.key.startswith("aten::"))
+        rows.append([name, f"{forward:.1f}", f"{backward:.1f}", f"{rest:.1f}", f"{operations:,}"])
+    table(
+        ["a step of 2 forward passes", "forwards, ms", "backwards, ms", "optimizer, ms", "operations, views too"], rows
+    )
+    some = texts[:1024]
+    base.max_seq_length = 256
+    lists = TokenLists.of(base, base.preprocess, "document", None, some)
+    assert lists is not None
+    ways = {"preprocess, 256 texts at a time": base.preprocess, "token lists": lists}
+    print()
+    rows = []
+    for name, way in ways.items():
+        times = []
+        for _ in range(3):
+            started, busy = time.perf_counter(), time.thread_time()
+            for begin in range(0, len(some), 256):
+                way(some[begin : begin + 256])
+            times.append((time.perf_counter() - started, time.thread_time() - busy))
+        took, held = (min(each) / len(some) for each in zip(*times, strict=True))
+        rows.append([name, f"{1 / took:,.0f}", f"{1e6 * held:.0f}"])
+    table(["tokenising", "texts a second", "µs a text in the thread that asks, which hold Python's lock"], rows)
+
+
+@contextmanager
+def routed_as_on_a_gpu(really: bool) -> Iterator[None]:
+    """Have a mixture on a processor leave its counts on the device."""
+    modules = [sys.modules[f"st_clp.moe.{name}"] for name in ("context", "routing", "balance")]
+    before = [module.stays_on_device for module in modules]
+    for module in modules if really else []:
+        module.stays_on_device = lambda tokens: True
+    try:
+        yield
+    finally:
+        for module, function in zip(modules, before, strict=True):
+            module.stays_on_device = function
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
@@ -480,6 +557,9 @@ def main() -> None:
     if "steps" in given.only:
         with part("Training steps"):
             steps(setting, texts, tokenizer)
+    if "host" in given.only:
+        with part("The host"):
+            host(setting, texts, tokenizer)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ that is printed at the end. ``ST_CLP_BENCH_DOCUMENTS`` and ``ST_CLP_BENCH_QUERIE
 2,000), ``ST_CLP_BENCH_VECTORS`` that of search (1,000,000 exactly, twice as many approximately).
 
 Peers that need an environment of their own are run where ``ST_CLP_BENCH_OPENVINO`` or ``ST_CLP_BENCH_FLAGEMBEDDING``
-names its Python; peers.py says what to install. Encoding on a GPU is measured by gpu_encoding.py.
+names its Python; peers.py says what to install. Encoding on a GPU is measured by gpu.py.
 """
 
 from __future__ import annotations

@@ -25,6 +25,8 @@ from st_clp.moe.precise import inner_products
 from st_clp.moe.products import products, slices
 from st_clp.moe.router_signal import TIE_BREAK
 
+GROUPED_DEVICES = ("cuda", "cpu")
+"""Where PyTorch has a grouped product."""
 ALIGNMENT = 16
 """Bytes of which every row of a grouped product's matrices must be a multiple."""
 
@@ -54,7 +56,7 @@ def grouped_outer_product(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
 def _is_grouped(rows: Tensor, *sides: int) -> bool:
     """Whether PyTorch has a grouped product for these numbers; otherwise the host has to wait, and then loop."""
     aligned = all(side * rows.dtype.itemsize % ALIGNMENT == 0 for side in sides)
-    return rows.dtype == torch.bfloat16 and rows.device.type in ("cuda", "cpu") and aligned
+    return rows.dtype == torch.bfloat16 and rows.device.type in GROUPED_DEVICES and aligned
 
 
 def _product_each(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
