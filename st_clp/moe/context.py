@@ -22,12 +22,12 @@ from st_clp.moe.router_signal import drawn
 def places_of(chosen: Tensor, stride: int) -> Tensor:
     """Where ``chosen`` (rows,) bool is true, in ascending order, as so many numbers that the shape tells nothing of it.
 
-    One row in ``stride`` is expected to be chosen. There is room for so many, e, and for e/4 + 65 more, which is more
-    than eight standard deviations of independent lots (8 √e). What is not filled is -1; what is over is left out.
+    One row in ``stride`` is expected to be chosen. There is room for so many, e, and for e/16 + 145 more, which is more
+    than six standard deviations of independent lots (6 √e). What is not filled is -1; what is over is left out.
     """
     rows = chosen.shape[0]
     expected = -(-rows // stride)
-    room = min(rows, expected + expected // 4 + 65)
+    room = min(rows, expected + expected // 16 + 145)
     place = chosen.cumsum(0) - 1
     place = torch.where(chosen & (place < room), place, room)  # the last one is for what has no place
     places = torch.full((room + 1,), -1, dtype=torch.int64, device=chosen.device)
