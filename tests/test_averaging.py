@@ -108,7 +108,6 @@ def test_the_share_is_none_below_the_base_on_what_was_held_out(tiny_model: Sente
     chosen = choose_share(model, averaging, {"a": held_out}, {"a": trained_on}, OPTIONS)
     assert set(chosen.scores) == {0.0, 0.25, 0.5, 0.75, 1.0}
     assert chosen.scores[chosen.share] >= chosen.scores[0]
-    assert chosen.share in chosen.alike
     assert max(chosen.scores, key=lambda share: chosen.scores[share]) in chosen.alike
     assert chosen.queries == 10
     if size > 1:
@@ -137,9 +136,10 @@ def shares_of(means: list[float], noise: float, queries: int = 200) -> dict[floa
 @pytest.mark.parametrize(
     ("means", "noise", "share", "alike"),
     [
-        # A good base: what the queries cannot tell apart is decided by what was better before.
+        # A good base: a half, as other queries have it, whatever these say, if only it is not below the base.
         ([0.80, 0.82, 0.829, 0.83, 0.829], 0.05, 0.5, (0.5, 0.75, 1.0)),
-        ([0.80, 0.82, 0.829, 0.83, 0.829], 0.001, 0.75, (0.75,)),
+        ([0.80, 0.82, 0.829, 0.83, 0.829], 0.001, 0.5, (0.75,)),
+        ([0.80, 0.82, 0.79, 0.85, 0.86], 0.001, 0.75, (1.0,)),
         ([0.80, 0.79, 0.78, 0.70, 0.60], 0.01, 0.0, (0.0,)),
         # A weak one.
         ([0.445, 0.632, 0.644, 0.645, 0.649], 0.1, 0.75, (0.5, 0.75, 1.0)),
@@ -149,7 +149,7 @@ def shares_of(means: list[float], noise: float, queries: int = 200) -> dict[floa
         ([0.80, 0.795, 0.798, 0.801, 0.802], 0.5, 0.75, (0.0, 0.75, 1.0)),
     ],
 )
-def test_of_shares_that_cannot_be_told_apart_a_half_is_taken_or_from_a_weak_base_three_quarters(
+def test_a_half_is_taken_or_from_a_weak_base_three_quarters_if_they_cannot_be_told_from_the_best(
     means: list[float], noise: float, share: float, alike: tuple[float, ...]
 ) -> None:
     assert best_share(shares_of(means, noise)) == (share, alike)
@@ -161,7 +161,7 @@ def test_of_shares_that_cannot_be_told_apart_a_half_is_taken_or_from_a_weak_base
         st.lists(st.lists(st.floats(0, 1), min_size=5, max_size=5), min_size=1, max_size=6), min_size=1, max_size=3
     )
 )
-def test_a_share_is_never_below_the_base_nor_more_than_a_standard_error_below_the_best(
+def test_a_share_is_never_below_the_base_nor_from_a_weak_one_more_than_a_standard_error_below_the_best(
     scores: list[list[list[float]]],
 ) -> None:
     found = {share: [np.array([query[n] for query in one]) for one in scores] for n, share in enumerate(SHARES)}
@@ -169,6 +169,9 @@ def test_a_share_is_never_below_the_base_nor_more_than_a_standard_error_below_th
     share, alike = best_share(found)
     best = max(mean.values())
     assert mean[share] >= mean[0.0]
+    if mean[1.0] - mean[0.0] < 0.1:
+        assert all(abs(other - 0.5) >= abs(share - 0.5) for other in SHARES if mean[other] >= mean[0.0])
+        return
     assert share in alike
     errors = []
     for top in (other for other in SHARES if mean[other] == best):

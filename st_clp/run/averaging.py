@@ -110,7 +110,9 @@ class ChosenShare:
             return f"averaged with the base: {self.share:.0%} of the weights are the trained ones"
         found = ", ".join(f"{share:.0%} {score:.4f}" for share, score in self.scores.items())
         others = [f"{share:.0%}" for share in self.alike if share != self.share]
-        alike = f"{', '.join(others)} cannot be told from it; " if others else ""
+        alike = f"{', '.join(others)} cannot be told from it; " if others and self.share in self.alike else ""
+        if self.share not in self.alike:
+            alike = "other queries than these gain most by a mean of both; "
         kept = (
             "training gained nothing there, and the base's weights are kept"
             if self.share == 0
@@ -180,10 +182,12 @@ def choose_share(
 def best_share(found: Mapping[float, Sequence[np.ndarray]]) -> tuple[float, tuple[float, ...]]:
     """(the share to take, the shares that the scores cannot tell from the best).
 
-    A share is alike the best where its mean lies within one standard error of the paired difference (the rule of one
-    standard error: Breiman et al. 1984, Classification and Regression Trees), and not below the base's. Of those alike,
-    the nearest to a half is taken, or to three quarters where all trained weights are far above the base, 0.1 and more;
-    ``benchmarks/recipe.md`` has the trainings that this is taken from.
+    No share below the base's score is taken. Of the others, the nearest to a half: queries that were held out ask for
+    the same documents as those trained on, and so find more of the trained weights good than other queries do. Where
+    all trained weights are far above the base, 0.1 and more, the nearest to three quarters, of the shares that are alike
+    the best: those whose mean lies within one standard error of the paired difference (the rule of one standard error:
+    Breiman et al. 1984, Classification and Regression Trees). ``benchmarks/recipe.md`` has the trainings that this is
+    taken from.
 
     Args:
         found: Share to the scores of each collection's queries, the same queries for each share.
@@ -195,8 +199,10 @@ def best_share(found: Mapping[float, Sequence[np.ndarray]]) -> tuple[float, tupl
         for share in found
         if means[best] - means[share] <= _standard_error(found[best], found[share]) and means[share] >= means[0.0]
     )
-    usual = 0.75 if means[1.0] - means[0.0] >= FAR_ABOVE else 0.5
-    return min(alike, key=lambda share: (abs(share - usual), -means[share])), alike
+    if means[1.0] - means[0.0] >= FAR_ABOVE:
+        return min(alike, key=lambda share: (abs(share - 0.75), -means[share])), alike
+    above = [share for share in found if means[share] >= means[0.0]]
+    return min(above, key=lambda share: (abs(share - 0.5), -means[share])), alike
 
 
 def _mean(scores: Sequence[np.ndarray]) -> float:
