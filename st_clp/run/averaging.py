@@ -184,10 +184,10 @@ def best_share(found: Mapping[float, Sequence[np.ndarray]]) -> tuple[float, tupl
 
     No share below the base's score is taken. Of the others, the nearest to a half: queries that were held out ask for
     the same documents as those trained on, and so find more of the trained weights good than other queries do. Where
-    all trained weights are far above the base, 0.1 and more, the nearest to three quarters, of the shares that are alike
-    the best: those whose mean lies within one standard error of the paired difference (the rule of one standard error:
-    Breiman et al. 1984, Classification and Regression Trees). ``benchmarks/recipe.md`` has the trainings that this is
-    taken from.
+    all trained weights are far above the base, 0.1 and more, the nearest to three quarters, of the shares that are
+    alike the best: those whose mean lies within one standard error of the paired difference (the rule of one standard
+    error: Breiman et al. 1984, Classification and Regression Trees). ``benchmarks/recipe.md`` has the trainings that
+    this is taken from.
 
     Args:
         found: Share to the scores of each collection's queries, the same queries for each share.
