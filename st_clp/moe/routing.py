@@ -111,7 +111,7 @@ class Router(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        if self.settings.uses_bias:
+        if self.settings.uses_bias and not self.balance_bias.is_meta:
             self.balance.look(self)
 
     def draw(self, scale: float, generator: torch.Generator | None) -> None:
