@@ -423,8 +423,8 @@ class TrainingOptions(SeedOption):
     average_with_base: str | None = option(
         "auto",
         "Give the trained weights this share, from 0 to 1, and the base model's the rest, which is often better than "
-        "either. auto tries several shares on a tenth of the training queries, which are not trained on; 1 averages "
-        "nothing.",
+        "either. auto takes a half, or three quarters where the base knew little, by a tenth of the training queries, "
+        "which are not trained on, and no share that answers them worse than the base; 1 averages nothing.",
     )
     training_arg: dict[str, Any] = option(
         {}, "Any other argument of SentenceTransformerTrainingArguments, as NAME=VALUE."
