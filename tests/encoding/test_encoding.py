@@ -26,6 +26,7 @@ from transformers import Qwen3Config, Qwen3Model
 
 from st_clp import upcycle
 from st_clp.encoding import (
+    attention,
     encode,
     encode_documents,
     encode_queries,
@@ -446,15 +447,16 @@ ARCHITECTURES: dict[str, dict[str, int | bool]] = {
 }
 
 
+@pytest.mark.parametrize("use", [packing.use_batched_products, attention.use_known_padding])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_attention_by_products_gives_every_architecture_its_own_embeddings(name: str) -> None:
+def test_another_attention_gives_every_architecture_its_own_embeddings(name: str, use: Any) -> None:
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(
         **SIZES, **ARCHITECTURES[name], max_position_embeddings=64, pad_token_id=1, bos_token_id=2, eos_token_id=3
     )
     model = getattr(transformers, f"{name}Model")(config).eval()
     changed = copy.deepcopy(model)
-    assert packing.use_batched_products(changed) == (name != "MPNet")
+    assert use(changed) == (name != "MPNet")
     for mask in (
         [[1] * 12, [1] * 7 + [0] * 5, [1] + [0] * 11],
         [[1] * 12, [0] * 5 + [1] * 7, [0] * 11 + [1]],
@@ -462,10 +464,10 @@ def test_attention_by_products_gives_every_architecture_its_own_embeddings(name:
     ):
         kept = torch.tensor(mask)
         ids = torch.where(kept.bool(), torch.randint(4, 99, kept.shape), 1)
-        with torch.inference_mode():
+        with torch.inference_mode(), attention.known_padding(not bool(kept.all())):
             found, expected = (m(input_ids=ids, attention_mask=kept).last_hidden_state for m in (changed, model))
         torch.testing.assert_close(found[kept.bool()], expected[kept.bool()], atol=1e-5, rtol=1e-5)
-    assert model.config._attn_implementation != packing.NAME  # the original is as it was
+    assert model.config._attn_implementation not in (packing.NAME, attention.NAME)  # the original is as it was
 
 
 def test_the_bfloat16_copy_attends_by_products_and_the_model_does_not(
