@@ -203,7 +203,7 @@ def checks(setting: Setting, texts: list[str], tokenizer: PreTrainedTokenizerFas
     rows = []
     kinds = {
         "dense": model,
-        # all tokens are tried: which ones are drawn depends on the last bit of the router's weights
+        # all tokens are tried: which ones are drawn depends on the bits of the router's weights
         "2 experts": st_clp.upcycle(copy.deepcopy(model), 2, router_sample=1.0),
         "3 experts, feed_forward": st_clp.upcycle(
             copy.deepcopy(model), 3, projection="feed_forward", router_sample=1.0

@@ -58,7 +58,7 @@ def test_a_run_with_compiled_layers_trains_what_any_run_does(
     before, after = (report["scores"][when][name]["ndcg@10"] for when in ("before", "after"))
     assert after > before
     losses = [[entry["loss"] for entry in found["training"]["history"]] for found in (plain, report)]
-    # which tokens are tried for the routers depends on the last bit of their weights; compiled layers round otherwise
+    # which tokens are tried for the routers depends on the bits of their weights; compiled layers round otherwise
     np.testing.assert_allclose(losses[1][:2], losses[0][:2], rtol=1e-2)
     if not experts:
         np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)

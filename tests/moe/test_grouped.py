@@ -135,7 +135,7 @@ def test_a_whole_model_compiles_without_a_break(
 
 def test_a_compiled_model_trains_as_any_does(tiny_model: SentenceTransformer) -> None:
     """Balance included, which moves when the optimizer has stepped."""
-    # all tokens are tried: which ones are drawn depends on the last bit of the router's weights
+    # all tokens are tried: which ones are drawn depends on the bits of the router's weights
     model = upcycled(tiny_model, 2, router_sample=1.0).train()
     other = copy.deepcopy(model)
     torch.compiler.reset()
