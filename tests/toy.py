@@ -1,12 +1,14 @@
-"""Small collections that tests work on, in memory and as BEIR folders."""
+"""Small collections that tests work on, in memory and as BEIR folders, and the settings of a short run."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from st_clp.data import Collection
+from st_clp.settings import RunSettings
 
 # Words that the tiny models of conftest.py know.
 WORDS = "river lake mountain city country money bank language people capital red blue green old new big small".split()
@@ -43,3 +45,23 @@ def write_beir(collection: Collection, folder: Path, splits: Iterable[str] = ("t
     for split in splits:
         (folder / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(lines))
     return folder
+
+
+def settings_of(model: Path, collection: Path, output: Path, **changes: Any) -> RunSettings:
+    """Settings of a run that trains a tiny model on a collection in seconds; two experts, if nothing is said."""
+    values: dict[str, Any] = {
+        "model": str(model),
+        "collection": [str(collection)],
+        "output": str(output),
+        "num_negatives": 2,
+        "range_max": 20,
+        "batch_size": 16,
+        "epochs": 4,
+        "learning_rate": 3e-3,
+        "scale": 20,
+        "experts": 2,
+        "average_with_base": "1",
+        "bf16": False,
+        "training_arg": {"disable_tqdm": True},
+    }
+    return RunSettings(**{**values, **changes})

@@ -16,31 +16,16 @@ from tokenizers.models import WordLevel
 
 from st_clp.run import recipe, training_stage
 from st_clp.run.modelling import compiled_layers
-from st_clp.settings import RunSettings, SettingsError
-
-
-def settings_of(model: Path, collection: Path, output: Path, **changes: object) -> RunSettings:
-    values: dict[str, object] = {
-        "model": str(model),
-        "collection": [str(collection)],
-        "output": str(output),
-        "num_negatives": 2,
-        "range_max": 20,
-        "epochs": 1,
-        "learning_rate": 3e-3,
-        "scale": 20,
-        "average_with_base": "1",
-        "bf16": False,
-        "training_arg": {"disable_tqdm": True},
-    }
-    return RunSettings(**{**values, **changes})  # type: ignore[arg-type]
+from st_clp.settings import SettingsError
+from tests.toy import settings_of
 
 
 @pytest.mark.parametrize("experts", [0, 2])
 def test_a_run_with_compiled_layers_trains_what_any_run_does(
     tiny_model_path: Path, collection_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, experts: int
 ) -> None:
-    plain = recipe.run(settings_of(tiny_model_path, collection_path, tmp_path / "plain", experts=experts))
+    short = {"experts": experts, "epochs": 1}
+    plain = recipe.run(settings_of(tiny_model_path, collection_path, tmp_path / "plain", **short))
     torch.compiler.reset()
     passes: list[int] = []
 
@@ -49,9 +34,7 @@ def test_a_run_with_compiled_layers_trains_what_any_run_does(
         return graph.forward
 
     monkeypatch.setattr(training_stage, "compiled_layers", partial(compiled_layers, backend=traced))
-    settings = settings_of(
-        tiny_model_path, collection_path, tmp_path / "compiled", experts=experts, compile_layers=True
-    )
+    settings = settings_of(tiny_model_path, collection_path, tmp_path / "compiled", **short, compile_layers=True)
     report = recipe.run(settings)
     assert passes
     name = f"{collection_path}/dev"

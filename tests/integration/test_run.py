@@ -21,28 +21,9 @@ import st_clp
 from st_clp import cli, load, mine_hard_negatives, upcycle
 from st_clp.data import Collection
 from st_clp.run import recipe
-from st_clp.settings import RunSettings
+from tests.toy import settings_of
 
 TEXTS = ["where is the red river", "in the north is a big lake"]
-
-
-def settings_of(model: Path, collection: Path, output: Path, **changes: Any) -> RunSettings:
-    values: dict[str, Any] = {
-        "model": str(model),
-        "collection": [str(collection)],
-        "output": str(output),
-        "num_negatives": 2,
-        "range_max": 20,
-        "batch_size": 16,
-        "epochs": 4,
-        "learning_rate": 3e-3,
-        "scale": 20,
-        "experts": 2,
-        "average_with_base": "1",
-        "bf16": False,
-        "training_arg": {"disable_tqdm": True},
-    }
-    return RunSettings(**{**values, **changes})
 
 
 @pytest.fixture(scope="module")
