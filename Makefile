@@ -74,8 +74,9 @@ dist: $(VENV)/installed-$(VERSION)  ## the wheel and the source archive, in dist
 mutate: $(VENV)/installed-$(VERSION)  ## change 43 lines of the core, one at a time: do the tests notice? (15 minutes)
 	$(BIN)/python tools/mutate.py --jobs 2
 
-campaign: $(VENV)/installed-$(VERSION)  ## kill the commands 200 times, and give them bad input: is anything lost or unclear? (some minutes)
+campaign: $(VENV)/installed-$(VERSION)  ## kill the commands 200 times and a cluster's workers, and give them bad input: is anything lost or unclear? (some minutes)
 	$(BIN)/python tests/campaigns/campaign.py --summary campaign.json
+	ST_CLP_KILL_ROUNDS=4 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed -k random_moments
 
 clean:  ## remove .venv and .venv-lowest
 	rm -rf $(VENV) $(LOWEST)
