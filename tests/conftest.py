@@ -9,8 +9,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import json
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +31,8 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+
+from tests.fresh import run_fresh
 
 WORDS = (
     "a an the of in on is was who what where when which river lake mountain city country money bank language people "
@@ -134,9 +134,7 @@ def _run_snippets(*folders: Path) -> dict[str, list[int]]:
             f"found[{folder.name!r}] = list(shape)",
         ]
     lines.append("print(json.dumps(found))")
-    result = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
+    return json.loads(run_fresh("\n".join(lines)).stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
@@ -11,6 +9,7 @@ import pytest
 from st_clp import Collection
 from st_clp.data import CollectionError
 from st_clp.data.sources.embedded import LANGUAGES
+from tests.fresh import run_fresh
 
 
 @pytest.fixture(params=LANGUAGES)
@@ -73,5 +72,4 @@ def test_it_needs_no_other_package() -> None:
         "import sys; sys.modules.update(babel=None, ir_datasets=None); from st_clp.data import Collection; "
         "print(len(Collection.load('embedded/hi/dev').queries))"
     )
-    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert int(found.stdout) >= 200
+    assert int(run_fresh(script).stdout) >= 200

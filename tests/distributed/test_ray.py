@@ -348,6 +348,7 @@ model = SentenceTransformer(model_path, device="cpu")
 collection = Collection.load(str(folder / "collection"), split="train")
 store = EmbeddingStore.build(model, collection, folder / "store", show_progress_bar=False)
 on = {"ray": "auto", "workers": 1}
+there = ClusterOptions(**on)
 def said(what):
     try:
         what()
@@ -355,10 +356,11 @@ def said(what):
         print(type(error).__name__, error, flush=True)
 def write_queries():
     options = QueryOptions(query_max_tokens=4)
-    with make_chain(f"local:{t5_path}", options, store=Path(here, "q"), show_progress_bar=False, cluster=ClusterOptions(**on)) as chain:
+    store = Path(here, "queries")
+    with make_chain(f"local:{t5_path}", options, store=store, show_progress_bar=False, cluster=there) as chain:
         chain.generate([Document(str(n), f"river {n}") for n in range(300)])
 said(lambda: EmbeddingStore.build(model, collection, Path(here, "s"), show_progress_bar=False, **on))
-said(lambda: exact.search_rows(model, store.rows(range(2)), store, 3, cluster=ClusterOptions(**on)))
+said(lambda: exact.search_rows(model, store.rows(range(2)), store, 3, cluster=there))
 said(write_queries)
 ray.shutdown()
 cluster.communicate("")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from st_clp.encoding.shards import StoreError
 from st_clp.mining import MiningOptions, mine
 from st_clp.mining.estimate import estimate
 from st_clp.search import search
+from tests.fresh import run_fresh
 from tests.toy import write_beir
 
 WORDS = "river lake mountain city king queen book song red blue green water fire stone gold".split()
@@ -196,7 +195,7 @@ def test_what_is_wrong_with_an_address_is_said(tiny_model: SentenceTransformer, 
         "try: Place('s3://bucket/store')\n"
         "except ModuleNotFoundError as error: print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = run_fresh(code)
     assert "s3://bucket/store cannot be used: pip install 'st-clp[s3]'" in done.stdout, done.stderr
     listed = CliRunner().invoke(app, ["store", "ls", f"{bucket}/mine"])
     assert listed.exit_code != 0

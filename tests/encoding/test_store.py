@@ -27,6 +27,7 @@ from st_clp.data import CollectionError, Corpus, MemoryCorpus
 from st_clp.data.sources.irds import IrdsCorpus
 from st_clp.encoding import EmbeddingStore, building, shards
 from st_clp.encoding.inspection import verify
+from tests.fresh import run_fresh
 
 TEXTS = ["a big river", "the old lake of the north", "fire", "who was king?", "one two three four five six", "bird"]
 FILES = ["embeddings.bin", "ids.jsonl", "keys.bin", "shards.jsonl", "manifest.json"]
@@ -410,12 +411,7 @@ except OSError as error:
 def test_a_disk_that_fills_up_is_named_and_costs_no_finished_shard(
     builds: Builds, tiny_model_path: Path, tmp_path: Path
 ) -> None:
-    ran = subprocess.run(
-        [sys.executable, "-c", FULL, str(tiny_model_path), str(tmp_path / "store")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    ran = run_fresh(FULL, tiny_model_path, tmp_path / "store")
     assert str(tmp_path / "store") in ran.stdout, ran.stderr
     partial = tmp_path / "store.partial"
     assert (partial / "embeddings.bin").stat().st_size > 2 * 512 * 32 * 4  # half a shard was written

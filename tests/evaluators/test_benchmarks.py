@@ -5,9 +5,6 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import os
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -20,6 +17,7 @@ from evaluators.beir import BEIR_DATASETS, CQADUPSTACK_PARTS, NANO_BEIR_DATASETS
 from evaluators.benchmark import MIRACL_LANGUAGES
 from st_clp import Collection
 from st_clp.data import CollectionError
+from tests.fresh import run_fresh
 from tests.toy import write_beir
 
 TEXTS = ["the red river", "a blue lake of the north", "old bank of the city", "big green tree", "gold and silver"]
@@ -191,14 +189,7 @@ print(json.dumps({
 def test_miracl_and_beir_through_ir_datasets(tiny_model, tiny_model_path, tmp_path) -> None:
     write_irds_home(tmp_path)
     # ir_datasets reads where its files are when it is imported, so another process has to.
-    result = subprocess.run(
-        [sys.executable, "-c", CODE, str(tiny_model_path)],
-        env={**os.environ, "IR_DATASETS_HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
+    result = run_fresh(CODE, tiny_model_path, env={"IR_DATASETS_HOME": str(tmp_path)})
     found = json.loads(result.stdout.splitlines()[-1])
     alone = [
         CollectionEvaluator(make_collection(shift, "c"), metrics=["ndcg@10"])(tiny_model)["c_ndcg@10"]

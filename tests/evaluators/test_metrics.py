@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -17,6 +15,7 @@ from evaluators import CollectionEvaluator
 from evaluators.metrics import Metric, mean_scores, parse_metrics, score_queries
 from st_clp import Collection
 from st_clp.data import MemoryCorpus
+from tests.fresh import run_fresh
 
 DOC_IDS = [f"d{number}" for number in range(12)]
 QUERY_IDS = [f"q{number}" for number in range(5)]
@@ -171,5 +170,4 @@ def test_pytrec_eval_is_needed_only_to_score_and_its_absence_says_what_to_instal
         "try: score_queries({'q': {'d': 1}}, {'q': {'d': 1.0}}, parse_metrics(['ndcg@10']))\n"
         "except ModuleNotFoundError as error: print(error)\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert "pip install beir" in result.stdout
+    assert "pip install beir" in run_fresh(code).stdout

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +10,7 @@ from sentence_transformers import InputExample, SentenceTransformer
 from torch.utils.data import DataLoader
 
 from st_clp import CLPLoss
+from tests.fresh import run_fresh
 
 ROWS = [
     ("which river is big", "the big river of the north", "the old lake of the south", "which lake is old"),
@@ -49,7 +48,6 @@ def test_fit_trains_and_the_saved_model_is_the_same_in_a_fresh_process(
         "model = SentenceTransformer(sys.argv[1], device='cpu')\n"
         "print(json.dumps(model.encode(json.loads(sys.argv[2])).tolist()))"
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "model"), json.dumps(queries)]
-    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    result = run_fresh(code, tmp_path / "model", json.dumps(queries))
     found = np.array(json.loads(result.stdout.splitlines()[-1]), dtype=np.float32)
     np.testing.assert_array_equal(found, tiny_model.encode(queries))

@@ -21,6 +21,7 @@ import st_clp
 from st_clp import cli, load, mine_hard_negatives, upcycle
 from st_clp.data import Collection
 from st_clp.run import recipe
+from tests.fresh import run_fresh
 from tests.toy import settings_of
 
 TEXTS = ["where is the red river", "in the north is a big lake"]
@@ -75,9 +76,7 @@ def test_the_saved_model_is_the_same_in_a_fresh_process(finished: tuple[Path, di
         "model = SentenceTransformer(sys.argv[1], trust_remote_code=True, device='cpu')\n"
         "print(json.dumps([type(model[0]).__name__, model.encode(json.loads(sys.argv[2])).tolist()]))"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code, str(output), json.dumps(TEXTS)], check=True, capture_output=True, text=True
-    )
+    result = run_fresh(code, output, json.dumps(TEXTS))
     kind, embeddings = json.loads(result.stdout.splitlines()[-1])
     assert kind == "MoETransformer"
     np.testing.assert_array_equal(np.array(embeddings, dtype=np.float32), expected)

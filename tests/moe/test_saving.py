@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from sentence_transformers.sentence_transformer.modules import Dense, Normalize,
 
 import st_clp
 from st_clp.moe import expert_usage, is_moe
+from tests.fresh import run_fresh
 
 TEXTS = ["a cat on the river", "the king", "what is the capital of a country", "red green blue " * 8]
 FRESH = """
@@ -46,7 +45,7 @@ def in_a_fresh_process(path: Path, **encode: str) -> list[np.ndarray]:
     """Embed the texts with the model at ``path`` in a new process, opened in both ways."""
     models = [[opener, str(path), {}] for opener in ("load", "remote")]
     task = json.dumps({"models": models, "texts": TEXTS, "encode": encode})
-    subprocess.run([sys.executable, "-c", FRESH], input=task, text=True, check=True, cwd=path, timeout=300)
+    run_fresh(FRESH, stdin=task, cwd=path)
     return [np.load(f"{path}.{opener}.npy") for opener in ("load", "remote")]
 
 
@@ -108,9 +107,7 @@ def test_without_st_clp_the_error_says_what_to_install(
     path = tmp_path / "model"
     st_clp.upcycle(model).save(str(path))
     where = tmp_path if started == "elsewhere" else path
-    found = subprocess.run(
-        [sys.executable, "-c", HIDDEN, str(path)], cwd=where, text=True, capture_output=True, timeout=300
-    )
+    found = run_fresh(HIDDEN, path, cwd=where, check=False)
     assert found.returncode == 1
     assert "pip install st_clp" in found.stderr.splitlines()[-1]
 
@@ -188,7 +185,7 @@ def test_transformers_alone_refuses_a_mixture(tiny_model: SentenceTransformer, t
     code = (
         f"import sys, transformers; transformers.{opener}.from_pretrained(sys.argv[1]); assert 'st_clp' in sys.modules"
     )
-    found = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=300)
+    found = run_fresh(code, tmp_path, check=False)
     assert found.returncode != 0
     for part in ("mixture of experts of st-clp", "pip install st-clp", "st_clp.load(path)", "trust_remote_code=True"):
         assert part in found.stderr.splitlines()[-1]
