@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from st_clp import load
-from st_clp.run.recipe import run
+from st_clp.recipe import run
 from st_clp.settings import RunSettings
 
 

@@ -142,9 +142,7 @@ def test_no_two_files_have_one_name() -> None:
     """So that a name in a traceback or an editor's tab says which file it is."""
     names = [file.name for module, file in product_modules().items() if module.startswith("st_clp")]
     files = [name for name in names if not name.startswith("__")]
-    # The former names of things are one line each.
-    former = {"recipe.py", "negative_queries.py"}
-    assert sorted(name for name in set(files) if files.count(name) > 1 and name not in former) == []
+    assert sorted(name for name in set(files) if files.count(name) > 1) == []
 
 
 def room_of(module: str) -> str:

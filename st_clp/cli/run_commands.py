@@ -77,7 +77,7 @@ def _say_what_it_takes(settings: RunSettings, *, resume: bool, overwrite: bool) 
     from transformers.utils import logging as transformers_logging
 
     from st_clp.run.forecast import print_forecast
-    from st_clp.run.recipe import forecast_run
+    from st_clp.run.stages import forecast_run
 
     console = new_console()
     transformers_logging.disable_progress_bar()
@@ -88,7 +88,7 @@ def run_settings(settings: RunSettings, *, resume: bool = False, overwrite: bool
     """Run with these settings and say where the results are."""
     from transformers.utils import logging as transformers_logging
 
-    from st_clp.run.recipe import run
+    from st_clp.run.stages import run
 
     console = new_console()
     transformers_logging.disable_progress_bar()  # a bar for every model that is opened says nothing here

@@ -25,8 +25,8 @@ from st_clp.option_values import SettingsError
 from st_clp.refresh.rows_in_use import Layout, is_whole
 from st_clp.run.folder import RunDirectory
 from st_clp.run.ray_training import train_on_cluster
-from st_clp.run.recipe import run
 from st_clp.run.splits import load_collections
+from st_clp.run.stages import run
 from st_clp.run.training_stage import TrainingStage
 from st_clp.settings import RunSettings
 from tests.distributed.words import collection_of_words

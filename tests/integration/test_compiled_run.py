@@ -14,7 +14,7 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from st_clp.run import recipe, training_stage
+from st_clp.run import stages, training_stage
 from st_clp.run.modelling import compiled_layers
 from st_clp.settings import SettingsError
 from tests.toy import settings_of
@@ -25,7 +25,7 @@ def test_a_run_with_compiled_layers_trains_what_any_run_does(
     tiny_model_path: Path, collection_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, experts: int
 ) -> None:
     short = {"experts": experts, "epochs": 1}
-    plain = recipe.run(settings_of(tiny_model_path, collection_path, tmp_path / "plain", **short))
+    plain = stages.run(settings_of(tiny_model_path, collection_path, tmp_path / "plain", **short))
     torch.compiler.reset()
     passes: list[int] = []
 
@@ -35,7 +35,7 @@ def test_a_run_with_compiled_layers_trains_what_any_run_does(
 
     monkeypatch.setattr(training_stage, "compiled_layers", partial(compiled_layers, backend=traced))
     settings = settings_of(tiny_model_path, collection_path, tmp_path / "compiled", **short, compile_layers=True)
-    report = recipe.run(settings)
+    report = stages.run(settings)
     assert passes
     name = f"{collection_path}/dev"
     before, after = (report["scores"][when][name]["ndcg@10"] for when in ("before", "after"))

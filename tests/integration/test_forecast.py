@@ -12,7 +12,7 @@ from sentence_transformers import SentenceTransformer
 from typer.testing import CliRunner
 
 from st_clp import cli
-from st_clp.run import forecast, recipe
+from st_clp.run import forecast, stages
 from st_clp.run.folder import RunDirectory
 from st_clp.run.forecast import Forecast
 from st_clp.run.training_trial import try_steps
@@ -31,7 +31,7 @@ def test_a_dry_run_counts_all_that_is_to_be_done_and_writes_nothing(
     tiny_model_path: Path, collection_path: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    found = recipe.forecast_run(settings_of(tiny_model_path, collection_path, output))
+    found = stages.forecast_run(settings_of(tiny_model_path, collection_path, output))
     work = by_name(found)
     assert work["evaluate-before"].startswith("90 documents of ")
     assert work["evaluate-before"].endswith(" tokens to encode, 60 queries")
@@ -54,7 +54,7 @@ def test_queries_that_are_held_out_are_not_counted_as_trained_on(
     tiny_model_path: Path, collection_path: Path, tmp_path: Path
 ) -> None:
     settings = settings_of(tiny_model_path, collection_path, tmp_path / "out", average_with_base="auto")
-    assert "about 108 rows" in by_name(recipe.forecast_run(settings))["train"]
+    assert "about 108 rows" in by_name(stages.forecast_run(settings))["train"]
 
 
 def test_the_command_says_it_line_by_line(tiny_model_path: Path, collection_path: Path, tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_a_forecast_changes_nothing_of_the_run(
     reports = {}
     for name, trifle in (("said", 0.0), ("not said", float("inf"))):
         monkeypatch.setattr(forecast, "TRIFLE", trifle)
-        reports[name] = recipe.run(settings_of(tiny_model_path, collection_path, tmp_path / name, epochs=1))
+        reports[name] = stages.run(settings_of(tiny_model_path, collection_path, tmp_path / name, epochs=1))
         assert ("What it will take" in capsys.readouterr().out) == (name == "said")
     assert reports["said"]["scores"] == reports["not said"]["scores"]
     assert reports["said"]["training"]["history"] == reports["not said"]["training"]["history"]
@@ -91,25 +91,25 @@ def test_what_is_there_is_not_counted_again(tiny_model_path: Path, collection_pa
     directory = RunDirectory(settings.output)
     stop = RuntimeError("stopped")
 
-    class Stopping(recipe._Run):
+    class Stopping(stages._Run):
         def _mine(self) -> dict[str, Any]:
             raise stop
 
     with pytest.raises(RuntimeError, match="stopped"):
-        Stopping(settings, recipe.new_console()).go(resume=False, overwrite=False)
-    found = recipe.forecast_run(settings, resume=True)
+        Stopping(settings, stages.new_console()).go(resume=False, overwrite=False)
+    found = stages.forecast_run(settings, resume=True)
     assert [stage.seconds is None for stage in found.stages] == [True, False, False, False]
     assert "finished" in str(found)
     # Its record gone, its embeddings still are there.
     directory.records.forget("evaluate-before")
-    found = recipe.forecast_run(settings, resume=True)
+    found = stages.forecast_run(settings, resume=True)
     assert by_name(found)["evaluate-before"] == "60 queries"
     assert "90 documents" in by_name(found)["evaluate-after"]
 
 
 def test_a_long_run_says_what_would_shorten_it(tiny_model_path: Path, collection_path: Path, tmp_path: Path) -> None:
     settings = settings_of(tiny_model_path, collection_path, tmp_path / "out", num_negatives=4)
-    found = recipe.forecast_run(settings)
+    found = stages.forecast_run(settings)
     assert "shorter" not in str(found)
     train = next(stage for stage in found.stages if stage.name == "train")
     hours = dataclasses.replace(train, seconds=3 * 3600.0)

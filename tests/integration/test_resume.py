@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import st_clp
 from st_clp import cli
-from st_clp.run import recipe, training_stage
+from st_clp.run import stages, training_stage
 from st_clp.settings import RunSettings
 
 TEXTS = ["where is the red river", "in the north is a big lake"]
@@ -96,7 +96,7 @@ def test_weights_that_are_gone_are_trained_again(
     given: list[Any], finished: Path, tmp_path: Path, stop: Callable[..., None]
 ) -> None:
     output = tmp_path / "out"
-    stop(recipe, "load")  # after training
+    stop(stages, "load")  # after training
     assert invoke(*given, "--output", output)[0] == 130
     (output / "model.safetensors").unlink()
     code, text = invoke("run", "--output", output, "--resume")
@@ -217,7 +217,7 @@ def test_a_start_that_could_not_write_its_settings_blocks_nothing(
         (output / "run" / "settings.yaml").touch()
     elif left == "unfinished":
         (output / "run" / "settings.yaml.1-deadbeef.partial").write_text("model: ")
-    stop(recipe, "load_collections")  # it has gone past the folder
+    stop(stages, "load_collections")  # it has gone past the folder
     code, text = invoke(*given, "--output", output, *again)
     assert code == 130, text
 

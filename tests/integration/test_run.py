@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 import st_clp
 from st_clp import cli, load, mine_hard_negatives, upcycle
 from st_clp.data import Collection
-from st_clp.run import recipe
+from st_clp.run import stages
 from tests.fresh import run_fresh
 from tests.toy import settings_of
 
@@ -33,7 +33,7 @@ def finished(
 ) -> tuple[Path, dict]:
     """An undisturbed run: (its folder, its report)."""
     output = tmp_path_factory.mktemp("finished") / "out"
-    return output, recipe.run(settings_of(tiny_model_path, collection_path, output))
+    return output, stages.run(settings_of(tiny_model_path, collection_path, output))
 
 
 def test_a_run_leaves_a_better_model_a_card_a_report_and_runs(
@@ -113,11 +113,11 @@ def stops() -> dict[str, Callable[[pytest.MonkeyPatch, BaseException], Stop]]:
     from sentence_transformers import SentenceTransformerTrainer
 
     return {
-        "evaluate-before": lambda m, e: Stop(m, recipe.CollectionEvaluator, "evaluate_in", e),
-        "mine": lambda m, e: Stop(m, recipe, "write_rows", e),
+        "evaluate-before": lambda m, e: Stop(m, stages.CollectionEvaluator, "evaluate_in", e),
+        "mine": lambda m, e: Stop(m, stages, "write_rows", e),
         "train": lambda m, e: Stop(m, SentenceTransformerTrainer, "training_step", e, skip=20),
-        "evaluate-after": lambda m, e: Stop(m, recipe, "load", e),
-        "report": lambda m, e: Stop(m, recipe, "write_card", e),
+        "evaluate-after": lambda m, e: Stop(m, stages, "load", e),
+        "report": lambda m, e: Stop(m, stages, "write_card", e),
     }
 
 
@@ -158,7 +158,7 @@ def test_a_full_disk_is_said_and_the_run_resumes(
 ) -> None:
     output = tmp_path / "out"
     error = OSError(28, "No space left on device", str(output / "run" / "mined"))
-    Stop(monkeypatch, recipe, "write_rows", error)
+    Stop(monkeypatch, stages, "write_rows", error)
     settings = settings_of(tiny_model_path, collection_path, output, epochs=1)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings.to_dict()))
     result = invoke("--config", str(tmp_path / "run.yaml"))
@@ -257,7 +257,7 @@ def test_training_rows_without_a_split_hold_some_queries_out(
         output_file=tmp_path / "rows.jsonl",
         show_progress_bar=False,
     )
-    report = recipe.run(
+    report = stages.run(
         settings_of(tiny_model_path, tmp_path / "rows.jsonl", tmp_path / "out", experts=0, epochs=1, num_negatives=2)
     )
     counts = report["collections"]
@@ -276,7 +276,7 @@ def test_two_collections_train_together_and_each_is_reported(
     other = other_collection_path
     settings = settings_of(tiny_model_path, collection_path, tmp_path / "out", epochs=1, mini_batch_size=16)
     settings.collection.append(str(other))
-    report = recipe.run(settings)
+    report = stages.run(settings)
     assert set(report["scores"]["after"]) == {f"{collection_path}/dev", f"{other}/dev"}
     assert sum(report["training"]["rows"].values()) == 240
 

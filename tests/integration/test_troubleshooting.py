@@ -85,7 +85,7 @@ def _begun(scene: Scene) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with scene.monkeypatch.context() as patch:
-        patch.setattr("st_clp.run.recipe.mine", full)
+        patch.setattr("st_clp.run.stages.mine", full)
         scene.run("--epochs", 1)
 
 

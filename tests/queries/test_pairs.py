@@ -13,7 +13,7 @@ from st_clp import Collection
 from st_clp.cli import app
 from st_clp.data import CollectionError, MemoryCorpus, open_corpus
 from st_clp.queries import make_chain
-from st_clp.run import recipe
+from st_clp.run import stages
 from st_clp.run.pairs import write_pairs
 from st_clp.settings import RunSettings
 
@@ -62,7 +62,7 @@ def test_documents_alone_become_a_collection_and_a_model(
     arguments = ["--collection", documents, "--output", written, "--number", 40, "--unchecked", "--overwrite"]
     assert invoke(endpoint, *arguments)[0] == 0
     assert len(endpoint.requests) == 40
-    report = recipe.run(
+    report = stages.run(
         RunSettings(
             model=str(tiny_model_path),
             collection=[str(written)],

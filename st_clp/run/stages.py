@@ -1,6 +1,6 @@
 """The whole method as one run: evaluate, mine, convert, train, evaluate again, save.
 
-from st_clp.run.recipe import run
+from st_clp.recipe import run
 from st_clp.settings import RunSettings, SettingsError
 
 report = run(RunSettings(model="BAAI/bge-m3", collection=["miracl/ko"], output="bge-m3-ko"))
