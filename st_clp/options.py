@@ -63,6 +63,12 @@ class DataOptions(Options):
     max_train_queries: int | None = option(
         None, "Train on no more queries of each collection than this, drawn at random.", least=1
     )
+    sentence_queries: int = option(
+        0,
+        "Train on so many more queries of each collection, made of its documents' sentences, of those too that no "
+        "query asks for. It pays where there are many for each document, and the rate is high.",
+        least=0,
+    )
     text_field: list[str] = option([], "A document's fields to join as its text. By default title and text.")
     max_seq_length: int | None = option(None, "Tokens of a text to read. By default as the model has it.", least=1)
 

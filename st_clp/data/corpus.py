@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -119,6 +120,30 @@ class Corpus(ABC):
     def expected_size(self) -> int | None:
         """How many documents to expect, for progress bars; None where that is not known before they are read."""
         return None
+
+    def draw(
+        self, number: int, seed: int, fits: Callable[[Document], bool] = lambda document: True
+    ) -> tuple[list[Document], int]:
+        """Documents at random, each as likely as any other, in the order of the corpus.
+
+        Args:
+            number: How many; all where there are no more. So many are held in memory.
+            seed: Of the draw.
+            fits: Which documents count.
+
+        Returns:
+            The documents, and how many there are that fit.
+        """
+        generator = random.Random(seed)
+        drawn: list[tuple[int, Document]] = []
+        size = 0
+        for document in filter(fits, self):
+            size += 1
+            if len(drawn) < number:
+                drawn.append((size, document))
+            elif (at := generator.randrange(size)) < number:
+                drawn[at] = (size, document)
+        return [document for _, document in sorted(drawn, key=lambda pair: pair[0])], size
 
     def __deepcopy__(self, memo: object) -> Corpus:
         # Nothing changes a corpus, and a model's card remembers its evaluator: a copy of a model would copy all texts.

@@ -16,9 +16,10 @@ from st_clp.queries.interface import (
     QuerySource,
     Usage,
 )
-from st_clp.queries.judgments import JudgedQueries, TitleOrLead
+from st_clp.queries.judgments import JudgedQueries
 from st_clp.queries.local import LocalQueries
 from st_clp.queries.making import make_chain, parse_sources
+from st_clp.queries.own_text import SentenceQueries, TitleOrLead, add_sentence_queries
 from st_clp.queries.query_store import QueryStore
 from st_clp.queries.roundtrip import RoundTrip
 from st_clp.queries.wording import Prompts
@@ -43,9 +44,11 @@ __all__ = [
     "QuerySource",
     "QueryStore",
     "RoundTrip",
+    "SentenceQueries",
     "SourceCost",
     "TitleOrLead",
     "Usage",
+    "add_sentence_queries",
     "estimate_cost",
     "make_chain",
     "parse_sources",

@@ -1,4 +1,4 @@
-"""The sources that make queries of negatives, as a text names them: ``"judgments,local:PATH,openai:MODEL,title"``."""
+"""The sources that make queries of negatives, as a text names them: ``"judgments,local:PATH,sentence"``."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from st_clp.queries.chain import QueryChain
 from st_clp.queries.chat import ChatClient
 from st_clp.queries.endpoint import Budget, EndpointQueries, Prices
 from st_clp.queries.interface import JUDGMENTS, GeneratingSource, QuerySource
-from st_clp.queries.judgments import DEFAULT_WEIGHT, TitleOrLead
 from st_clp.queries.local import LocalQueries
+from st_clp.queries.own_text import TITLE_WEIGHT, SentenceQueries, TitleOrLead
 from st_clp.queries.query_store import QueryStore
 from st_clp.queries.wording import Prompts
 
-LOCAL, OPENAI, TITLE = "local", "openai", "title"
-KNOWN = f"{JUDGMENTS}, {LOCAL}:MODEL, {OPENAI}:MODEL and {TITLE}"
+LOCAL, OPENAI, TITLE, SENTENCE = "local", "openai", "title", "sentence"
+KNOWN = f"{JUDGMENTS}, {LOCAL}:MODEL, {OPENAI}:MODEL, {SENTENCE} and {TITLE}"
 _WEIGHT = re.compile(r"\*(\d+(?:\.\d+)?)$")
 
 
@@ -40,7 +40,7 @@ def parse_sources(spec: str) -> list[tuple[str, str, float | None]]:
     for part in (part.strip() for part in spec.split(",")):
         weight = _WEIGHT.search(part)
         kind, _, model = _WEIGHT.sub("", part).partition(":")
-        if kind not in (JUDGMENTS, LOCAL, OPENAI, TITLE):
+        if kind not in (JUDGMENTS, LOCAL, OPENAI, TITLE, SENTENCE):
             raise ValueError(f"negative_queries: there is no source {part!r}; the sources are {KNOWN}")
         if bool(model) != (kind in (LOCAL, OPENAI)):
             form = f"{kind}:MODEL" if kind in (LOCAL, OPENAI) else kind
@@ -78,7 +78,7 @@ def make_chain(
     options = options or QueryOptions()
     parsed = parse_sources(spec)
     # What costs nothing needs no file.
-    free = all(kind in (JUDGMENTS, TITLE) for kind, _, _ in parsed)
+    free = all(kind in (JUDGMENTS, TITLE, SENTENCE) for kind, _, _ in parsed)
     kept = store if isinstance(store, QueryStore) else QueryStore(None if free else store)
     sources = [_source(kind, model, weight, options, kept, cluster) for kind, model, weight in parsed]
     for source in sources:
@@ -99,8 +99,10 @@ def _source(
     if kind == JUDGMENTS:
         return JUDGMENTS
     if kind == TITLE:
-        return TitleOrLead(weight=DEFAULT_WEIGHT if weight is None else weight)
+        return TitleOrLead(weight=TITLE_WEIGHT if weight is None else weight)
     given = 1.0 if weight is None else weight
+    if kind == SENTENCE:
+        return SentenceQueries(samples=options.query_samples or 1, seed=options.seed, weight=given)
     prompts = None if options.query_prompts is None else Prompts.read(options.query_prompts)
     if kind == LOCAL:
         local = LocalQueries(

@@ -23,6 +23,7 @@ from evaluators import CollectionEvaluator
 from st_clp.data import Collection
 from st_clp.mining.rows import TrainingRow
 from st_clp.options import EvaluationOptions
+from st_clp.queries.own_text import is_made
 
 logger = logging.getLogger(__name__)
 
@@ -134,9 +135,10 @@ def number_held_out(queries: int) -> int:
 def hold_out(rows: Sequence[TrainingRow], seed: int) -> tuple[list[TrainingRow], list[TrainingRow]]:
     """(the rows to train on, those of the queries to choose a share by).
 
-    A tenth of the queries is held out, 100 at most; none where there are fewer than ten.
+    A tenth of the queries is held out, 100 at most; none where there are fewer than ten. Queries made of sentences are
+    trained on in any case: the others are those that users ask.
     """
-    queries = sorted({row.query_id for row in rows})
+    queries = sorted({row.query_id for row in rows if not is_made(row.query_id)})
     held = set(random.Random(seed).sample(queries, number_held_out(len(queries))))
     return [row for row in rows if row.query_id not in held], [row for row in rows if row.query_id in held]
 

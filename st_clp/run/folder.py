@@ -48,7 +48,7 @@ _OF_A_CLASS: dict[type[Options], str] = {
 }
 _OF_A_SETTING = {
     "seed": EVALUATE_BEFORE,  # it draws the queries that are held out
-    **dict.fromkeys(("max_train_queries", "cross_encoder", "negative_queries"), MINE),
+    **dict.fromkeys(("max_train_queries", "sentence_queries", "cross_encoder", "negative_queries"), MINE),
 }
 
 SCORES = {"scores": dict}

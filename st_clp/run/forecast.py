@@ -20,6 +20,7 @@ from st_clp.encoding.building import Builder
 from st_clp.encoding.encode import SAMPLE, sample_of, token_counts, tokens_a_second
 from st_clp.mining.estimate import search_seconds
 from st_clp.options import Encoding
+from st_clp.queries.own_text import is_made
 from st_clp.run.averaging import number_held_out
 from st_clp.run.folder import EVALUATE_AFTER, EVALUATE_BEFORE, MINE, STAGES, TRAIN, RunDirectory
 from st_clp.run.splits import Collections
@@ -286,9 +287,10 @@ def _count(corpus: Corpus) -> int:
 
 def _rows(settings: RunSettings, collection: Collection) -> int:
     """How many rows will be trained on, about: one for each answer that is known, of queries that are not held out."""
-    answers = list(map(len, collection.positives().values()))
-    held_out = number_held_out(len(answers)) if settings.share_of_trained == "auto" else 0
-    return round(sum(answers) * (1 - held_out / max(1, len(answers))))
+    positives = collection.positives()
+    asked = [len(found) for query_id, found in positives.items() if not is_made(query_id)]
+    held_out = number_held_out(len(asked)) if settings.share_of_trained == "auto" else 0
+    return len(positives) - len(asked) + round(sum(asked) * (1 - held_out / max(1, len(asked))))
 
 
 def _free(folder: Path) -> int:

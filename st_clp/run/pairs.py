@@ -18,7 +18,7 @@ from typing import IO
 
 from sentence_transformers import SentenceTransformer
 
-from st_clp.data import Collection, CollectionError, Corpus, Document
+from st_clp.data import Collection, CollectionError, Corpus
 from st_clp.encoding import EmbeddingStore
 from st_clp.files import whole_folder
 from st_clp.options import Encoding
@@ -91,7 +91,11 @@ def write_pairs(
         EndpointError: An endpoint refuses the key or does not have the model.
     """
     asked_for = {doc_id for found in (given.positives() if given else {}).values() for doc_id in found}
-    drawn = _draw(corpus, number, asked_for, seed)
+    drawn, _ = corpus.draw(
+        number,
+        seed,
+        lambda document: document.doc_id not in asked_for and len(document.text.strip()) >= LEAST_CHARACTERS,
+    )
     if not drawn:
         raise CollectionError(
             f"{corpus.name}: no document has {LEAST_CHARACTERS} characters and no query; there is nothing to write for"
@@ -115,22 +119,6 @@ def write_pairs(
         )
     _write(Path(output), corpus, given, queries, seed, account)
     return account
-
-
-def _draw(corpus: Corpus, number: int, asked_for: set[str], seed: int) -> list[Document]:
-    """So many documents, each as likely as any other, in the order of the corpus."""
-    generator = random.Random(seed)
-    drawn: list[tuple[int, Document]] = []
-    seen = 0
-    for place, document in enumerate(corpus):
-        if document.doc_id in asked_for or len(document.text.strip()) < LEAST_CHARACTERS:
-            continue
-        seen += 1
-        if len(drawn) < number:
-            drawn.append((place, document))
-        elif (at := generator.randrange(seen)) < number:
-            drawn[at] = (place, document)
-    return [document for _, document in sorted(drawn)]
 
 
 def _distinct(answers: Sequence[DocumentQueries], account: PairsAccount) -> dict[str, list[str]]:

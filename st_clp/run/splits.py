@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from st_clp.data import Collection, CollectionError
+from st_clp.queries import add_sentence_queries
+from st_clp.queries.own_text import is_made
 from st_clp.settings import RunSettings, SettingsError
 
 logger = logging.getLogger(__name__)
@@ -29,6 +31,7 @@ class Collections:
                     "corpus": collection.corpus_name,
                     "language": collection.language,
                     "queries": len(collection.queries),
+                    "made_of_sentences": sum(map(is_made, collection.queries)),
                     "judgments": sum(map(len, collection.judgments.values())),
                     "left_out": collection.left_out,
                 }
@@ -64,7 +67,7 @@ def load_collections(settings: RunSettings) -> Collections:
         if settings.max_train_queries is not None:
             collection = collection.sample(settings.max_train_queries, settings.seed)
             collection.require_positives()
-        train.append(collection)
+        train.append(with_sentence_queries(collection, settings))
     for source in settings.eval_collection:
         split = find_eval_split(source, settings.eval_split)
         evaluate.append(Collection.load(source, split=split, text_fields=fields))
@@ -73,6 +76,20 @@ def load_collections(settings: RunSettings) -> Collections:
     for collection in evaluate:
         _require_ids_for_run_files(collection)
     return Collections(train, evaluate)
+
+
+def with_sentence_queries(collection: Collection, settings: RunSettings) -> Collection:
+    """The collection with as many queries made of sentences as the settings ask for, or with all that can be made."""
+    more = add_sentence_queries(collection, settings.sentence_queries, settings.seed)
+    made = len(more.queries) - len(collection.queries)
+    if made < settings.sentence_queries:
+        logger.warning(
+            "%s: %d queries could be made of its documents' sentences, of %d that are asked for",
+            collection.name,
+            made,
+            settings.sentence_queries,
+        )
+    return more
 
 
 def find_eval_split(source: str, split: str | None) -> str | None:

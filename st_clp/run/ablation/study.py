@@ -33,7 +33,7 @@ from st_clp.run.ablation.variants import BASE, Variant, default_variants, with_r
 from st_clp.run.averaging import METRIC, WeightAverage, choose_share, evaluators_of, hold_out
 from st_clp.run.folder import slug
 from st_clp.run.modelling import load_base_model, load_cross_encoder
-from st_clp.run.splits import load_collections
+from st_clp.run.splits import load_collections, with_sentence_queries
 from st_clp.settings import RunSettings, SettingsError
 from st_clp.terminal import duration, new_console
 
@@ -107,7 +107,8 @@ class Ablation:
     def go(self, *, overwrite: bool) -> AblationTable:
         """Do what is not done, and make the table."""
         self._begin(overwrite)
-        collections = load_collections(self.settings)
+        # Each variant adds its own queries made of sentences.
+        collections = load_collections(dataclasses.replace(self.settings, sentence_queries=0))
         self.train = {slug(collection.name): collection for collection in collections.train}
         unseen = [self._load_unseen(source) for source in self._unseen]
         self.evaluate = collections.evaluate + unseen
@@ -302,6 +303,7 @@ class Ablation:
             "queries": asdict(QueryOptions.for_negatives(settings)),
             "sources": settings.negative_queries,
             "cross_encoder": settings.cross_encoder,
+            **({"sentence_queries": settings.sentence_queries} if settings.sentence_queries else {}),
         }
         digest = hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=6).hexdigest()
         file = self.folder / "mined" / digest / f"{name}.jsonl"
@@ -317,7 +319,7 @@ class Ablation:
         with make_chain(settings.negative_queries, queries, store=kept, show_progress_bar=False) as chain:
             return mine(
                 model,
-                collection,
+                with_sentence_queries(collection, settings),
                 MiningOptions.of(settings),
                 cross_encoder=load_cross_encoder(settings.cross_encoder),
                 negative_queries=chain,

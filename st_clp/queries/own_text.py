@@ -1,0 +1,155 @@
+"""Queries made of a document's own text, in any language and without a model that writes: title, lead, sentences.
+
+Of a sentence a part is left out, as a question leaves out what it asks for; the document has to be found by the rest.
+Trained on enough of them, a model learns to tell a collection's own documents apart, those too that no query asks for.
+After Lee et al. (2019), Latent Retrieval for Weakly Supervised Open Domain Question Answering, arXiv:1906.00300 (a
+sentence as the query of its passage), and Chen et al. (2022), Salient Phrase Aware Dense Retrieval, arXiv:2110.06918
+(sentences as the queries by which a dense model learns what a lexical one knows).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+from st_clp.data import Collection, Document
+from st_clp.queries.interface import DocumentQueries, NegativeQuery, QuerySource
+from st_clp.queries.wording import EMPTY
+
+# A sentence ends at its script's full stop; a Latin one must be followed by a space, as 3.14 is no end.
+_END = re.compile(r"(?<=[.!?؟۔])\s+|(?<=[。！？।॥])|\n+")
+_ENDS = " .!?؟۔。！？।॥\"'"
+_WORDS, _CHARACTERS = (5, 22), (12, 45)  # of a sentence: fewer say too little, and no more are taken
+_LEFT_OUT = (0.2, 0.45)
+_LONGEST_WORDS = 12  # letters on average, above which a script puts no space between words
+MADE = "sentence:"  # how the ids of such queries begin
+TITLE_WEIGHT = 0.5
+LONGEST_LEAD = 160  # characters
+
+
+def sentences(text: str) -> Iterator[str]:
+    """The sentences of a text that say something, with single spaces."""
+    for part in _END.split(text):
+        sentence = " ".join(part.split())
+        if any(character.isalnum() for character in sentence):
+            yield sentence
+
+
+def part_of_sentence(sentence: str, generator: random.Random) -> str | None:
+    """A sentence without a run of its words, a fifth to nearly a half of them; None where it is too short."""
+    sentence = sentence.strip(_ENDS)
+    words = sentence.split()
+    spaced = len(sentence) <= (_LONGEST_WORDS + 1) * len(words)
+    units = words if spaced else list(sentence)
+    least, most = _WORDS if spaced else _CHARACTERS
+    if len(units) < least:
+        return None
+    begin = generator.randrange(max(0, len(units) - most) + 1)
+    units = units[begin : begin + most]
+    number = max(1, round(len(units) * generator.uniform(*_LEFT_OUT)))
+    begin = generator.randrange(len(units) - number + 1)
+    part = (" " if spaced else "").join(units[:begin] + units[begin + number :]).strip()
+    return part if any(character.isalnum() for character in part) else None
+
+
+def queries_of(document: Document, number: int, seed: int) -> list[str]:
+    """Up to ``number`` queries for a document, each of another sentence; the same for the same seed."""
+    digest = hashlib.blake2b(f"{seed}\0{document.doc_id}".encode(), digest_size=8).digest()
+    generator = random.Random(digest)
+    parts = (part_of_sentence(sentence, generator) for sentence in sentences(_without_title(document)))
+    found = list(dict.fromkeys(part for part in parts if part))
+    return generator.sample(found, min(number, len(found)))
+
+
+def _without_title(document: Document) -> str:
+    title = document.title.strip()
+    text = document.text
+    return text[len(title) :] if title and text.startswith(title) else text
+
+
+class TitleOrLead(QuerySource):
+    """A document's title, marked ``"title"``; where its source knows none, the first sentence, marked ``"lead"``.
+
+    Args:
+        weight: The weight of the queries.
+    """
+
+    name = "title"
+    free = True
+
+    def __init__(self, *, weight: float = TITLE_WEIGHT) -> None:
+        self.weight = weight
+
+    def generate(self, documents: Iterable[Document], *, language: str | None = None) -> Iterator[DocumentQueries]:
+        """Yield answers in the documents' order."""
+        for document in documents:
+            text, source = " ".join(document.title.split()), "title"
+            if not text:
+                text, source = lead(document.text), "lead"
+            queries = (NegativeQuery(text, source, self.weight),) if text else ()
+            yield DocumentQueries(document.doc_id, queries, None if text else EMPTY)
+
+
+def lead(text: str) -> str:
+    """The first sentence that says something, cut between words where it is long."""
+    first = next(sentences(text), "")
+    if len(first) <= LONGEST_LEAD:
+        return first
+    cut = first[: LONGEST_LEAD + 1].rpartition(" ")[0]
+    return cut or first[:LONGEST_LEAD]
+
+
+class SentenceQueries(QuerySource):
+    """Parts of a document's sentences, marked ``"sentence"``.
+
+    Args:
+        samples: Queries for each document, at most.
+        seed: Of the draws.
+        weight: The weight of the queries.
+    """
+
+    name = "sentence"
+    free = True
+
+    def __init__(self, *, samples: int = 1, seed: int = 42, weight: float = 1.0) -> None:
+        self.samples, self.seed, self.weight = samples, seed, weight
+
+    def generate(self, documents: Iterable[Document], *, language: str | None = None) -> Iterator[DocumentQueries]:
+        """Yield answers in the documents' order."""
+        for document in documents:
+            queries = self._mark(queries_of(document, self.samples, self.seed))
+            yield DocumentQueries(document.doc_id, queries, None if queries else EMPTY)
+
+
+def add_sentence_queries(collection: Collection, number: int, seed: int) -> Collection:
+    """The collection with queries made of its documents' sentences beside its own.
+
+    They are spread evenly: no document has two more than another that has as many sentences. Where there are more
+    documents than queries to make, documents are drawn at random.
+
+    Args:
+        collection: The collection; it stays as it is.
+        number: Queries to make; all that can be made where there are fewer.
+        seed: Of the draws.
+    """
+    if not number:
+        return collection
+    documents, size = collection.corpus.draw(number, seed)
+    each = {document.doc_id: queries_of(document, 1 if size > number else number, seed) for document in documents}
+    queries, judgments = dict(collection.queries), dict(collection.judgments)
+    taken = 0
+    for turn in range(max(map(len, each.values()), default=0)):
+        for doc_id, texts in each.items():
+            if turn < len(texts) and taken < number:
+                query_id = f"{MADE}{turn}:{doc_id}"
+                queries[query_id], judgments[query_id] = texts[turn], {doc_id: 1}
+                taken += 1
+    return replace(collection, queries=queries, judgments=judgments)
+
+
+def is_made(query_id: str) -> bool:
+    """Whether a query is one that :func:`add_sentence_queries` made."""
+    return query_id.startswith(MADE)
