@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
@@ -128,7 +129,8 @@ def add_sentence_queries(collection: Collection, number: int, seed: int) -> Coll
     """The collection with queries made of its documents' sentences beside its own.
 
     They are spread evenly: no document has two more than another that has as many sentences. Where there are more
-    documents than queries to make, documents are drawn at random.
+    documents than queries to make, documents are drawn at random. A query that several of them would have is none: it
+    does not say which is meant.
 
     Args:
         collection: The collection; it stays as it is.
@@ -139,14 +141,16 @@ def add_sentence_queries(collection: Collection, number: int, seed: int) -> Coll
         return collection
     documents, size = collection.corpus.draw(number, seed)
     each = {document.doc_id: queries_of(document, 1 if size > number else number, seed) for document in documents}
-    queries, judgments = dict(collection.queries), dict(collection.judgments)
-    taken = 0
-    for turn in range(max(map(len, each.values()), default=0)):
-        for doc_id, texts in each.items():
-            if turn < len(texts) and taken < number:
-                query_id = f"{MADE}{turn}:{doc_id}"
-                queries[query_id], judgments[query_id] = texts[turn], {doc_id: 1}
-                taken += 1
+    times = Counter(text for texts in each.values() for text in texts)
+    in_turn = [
+        (turn, doc_id, text)
+        for doc_id, texts in each.items()
+        for turn, text in enumerate(text for text in texts if times[text] == 1)
+    ]
+    in_turn.sort(key=lambda query: query[0])  # the first of every document, then the second of each
+    made = {f"{MADE}{turn}:{doc_id}": (text, doc_id) for turn, doc_id, text in in_turn[:number]}
+    queries = collection.queries | {query_id: text for query_id, (text, _) in made.items()}
+    judgments = collection.judgments | {query_id: {doc_id: 1} for query_id, (_, doc_id) in made.items()}
     return replace(collection, queries=queries, judgments=judgments)
 
 
