@@ -129,8 +129,8 @@ def add_sentence_queries(collection: Collection, number: int, seed: int) -> Coll
     """The collection with queries made of its documents' sentences beside its own.
 
     They are spread evenly: no document has two more than another that has as many sentences. Where there are more
-    documents than queries to make, documents are drawn at random. A query that several of them would have is none: it
-    does not say which is meant.
+    documents than queries to make, documents are drawn at random. A query that several of them would have is none, as
+    it does not say which is meant.
 
     Args:
         collection: The collection; it stays as it is.
@@ -139,8 +139,8 @@ def add_sentence_queries(collection: Collection, number: int, seed: int) -> Coll
     """
     if not number:
         return collection
-    documents, size = collection.corpus.draw(number, seed)
-    each = {document.doc_id: queries_of(document, 1 if size > number else number, seed) for document in documents}
+    documents, _ = collection.corpus.draw(number, seed, lambda document: bool(queries_of(document, 1, seed)))
+    each = {document.doc_id: queries_of(document, number, seed) for document in documents}
     times = Counter(text for texts in each.values() for text in texts)
     in_turn = [
         (turn, doc_id, text)
