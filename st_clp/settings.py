@@ -56,7 +56,8 @@ class RunSettings(
     negative_queries: str = option(
         "judgments",
         "Where they come from, in order, the first that knows one wins: judgments, local:MODEL (a folder or a name on "
-        "the Hub), openai:MODEL (any endpoint of that API), title (or lead sentence); title*0.3 gives another weight.",
+        "the Hub), openai:MODEL (any endpoint of that API), sentence (a part of one of the document's), title (or lead "
+        "sentence); title*0.3 gives another weight.",
         group=QuerySettings.group,
     )
     query_store: str | None = option(

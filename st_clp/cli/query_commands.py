@@ -178,7 +178,7 @@ PAIRS_SETTINGS = [
 
 PAIRS_EXTRAS: dict[str, Extra] = {
     "writer": (
-        Annotated[str, typer.Option("--writer", help="What writes: openai:MODEL or local:MODEL, or title (free).")],
+        Annotated[str, typer.Option("--writer", help="What writes: openai:MODEL, local:MODEL; free: sentence, title.")],
         "",
         "",
     ),
@@ -245,7 +245,7 @@ def _require_possible(settings: RunSettings, extras: dict[str, Any], output: Pat
     if len(settings.collection) != 1:
         raise SettingsError("pairs takes one collection at a time; give each its own output")
     if not extras["writer"]:
-        raise SettingsError("no writer: give --writer openai:MODEL, local:MODEL or title")
+        raise SettingsError("no writer: give --writer openai:MODEL, local:MODEL, sentence or title")
     if "judgments" in extras["writer"].split(","):
         raise SettingsError("--writer: the judgments write nothing; their queries are kept in any case")
     for name in ("number", "queries_per_document"):

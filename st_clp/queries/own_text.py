@@ -58,11 +58,18 @@ def part_of_sentence(sentence: str, generator: random.Random) -> str | None:
 
 def queries_of(document: Document, number: int, seed: int) -> list[str]:
     """Up to ``number`` queries for a document, each of another sentence; the same for the same seed."""
+    return list(_parts(document, number, seed))
+
+
+def _parts(document: Document, number: int, seed: int) -> dict[str, str]:
+    """The queries, each with the sentence that it is a part of."""
     digest = hashlib.blake2b(f"{seed}\0{document.doc_id}".encode(), digest_size=8).digest()
     generator = random.Random(digest)
-    parts = (part_of_sentence(sentence, generator) for sentence in sentences(_without_title(document)))
-    found = list(dict.fromkeys(part for part in parts if part))
-    return generator.sample(found, min(number, len(found)))
+    found: dict[str, str] = {}
+    for sentence in sentences(_without_title(document)):
+        if part := part_of_sentence(sentence, generator):
+            found.setdefault(part, sentence)
+    return dict(generator.sample(list(found.items()), min(number, len(found))))
 
 
 def _without_title(document: Document) -> str:
@@ -129,8 +136,8 @@ def add_sentence_queries(collection: Collection, number: int, seed: int) -> Coll
     """The collection with queries made of its documents' sentences beside its own.
 
     They are spread evenly: no document has two more than another that has as many sentences. Where there are more
-    documents than queries to make, documents are drawn at random. A query that several of them would have is none, as
-    it does not say which is meant.
+    documents than queries to make, documents are drawn at random. A sentence that stands in several of them makes no
+    query, as it does not say which is meant.
 
     Args:
         collection: The collection; it stays as it is.
@@ -140,12 +147,12 @@ def add_sentence_queries(collection: Collection, number: int, seed: int) -> Coll
     if not number:
         return collection
     documents, _ = collection.corpus.draw(number, seed, lambda document: bool(queries_of(document, 1, seed)))
-    each = {document.doc_id: queries_of(document, number, seed) for document in documents}
-    times = Counter(text for texts in each.values() for text in texts)
+    each = {document.doc_id: _parts(document, number, seed) for document in documents}
+    times = Counter(sentence for parts in each.values() for sentence in parts.values())
     in_turn = [
         (turn, doc_id, text)
-        for doc_id, texts in each.items()
-        for turn, text in enumerate(text for text in texts if times[text] == 1)
+        for doc_id, parts in each.items()
+        for turn, text in enumerate(text for text, sentence in parts.items() if times[sentence] == 1)
     ]
     in_turn.sort(key=lambda query: query[0])  # the first of every document, then the second of each
     made = {f"{MADE}{turn}:{doc_id}": (text, doc_id) for turn, doc_id, text in in_turn[:number]}

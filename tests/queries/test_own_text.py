@@ -100,8 +100,7 @@ def test_what_two_documents_say_alike_is_no_query() -> None:
     documents = {f"d{n}": f"{same}. the {n} {n} {n} {n} {n} {n} {n} {n} {n}" for n in "abc"}
     collection = Collection.from_dict(documents, {"q": "which?"}, {"q": {"da": 1}})
     more = add_sentence_queries(collection, 100, 0)
-    times = Counter(more.queries.values())
-    assert max(times.values()) == 1
+    assert not any(set(query.split()) <= set(same.split()) for query in more.queries.values())
     assert {doc_id for query_id, found in more.judgments.items() if is_made(query_id) for doc_id in found} == set(
         documents
     )
