@@ -156,3 +156,19 @@ def test_nothing_to_write_for_and_nothing_left_are_errors_that_leave_no_folder(t
         with pytest.raises(CollectionError, match=r"(?s)none of the queries.*3  queries that were written for several"):
             write_pairs(MemoryCorpus("same", same), chain, tmp_path / "out", number=3)
     assert not list(tmp_path.iterdir())
+
+
+def test_documents_alone_without_a_model_that_writes(documents: Path, tmp_path: Path) -> None:
+    written = tmp_path / "written"
+    arguments = ["pairs", "--writer", "sentence", "--collection", documents, "--output", written, "--unchecked"]
+    result = CliRunner().invoke(app, [*map(str, arguments), "--queries-per-document", "2"])
+    assert result.exit_code == 0, result.output
+    train, dev = (Collection.load(str(written), split=split) for split in ("train", "dev"))
+    texts = {document.doc_id: document.text for document in train.documents()}
+    assert len(train.queries) > 40
+    for collection in (train, dev):
+        for query_id, query in collection.queries.items():
+            (doc_id,) = collection.judgments[query_id]
+            assert set(query.split()) <= set(texts[doc_id].replace(".", "").split())
+            assert len(query.split()) < len(texts[doc_id].split())
+    assert not list(tmp_path.glob("*.sqlite"))
