@@ -121,29 +121,27 @@ class Corpus(ABC):
         """How many documents to expect, for progress bars; None where that is not known before they are read."""
         return None
 
-    def draw(
-        self, number: int, seed: int, fits: Callable[[Document], bool] = lambda document: True
-    ) -> tuple[list[Document], int]:
+    def draw(self, number: int, seed: int, fits: Callable[[Document], bool] = lambda document: True) -> list[Document]:
         """Documents at random, each as likely as any other, in the order of the corpus.
 
         Args:
             number: How many; all where there are no more. So many are held in memory.
             seed: Of the draw.
             fits: Which documents count.
-
-        Returns:
-            The documents, and how many there are that fit.
         """
+        from tqdm.auto import tqdm  # the command line imports this module to print its help
+
         generator = random.Random(seed)
         drawn: list[tuple[int, Document]] = []
-        size = 0
-        for document in filter(fits, self):
-            size += 1
+        bar = tqdm(
+            self, desc=f"Drawing from {self.name}", total=self.expected_size(), unit=" documents", delay=5, leave=False
+        )
+        for size, document in enumerate(filter(fits, bar), start=1):
             if len(drawn) < number:
                 drawn.append((size, document))
             elif (at := generator.randrange(size)) < number:
                 drawn[at] = (size, document)
-        return [document for _, document in sorted(drawn, key=lambda pair: pair[0])], size
+        return [document for _, document in sorted(drawn, key=lambda pair: pair[0])]
 
     def __deepcopy__(self, memo: object) -> Corpus:
         # Nothing changes a corpus, and a model's card remembers its evaluator: a copy of a model would copy all texts.

@@ -146,7 +146,7 @@ def add_sentence_queries(collection: Collection, number: int, seed: int) -> Coll
     """
     if not number:
         return collection
-    documents, _ = collection.corpus.draw(number, seed, lambda document: bool(queries_of(document, 1, seed)))
+    documents = collection.corpus.draw(number, seed)
     each = {document.doc_id: _parts(document, number, seed) for document in documents}
     times = Counter(sentence for parts in each.values() for sentence in parts.values())
     in_turn = [

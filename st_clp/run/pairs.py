@@ -91,7 +91,7 @@ def write_pairs(
         EndpointError: An endpoint refuses the key or does not have the model.
     """
     asked_for = {doc_id for found in (given.positives() if given else {}).values() for doc_id in found}
-    drawn, _ = corpus.draw(
+    drawn = corpus.draw(
         number,
         seed,
         lambda document: document.doc_id not in asked_for and len(document.text.strip()) >= LEAST_CHARACTERS,
