@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+import sys
 from pathlib import Path
 from types import ModuleType
 
 TESTS = Path(__file__).resolve().parents[1]
+sys.path.append(str(TESTS.parent))  # modules of the tests name others of theirs
 
 
 def tests_module(path: str) -> ModuleType:
