@@ -67,7 +67,7 @@ def _open_unfinished(target: Path, mode: str) -> tuple[IO[Any], Path]:
         if fcntl is None:
             return file, unfinished
         with suppress(OSError):  # a file system without locks: nothing is removed there either
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX)  # waits for another process that is just removing it
         if unfinished.exists():  # else another process took it for a leftover before it was locked
             return file, unfinished
         file.close()
@@ -117,7 +117,7 @@ def _make_unfinished(target: Path) -> tuple[Path, int | None]:
         with suppress(OSError):  # taken for a leftover before it was opened
             lock = os.open(unfinished, os.O_RDONLY)
             with suppress(OSError):  # a file system without locks: nothing is removed there either
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX)  # waits for another process that is just removing it
             if unfinished.exists():
                 return unfinished, lock
             os.close(lock)

@@ -6,13 +6,16 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from st_clp import files
 from st_clp.files import (
     UNFINISHED,
     content_digest,
@@ -149,3 +152,41 @@ def test_a_digest_is_of_the_bytes(tmp_path):
     assert content_digest(one) != content_digest(two)
     two.write_bytes(one.read_bytes())
     assert content_digest(one) == content_digest(two)
+
+
+@pytest.mark.skipif(files.fcntl is None, reason="no locks of files on this system")
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_another_process_removes_before_it_is_locked_is_begun_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """A process that looks for leftovers may lock what has just been made, and remove it a moment later."""
+    original = files.fcntl.flock
+    removers: list[threading.Thread] = []
+
+    def flock(file: Any, operation: int) -> None:
+        if not removers:
+            (unfinished,) = tmp_path.glob("*.partial")
+            remover = os.open(unfinished, os.O_RDONLY)
+            original(remover, operation)
+
+            def remove() -> None:
+                time.sleep(0.1)
+                unfinished.rmdir() if unfinished.is_dir() else unfinished.unlink()
+                os.close(remover)
+
+            removers.append(threading.Thread(target=remove))
+            removers[0].start()
+        original(file, operation)
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    if kind == "file":
+        with whole_file(tmp_path / "rows") as file:
+            removers[0].join()
+            file.write("whole")
+        assert (tmp_path / "rows").read_text() == "whole"
+    else:
+        with whole_folder(tmp_path / "rows") as folder:
+            removers[0].join()
+            (folder / "one").write_text("whole")
+        assert (tmp_path / "rows" / "one").read_text() == "whole"
+    assert [path.name for path in tmp_path.iterdir()] == ["rows"]
