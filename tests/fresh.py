@@ -19,6 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+SECONDS = 300  # after which a process is killed
 ORIGIN = "import torch, sentence_transformers; from {module} import _serve; _serve()"
 
 
@@ -87,7 +88,7 @@ def _run(task: dict[str, Any]) -> int:
         [("stdin", os.O_RDONLY), ("stdout", os.O_WRONLY | os.O_CREAT), ("stderr", os.O_WRONLY | os.O_CREAT)]
     ):
         os.dup2(os.open(Path(task["folder"], name), flags), number)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.alarm(SECONDS)
     os.chdir(task["cwd"])
     os.environ.update(task["env"])
     sys.argv, sys.path[0] = task["argv"], ""

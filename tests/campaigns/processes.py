@@ -46,6 +46,9 @@ def prepare() -> None:
     import sentence_transformers  # noqa: F401
 
     import evaluators.comparison  # noqa: F401
+    import st_clp.cli
+    import st_clp.run.searching
+    import st_clp.run.stages  # noqa: F401
 
     faiss.omp_set_num_threads(1)
     datasets.disable_progress_bars()
