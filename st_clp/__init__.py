@@ -15,6 +15,7 @@ __version__ = "0.2.0"
 _PUBLIC = {
     "CLPLoss": "st_clp.losses",
     "CachedCLPLoss": "st_clp.losses",
+    "DocumentBatchSampler": "st_clp.losses",
     "MoETransformer": "st_clp.moe",
     "upcycle": "st_clp.moe",
     "train_only": "st_clp.moe",
@@ -28,7 +29,7 @@ _PUBLIC = {
 
 if TYPE_CHECKING:
     from st_clp.data import Collection
-    from st_clp.losses import CachedCLPLoss, CLPLoss
+    from st_clp.losses import CachedCLPLoss, CLPLoss, DocumentBatchSampler
     from st_clp.mining import mine_hard_negatives
     from st_clp.moe import MoETransformer, load, to_dense, train_only, upcycle
     from st_clp.refresh import AnceCallback
@@ -39,6 +40,7 @@ __all__ = [
     "CLPLoss",
     "CachedCLPLoss",
     "Collection",
+    "DocumentBatchSampler",
     "MoETransformer",
     "__version__",
     "average",

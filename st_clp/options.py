@@ -20,6 +20,7 @@ RoundTripAction = Literal["off", "drop", "weight"]
 SearchedCorpus = Literal["full", "pooled"]
 PenaltyKind = Literal["cosine", "contrastive"]
 Projection = Literal["intermediate", "output", "feed_forward"]
+Batches = Literal["auto", "rows", "documents"]
 Trained = Literal["auto", "moe", "intermediate", "output", "router", "all"]
 
 DEFAULT_METRICS = ("ndcg@10", "ndcg@5", "recall@100", "mrr@10")  # the main one first
@@ -63,10 +64,11 @@ class DataOptions(Options):
     max_train_queries: int | None = option(
         None, "Train on no more queries of each collection than this, drawn at random.", least=1
     )
-    sentence_queries: int = option(
-        0,
+    sentence_queries: int | None = option(
+        None,
         "Train on so many more queries of each collection, made of its documents' sentences, of those too that no "
-        "query asks for. It pays for some thousands of documents, with several for each, and --learning-rate 3e-4.",
+        "query asks for. By default all that can be made, about eight a document at most, where there are no more than "
+        "5,000 documents, and none where there are more.",
         least=0,
     )
     text_field: list[str] = option([], "A document's fields to join as its text. By default title and text.")
@@ -414,10 +416,23 @@ class TrainingOptions(SeedOption):
 
     group = "Training"
 
-    epochs: float = option(2.0, "Passes over the training rows.", above=0)
-    batch_size: int = option(16, "Training rows in a batch on each device.", least=1)
+    batches: Batches = option(
+        "auto",
+        "What a batch is made of: rows, each with its own hard negatives; or documents that are near one another, by "
+        "what was mined, each encoded once for several of its queries and a negative for those of the others. auto: "
+        "documents where queries are made of sentences, and rows otherwise or where negatives are refreshed.",
+    )
+    epochs: float | None = option(
+        None, "Passes over the training rows. By default 2, and 4 in batches of documents.", above=0
+    )
+    batch_size: int | None = option(
+        None, "Training rows in a batch on each device. By default 16, and 128 in batches of documents.", least=1
+    )
     learning_rate: float | None = option(
-        None, "The peak learning rate. By default 1e-4 where only a part trains and 2e-5 where all does.", least=0
+        None,
+        "The peak learning rate. By default 1e-4 where only a part trains, 3e-4 in batches of documents, and 2e-5 "
+        "where all trains.",
+        least=0,
     )
     warmup: float = option(0.1, "Steps of warm-up: a share of all steps, or a number from 1.", least=0)
     bf16: bool | None = option(None, "Train in bfloat16. By default where the hardware has it.")
@@ -446,6 +461,21 @@ class TrainingOptions(SeedOption):
         share = self.share_of_trained
         if isinstance(share, float) and not 0 <= share <= 1:
             raise SettingsError(f"average_with_base must be a share from 0 to 1, or auto, got {share:g}")
+
+    @property
+    def of_documents(self) -> bool:
+        """Whether batches are made of documents; ``auto`` has to be settled before, and counts as rows."""
+        return self.batches == "documents"
+
+    @property
+    def number_of_epochs(self) -> float:
+        """``epochs``, with its default filled in."""
+        return self.epochs if self.epochs is not None else 4.0 if self.of_documents else 2.0
+
+    @property
+    def rows_in_batch(self) -> int:
+        """``batch_size``, with its default filled in."""
+        return self.batch_size if self.batch_size is not None else 128 if self.of_documents else 16
 
     @property
     def share_of_trained(self) -> float | Literal["auto"]:

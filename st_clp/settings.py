@@ -71,18 +71,40 @@ class RunSettings(
     def _check(self) -> None:
         if self.refresh_every is None and self.refresh_async:
             raise SettingsError("refresh_async needs refresh_every: after how many steps, or each epoch")
+        if self.of_documents and self.refresh_every is not None:
+            raise SettingsError(
+                "refresh_every mines the negatives of rows anew, and rows have none of their own with "
+                "batches=documents; give the one or the other"
+            )
+        if self.of_documents and not self.in_batch_negatives:
+            raise SettingsError(
+                "in_batch_negatives=False leaves nothing to tell a positive from with batches=documents, whose rows "
+                "have no negatives of their own; use batches=rows"
+            )
 
     @property
     def peak_learning_rate(self) -> float:
         """``learning_rate``, with its default filled in."""
         if self.learning_rate is not None:
             return self.learning_rate
-        return 2e-5 if self.what_trains == "all" else 1e-4
+        if self.what_trains == "all":
+            return 2e-5
+        return 3e-4 if self.of_documents else 1e-4
+
+    @property
+    def negatives_in_rows(self) -> int:
+        """How many negatives a row is trained with; in batches of documents they only say which of these are near."""
+        return 0 if self.of_documents else self.num_negatives
+
+    @property
+    def queries_in_rows(self) -> int:
+        """How many queries each of these negatives is trained with."""
+        return self.queries_per_negative if self.negatives_in_rows else 0
 
     @staticmethod
     def as_recorded(values: Mapping[str, Any]) -> dict[str, Any]:
         """Settings that a run or an ablation has noted, with what was not noted yet in the version that did."""
-        return {"average_with_base": None, **values}
+        return {"average_with_base": None, "batches": "rows", "sentence_queries": 0, **values}
 
     def require(self, *names: str) -> None:
         """Raise a SettingsError that names the first of these settings that is empty."""

@@ -22,6 +22,7 @@ from st_clp.cli import run_commands
 from st_clp.encoding import hardware_has_bf16
 from st_clp.run.folder import RunDirectory, slug
 from st_clp.run.modelling import column_kinds, load_base_model
+from st_clp.run.splits import settle_batches
 from st_clp.run.training import check_training_arguments, make_arguments, read_training_arguments
 from st_clp.settings import RunSettings, SettingsError
 
@@ -60,7 +61,7 @@ def test_the_command_line_comes_before_the_file_and_both_before_defaults(
     result = CliRunner().invoke(cli.app, ["run", *arguments, "--collection", "x", "--collection", "y", "--no-bf16"])
     assert result.exit_code == 0, result.output
     (settings,) = seen
-    assert (settings.model, settings.num_negatives, settings.seed, settings.epochs) == ("a", 7, 5, 2.0)
+    assert (settings.model, settings.num_negatives, settings.seed, settings.number_of_epochs) == ("a", 7, 5, 2.0)
     assert (settings.collection, settings.bf16, settings.learning_rate) == (["x", "y"], False, 1.0)
     assert settings.training_arg == {"weight_decay": 0.5}
 
@@ -76,7 +77,7 @@ def test_the_command_line_comes_before_the_file_and_both_before_defaults(
         ({"penalty": "euclid"}, "penalty must be one of cosine, contrastive, got 'euclid'"),
         ({"experts": 2, "experts_per_token": 3}, "no fewer than each token goes to"),
         ({"experts": 0, "train": "moe"}, "train=moe needs experts"),
-        ({"epochs": None}, "epochs has no value"),
+        ({"scale": None}, "scale has no value"),
         ({"seed": -1}, "seed must be at least 0 and at most 4,294,967,295, got -1"),
         ({"seed": 2**40}, "seed must be at least 0 and at most 4,294,967,295"),
         ({"num_negatives": 10**30}, "num_negatives must be at most"),
@@ -268,3 +269,36 @@ def test_a_folder_that_is_no_whole_model_is_refused(
     spoil(folder)
     with pytest.raises(SettingsError, match=f"model' cannot be loaded: .*{message}"):
         load_base_model(str(folder))
+
+
+def test_batches_of_documents_have_defaults_of_their_own() -> None:
+    rows, documents = RunSettings(batches="rows"), RunSettings(batches="documents")
+    assert (rows.number_of_epochs, rows.rows_in_batch, rows.peak_learning_rate) == (2, 16, 1e-4)
+    assert (documents.number_of_epochs, documents.rows_in_batch, documents.peak_learning_rate) == (4, 128, 3e-4)
+    assert RunSettings(batches="documents", train="all").peak_learning_rate == 2e-5
+    given = RunSettings(batches="documents", epochs=1, batch_size=8, learning_rate=0.5)
+    assert (given.number_of_epochs, given.rows_in_batch, given.peak_learning_rate) == (1, 8, 0.5)
+    assert (rows.negatives_in_rows, documents.negatives_in_rows) == (rows.num_negatives, 0)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"refresh_every": "epoch"}, "refresh_every mines the negatives of rows anew.*batches=documents"),
+        ({"in_batch_negatives": False}, "in_batch_negatives=False leaves nothing.*use batches=rows"),
+    ],
+)
+def test_what_batches_of_documents_cannot_be_with(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        RunSettings(batches="documents", **values)
+    assert RunSettings(**values).batches == "auto"  # which makes batches of rows of it
+
+
+def test_auto_makes_batches_of_documents_where_sentences_ask_for_them() -> None:
+    asked, made = ["q1", "q2"], ["q1", "sentence:0:d1"]
+    assert settle_batches(RunSettings(), asked).batches == "rows"
+    assert settle_batches(RunSettings(), made).batches == "documents"
+    assert settle_batches(RunSettings(refresh_every="epoch"), made).batches == "rows"
+    assert settle_batches(RunSettings(in_batch_negatives=False), made).batches == "rows"
+    assert settle_batches(RunSettings(batches="rows"), made).batches == "rows"
+    assert settle_batches(RunSettings(batches="documents"), asked).batches == "documents"

@@ -48,11 +48,15 @@ def write_beir(collection: Collection, folder: Path, splits: Iterable[str] = ("t
 
 
 def settings_of(model: Path, collection: Path, output: Path, **changes: Any) -> RunSettings:
-    """Settings of a run that trains a tiny model on a collection in seconds; two experts, if nothing is said."""
+    """Settings of a run that trains a tiny model on a collection in seconds.
+
+    Two experts and no queries but those that were asked, if nothing is said.
+    """
     values: dict[str, Any] = {
         "model": str(model),
         "collection": [str(collection)],
         "output": str(output),
+        "sentence_queries": 0,
         "num_negatives": 2,
         "range_max": 20,
         "batch_size": 16,

@@ -89,12 +89,15 @@ class Inputs:
         weights: ``(batch, n * m)``, or None where every negative query counts fully.
         texts: ``(batch, 1 + n)``, equal numbers for equal texts; None where the inputs are not tokens.
         guide: The guide model's embeddings, one ``(batch, guide dim)`` tensor for each column, queries first.
+        places: ``(1 + n, batch)``, where a row's documents stand among the different ones, of which alone there are
+            embeddings then; None where every row has its own.
     """
 
     layout: Layout
     weights: Tensor | None = None
     texts: Tensor | None = None
     guide: list[Tensor] | None = None
+    places: Tensor | None = None
 
 
 @dataclass(frozen=True)

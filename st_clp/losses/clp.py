@@ -24,6 +24,7 @@ from st_clp.losses.columns import (
     drop_foreign_features,
     weights_from_labels,
 )
+from st_clp.losses.distinct import distinct_texts
 from st_clp.losses.gradcache import get_batch_size
 from st_clp.losses.guide import Guide
 from st_clp.losses.objective import PENALTIES, objective
@@ -91,6 +92,7 @@ class CLPLoss(nn.Module):
         guide: SentenceTransformer | None = None,
         margin: float | None = None,
         margin_strategy: MarginStrategy = "absolute",
+        encode_once: bool = False,
         check_finite: bool = False,
     ) -> None:
         """
@@ -151,6 +153,9 @@ class CLPLoss(nn.Module):
                 model's own similarities judge.
             margin_strategy: "absolute" leaves out what is above ``positive - margin``, "relative" what is above
                 ``positive - abs(positive) * margin``.
+            encode_once: Encode a document that stands in the batch more than once only once. The loss is the same, but
+                for dropout, which all of its places then share. It pays where rows have documents in common, as with
+                :class:`DocumentBatchSampler`; a GPU is waited for once a step.
             check_finite: Look for NaN and infinite embeddings in every step and name the column that has them. This
                 waits for the device, so it is for debugging.
 
@@ -230,6 +235,7 @@ class CLPLoss(nn.Module):
         self.guide = None if guide is None else Guide(model, guide)
         self.margin = 0.0 if margin is None and guide is not None else margin
         self.margin_strategy = margin_strategy
+        self.encode_once = encode_once
         self.check_finite = check_finite
         self._check_range = RangeCheck()
         check_settings(self)
@@ -278,7 +284,12 @@ class CLPLoss(nn.Module):
         guide = None
         if self.guide is not None:
             guide = self.guide.embed(columns, layout.num_queries, **self._guide_mini_batch())
-        return columns, Inputs(layout, weights, texts, guide)
+        places = None
+        if self.encode_once and texts is not None:
+            found = distinct_texts(columns[layout.num_queries :], texts)
+            if found is not None:
+                columns, places = [*columns[: layout.num_queries], found[0]], found[1]
+        return columns, Inputs(layout, weights, texts, guide, places)
 
     def _arrange(
         self, columns: list[Column], labels: Tensor | None, batch_size: int
@@ -301,6 +312,8 @@ class CLPLoss(nn.Module):
         return Options(**{field.name: getattr(self, field.name) for field in fields(Options)})
 
     def _assemble(self, embeddings: list[Tensor], inputs: Inputs) -> Batch:
+        if inputs.places is not None:
+            embeddings = [*embeddings[:-1], *embeddings[-1][inputs.places]]
         if self.check_finite:
             check_finite(embeddings, inputs.layout.queries_first(inputs.layout.names()))
         return Batch.assemble(
@@ -327,6 +340,7 @@ class CLPLoss(nn.Module):
             "guide": None if self.guide is None else self.guide.guide,
             "margin": self.margin,
             "margin_strategy": self.margin_strategy,
+            "encode_once": self.encode_once,
             "check_finite": self.check_finite,
         }
 

@@ -108,8 +108,8 @@ def is_trifle(model: SentenceTransformer, settings: RunSettings, collections: Co
     """Whether the whole run takes some seconds on anything, so that a trial would be a large part of it."""
     longest = model.max_seq_length or 512
     texts = sum(collection.corpus.expected_size() or FIRST for collection in collections.evaluate)
-    columns = 2 + settings.num_negatives * (1 + settings.queries_per_negative)
-    trained = sum(_rows(settings, collection) for collection in collections.train) * columns * settings.epochs
+    columns = 2 + settings.negatives_in_rows * (1 + settings.queries_in_rows)
+    trained = sum(_rows(settings, collection) for collection in collections.train) * columns * settings.number_of_epochs
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return 2.0 * parameters * longest * (2 * texts + 3 * trained) < TRIFLE
 
@@ -202,10 +202,12 @@ class _Forecaster:
         rows = [_rows(settings, collection) for collection in self._collections.train]
         steps = number_of_steps(settings, rows)
         seconds = steps * step.seconds
-        text = f"{steps:,} steps of {duration(step.seconds)}: about {sum(rows):,} rows, {settings.batch_size} a batch"
-        text += f", {step.parameters[0] / 1e6:.1f} of {step.parameters[1] / 1e6:.1f} M weights"
+        text = f"{steps:,} steps of {duration(step.seconds)}: about {sum(rows):,} rows, "
+        trained, every_weight = (number / 1e6 for number in step.parameters)
+        text += f"{settings.rows_in_batch} a batch, {trained:.1f} of {every_weight:.1f} M weights"
         every = settings.steps_between_refreshes
-        refreshes = 0 if every is None else int(settings.epochs) - 1 if every == "epoch" else (steps - 1) // every
+        epochs = int(settings.number_of_epochs)
+        refreshes = 0 if every is None else epochs - 1 if every == "epoch" else (steps - 1) // every
         if refreshes > 0 and not settings.refresh_async:
             again = self._searching(MINE, self._collections.train, set(), settings.range_max).seconds
             seconds += refreshes * (again or 0.0)
@@ -244,10 +246,15 @@ class _Forecaster:
         queries = sum(len(collection.positives()) for collection in self._collections.train)
         if taken[TRAIN] > 0.3 * sum(taken.values()) and queries >= 1000:
             yield f"--max-train-queries {queries // 2 // 100 * 100}, half of the training"
-        if taken[TRAIN] > 0.3 * sum(taken.values()) and settings.num_negatives > 2:
+        if taken[TRAIN] > 0.3 * sum(taken.values()) and settings.negatives_in_rows > 2:
             yield "--num-negatives 2"
+        if taken[TRAIN] > 0.3 * sum(taken.values()) and any(map(is_made, self._train_queries())):
+            yield "--sentence-queries 0, training on queries that were asked alone"
         if taken[EVALUATE_BEFORE] + taken[EVALUATE_AFTER] > 0.3 * sum(taken.values()):
             yield "--eval-collection with a smaller corpus"
+
+    def _train_queries(self) -> Iterator[str]:
+        return (query_id for collection in self._collections.train for query_id in collection.queries)
 
     def _left_out(self) -> Iterator[str]:
         settings = self._settings

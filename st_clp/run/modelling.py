@@ -150,8 +150,9 @@ def make_loss(model: SentenceTransformer, settings: RunSettings) -> nn.Module:
         "scale": settings.scale,
         "penalty_weight": settings.penalty_weight,
         "penalty": settings.penalty,
-        "queries_per_negative": settings.queries_per_negative if settings.num_negatives else 0,
+        "queries_per_negative": settings.queries_in_rows,
         "in_batch_negatives": settings.in_batch_negatives,
+        "encode_once": settings.of_documents,
         # A trial is made by one process.
         "gather_across_devices": settings.train_workers is not None and torch.distributed.is_initialized(),
     }

@@ -147,7 +147,7 @@ def _card_section(settings: RunSettings, report: Mapping[str, Any]) -> str:
         f"- Trained on: {', '.join(f'`{name}`' for name in report['collections']['train'])}",
         f"- Trained parameters: {trained['trainable_parameters']:,} of {trained['all_parameters']:,} "
         f"(`{trained.get('what', settings.what_trains)}`)",
-        f"- Epochs {settings.epochs:g}, batch size {settings.batch_size}, learning rate "
+        f"- Epochs {settings.number_of_epochs:g}, batch size {settings.rows_in_batch}, learning rate "
         f"{settings.peak_learning_rate:g}, seed {settings.seed}",
         *_averaged_line(trained.get("averaged")),
         f"- Hard negatives: {settings.num_negatives} a query, from ranks {settings.range_min} to {settings.range_max}",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +16,8 @@ from st_clp.settings import RunSettings, SettingsError
 
 logger = logging.getLogger(__name__)
 
+MANY_DOCUMENTS = 5000
+SENTENCES = 8
 EVAL_SPLITS = ("dev", "validation", "valid", "val", "test")
 
 
@@ -79,17 +84,34 @@ def load_collections(settings: RunSettings) -> Collections:
 
 
 def with_sentence_queries(collection: Collection, settings: RunSettings) -> Collection:
-    """The collection with as many queries made of sentences as the settings ask for, or with all that can be made."""
-    more = add_sentence_queries(collection, settings.sentence_queries, settings.seed)
+    """The collection with as many queries made of sentences as the settings ask for, or with all that can be made.
+
+    Where they ask for no number, small collections get :data:`SENTENCES` a document, on average and at most, and others
+    none: they are worth their time where a training comes to every document several times.
+    """
+    wanted = settings.sentence_queries
+    if wanted is None:
+        documents = sum(1 for _ in itertools.islice(collection.corpus, MANY_DOCUMENTS + 1))
+        wanted = documents * SENTENCES if documents <= MANY_DOCUMENTS else 0
+    more = add_sentence_queries(collection, wanted, settings.seed)
     made = len(more.queries) - len(collection.queries)
-    if made < settings.sentence_queries:
+    if settings.sentence_queries is not None and made < wanted:
         logger.warning(
             "%s: %d queries could be made of its documents' sentences, of %d that are asked for",
             collection.name,
             made,
-            settings.sentence_queries,
+            wanted,
         )
     return more
+
+
+def settle_batches(settings: RunSettings, query_ids: Iterable[str]) -> RunSettings:
+    """The settings with ``batches=auto`` as what these training queries make of it."""
+    if settings.batches != "auto":
+        return settings
+    of_rows = settings.refresh_every is not None or not settings.in_batch_negatives
+    documents = not of_rows and any(map(is_made, query_ids))
+    return dataclasses.replace(settings, batches="documents" if documents else "rows")
 
 
 def find_eval_split(source: str, split: str | None) -> str | None:

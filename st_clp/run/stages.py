@@ -31,7 +31,7 @@ from st_clp.run.folder import EVALUATE_AFTER, EVALUATE_BEFORE, MINE, STAGES, TRA
 from st_clp.run.forecast import Forecast, forecast, is_trifle, print_forecast
 from st_clp.run.modelling import load_base_model, load_cross_encoder, model_name
 from st_clp.run.report import machine, print_scores, write_card
-from st_clp.run.splits import load_collections
+from st_clp.run.splits import load_collections, settle_batches
 from st_clp.run.training import check_training_arguments
 from st_clp.run.training_stage import TrainingStage
 from st_clp.settings import RunSettings, SettingsError
@@ -91,6 +91,8 @@ class _Run:
         self.query_options = QueryOptions.for_negatives(self.settings)
         self.encoding = Encoding.of(self.settings)
         self.collections = load_collections(self.settings)
+        queries = (query_id for collection in self.collections.train for query_id in collection.queries)
+        self.training = settle_batches(self.settings, queries)
         if resume:
             self._require_outputs()
         if not resume or self.directory.finished(TRAIN) is None:  # refreshing mines while training
@@ -100,7 +102,7 @@ class _Run:
     def forecast(self, *, resume: bool, overwrite: bool) -> Forecast:
         """What is left to do, and what it will cost."""
         self._check(resume=resume, overwrite=overwrite)
-        return forecast(self.settings, self.collections, self._base_model(), self.directory)
+        return forecast(self.training, self.collections, self._base_model(), self.directory)
 
     def go(self, *, resume: bool, overwrite: bool) -> dict[str, Any]:
         """Do it."""
@@ -113,14 +115,14 @@ class _Run:
         report = self._report(results)
         write_json(self.directory.path / "report.json", report)
         languages = [collection.language for collection in self.collections.evaluate if collection.language]
-        write_card(self.directory.path, self.settings, report, list(dict.fromkeys(languages)))
+        write_card(self.directory.path, self.training, report, list(dict.fromkeys(languages)))
         print_scores(self.console, report["scores"]["before"], report["scores"]["after"])
         return report
 
     def _say_what_it_takes(self) -> None:
-        if self.base is None or is_trifle(self.base, self.settings, self.collections):
+        if self.base is None or is_trifle(self.base, self.training, self.collections):
             return  # trained already, or done as soon as said
-        print_forecast(self.console, forecast(self.settings, self.collections, self.base, self.directory))
+        print_forecast(self.console, forecast(self.training, self.collections, self.base, self.directory))
 
     def _stage(self, name: str, work: Any) -> dict[str, Any]:
         title = name.replace("-", " ").capitalize()

@@ -23,6 +23,8 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from st_clp.declaring import names_of
 from st_clp.distributed import has_room
 from st_clp.encoding import hardware_has_bf16
+from st_clp.losses import DocumentBatchSampler
+from st_clp.losses.document_batches import Near
 from st_clp.mining import TrainingRow
 from st_clp.mining.rows import to_dataset
 from st_clp.option_values import read_number, shown
@@ -59,6 +61,7 @@ def make_trainer(
     settings: RunSettings,
     checkpoints: Path,
     *,
+    near: Near | None = None,
     refresh: AnceCallback | None = None,
     progress: TrainerCallback | None = None,
 ) -> SentenceTransformerTrainer:
@@ -69,6 +72,7 @@ def make_trainer(
         datasets: Collection name to training rows in CLPLoss's columns.
         settings: The run's settings.
         checkpoints: Folder for checkpoints.
+        near: Which documents are near one another, for batches of documents.
         refresh: What refreshes the negatives; its ``train_dataset`` is trained on.
         progress: Shows progress in place of the Trainer's own bar and lines.
 
@@ -80,9 +84,12 @@ def make_trainer(
     rows: Dataset | DatasetDict = next(iter(datasets.values())) if len(datasets) == 1 else DatasetDict(dict(datasets))
     columns = [name for name in next(iter(datasets.values())).column_names if name != "label"]
     steps = number_of_steps(settings, map(len, datasets.values()))
+    arguments = make_arguments(model, settings, checkpoints, columns, steps=steps)
+    if settings.of_documents and "batch_sampler" not in settings.training_arg:
+        arguments.batch_sampler = _NearDocuments(near or {})
     trainer = SentenceTransformerTrainer(
         model=model,
-        args=make_arguments(model, settings, checkpoints, columns, steps=steps),
+        args=arguments,
         train_dataset=rows if refresh is None else refresh.train_dataset,
         loss=make_loss(model, settings),
         callbacks=[refresh] if refresh is not None else None,
@@ -99,10 +106,23 @@ def make_trainer(
     return trainer
 
 
+class _NearDocuments:
+    """Makes the sampler of each collection. Checkpoints keep the arguments, and these need not hold all texts."""
+
+    def __init__(self, near: Near) -> None:
+        self._near = near
+
+    def __call__(self, dataset: Dataset, **arguments: Any) -> DocumentBatchSampler:
+        return DocumentBatchSampler(dataset, near=self._near, **arguments)
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        return _NearDocuments, ({},)
+
+
 def number_of_steps(settings: RunSettings, rows: Iterable[int]) -> int:
     """Steps of a training, about: of so many rows of each collection, each batch of one of them."""
-    together = settings.batch_size * (settings.train_workers or 1)
-    return max(1, int(sum(number // together + 1 for number in rows) * settings.epochs))
+    together = settings.rows_in_batch * (settings.train_workers or 1)
+    return max(1, int(sum(number // together + 1 for number in rows) * settings.number_of_epochs))
 
 
 def make_refresh(
@@ -180,8 +200,8 @@ def make_arguments(
     bf16 = settings.bf16 if settings.bf16 is not None else hardware_has_bf16(model.device)
     arguments: dict[str, Any] = {
         "output_dir": str(checkpoints),
-        "num_train_epochs": settings.epochs,
-        "per_device_train_batch_size": settings.batch_size,
+        "num_train_epochs": settings.number_of_epochs,
+        "per_device_train_batch_size": settings.rows_in_batch,
         "learning_rate": settings.peak_learning_rate,
         "warmup_steps": settings.warmup,
         "bf16": bf16,
@@ -261,7 +281,7 @@ def check_training_arguments(settings: RunSettings) -> None:
             trainer = SentenceTransformerTrainer(
                 model=model,
                 args=arguments,
-                train_dataset=Dataset.from_dict({name: ["a"] * settings.batch_size for name in columns}),
+                train_dataset=Dataset.from_dict({name: ["a"] * settings.rows_in_batch for name in columns}),
                 loss=make_loss(model, trial),
             )
             next(iter(trainer.get_train_dataloader()))

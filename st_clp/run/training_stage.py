@@ -5,7 +5,7 @@ Several processes have the run's folder in common. All of them prepare and train
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +14,14 @@ from sentence_transformers import SentenceTransformer
 from transformers import TrainerCallback
 
 from st_clp.data import Collection
+from st_clp.losses.document_batches import Near, near_documents
 from st_clp.mining.rows import TrainingRow, read_rows, to_dataset
 from st_clp.options import HERE, EvaluationOptions
 from st_clp.refresh import AnceCallback, plot_refreshes
 from st_clp.run.averaging import ChosenShare, WeightAverage, choose_share, hold_out
 from st_clp.run.folder import RunDirectory, slug
 from st_clp.run.modelling import compiled_layers, load_base_model, prepare_model
+from st_clp.run.splits import settle_batches
 from st_clp.run.training import make_refresh, make_trainer
 from st_clp.settings import RunSettings
 
@@ -48,23 +50,29 @@ class TrainingStage:
         Returns:
             What the report says of it; in all but the first of several processes nothing.
         """
-        settings = self.settings
-        trainable = prepare_model(model, settings)
         collections = {slug(collection.name): collection for collection in self.collections}
         rows = {name: read_rows(self.directory.rows_file(collection.name)) for name, collection in collections.items()}
+        settings = settle_batches(self.settings, (row.query_id for found in rows.values() for row in found))
+        trainable = prepare_model(model, settings)
         held_out: dict[str, list[TrainingRow]] = {}
         if settings.share_of_trained == "auto":
             parts = {name: hold_out(found, settings.seed) for name, found in rows.items()}
             rows, held_out = ({name: part[which] for name, part in parts.items()} for which in (0, 1))
         datasets = {
             name: to_dataset(
-                found, num_negatives=settings.num_negatives, queries_per_negative=settings.queries_per_negative
+                found, num_negatives=settings.negatives_in_rows, queries_per_negative=settings.queries_in_rows
             )
             for name, found in rows.items()
         }
         refresh = make_refresh(collections, rows, settings, self.directory.query_store_of(settings))
         trainer = make_trainer(
-            model, datasets, settings, self.directory.checkpoints, refresh=refresh, progress=self.progress
+            model,
+            datasets,
+            settings,
+            self.directory.checkpoints,
+            near=_near(rows) if settings.of_documents else None,
+            refresh=refresh,
+            progress=self.progress,
         )
         first = trainer.is_world_process_zero()
         checkpoint = self.directory.last_checkpoint()
@@ -87,6 +95,7 @@ class TrainingStage:
             "trainable_parameters": trainable.trainable,
             "all_parameters": trainable.total,
             "rows": {name: len(dataset) for name, dataset in datasets.items()},
+            "batches": settings.batches,
             "steps": trainer.state.global_step,
             "bf16": trainer.args.bf16,
             "history": [entry for entry in trainer.state.log_history if "loss" in entry],
@@ -124,3 +133,10 @@ class TrainingStage:
         except (ModuleNotFoundError, ValueError) as error:
             self.say(f"no picture of the refreshes: {error}")
         return refresh.refreshes
+
+
+def _near(rows: Mapping[str, Sequence[TrainingRow]]) -> Near:
+    """Which documents are near one another: those that were mined as negatives for another's queries."""
+    every = [row for found in rows.values() for row in found]
+    negatives = [[negative.text for negative in row.negatives] for row in every]
+    return near_documents([row.positive for row in every], negatives)

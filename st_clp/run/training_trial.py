@@ -18,6 +18,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
 
+from st_clp.losses.document_batches import QUERIES_PER_DOCUMENT
 from st_clp.run.modelling import prepare_model
 from st_clp.run.training import make_trainer
 from st_clp.settings import RunSettings
@@ -64,7 +65,7 @@ def try_steps(
     *,
     seconds: float,
 ) -> StepCost:
-    """Train a copy of the model for a few steps, first with one row a batch, then with as many as the time allows.
+    """Train a copy of the model for a few steps, first with very few rows a batch, then as many as the time allows.
 
     Args:
         model: The base model; it stays as it is.
@@ -78,23 +79,24 @@ def try_steps(
     trainable = prepare_model(trial, settings)
     rows = _rows(settings, queries, documents)
     saved = _SavedBytes({parameter.untyped_storage().data_ptr() for parameter in trial.parameters()})
+    few = min(QUERIES_PER_DOCUMENT, settings.rows_in_batch) if settings.of_documents else 1  # they share one document
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
-        one = _seconds_a_step(trial, settings, rows, 1)
-    # What a step takes besides its rows, the optimizer's part, counts once: so a larger batch is tried too, unless one
-    # row takes so long that it hardly matters.
-    affordable = int(seconds / (one * (STEPS + 1)))
-    batch_size = min(settings.batch_size, 1 if one > LONG_ROW * seconds else max(2, affordable))
-    a_row = one
-    if batch_size > 1:
-        a_row = max(0.0, _seconds_a_step(trial, settings, rows, batch_size) - one) / (batch_size - 1)
-    together = min(settings.batch_size, settings.mini_batch_size or settings.batch_size)
+        least = _seconds_a_step(trial, settings, rows, few)
+    # What a step takes besides its rows, the optimizer's part, counts once: so a larger batch is tried too, unless so
+    # few rows take so long that it hardly matters.
+    affordable = few * int(seconds / (least * (STEPS + 1)))
+    batch_size = min(settings.rows_in_batch, few if least > LONG_ROW * seconds else max(2 * few, affordable))
+    a_row = least / few
+    if batch_size > few:
+        a_row = max(0.0, _seconds_a_step(trial, settings, rows, batch_size) - least) / (batch_size - few)
+    together = min(settings.rows_in_batch, settings.mini_batch_size or settings.rows_in_batch)
     trained = [parameter for parameter in trial.parameters() if parameter.requires_grad]
     return StepCost(
-        one + a_row * (settings.batch_size - 1),
+        least + a_row * (settings.rows_in_batch - few),
         batch_size,
         sum(parameter.nbytes for parameter in trial.parameters()),
         sum(parameter.nbytes + ADAM_BYTES * parameter.numel() for parameter in trained),
-        saved.most * together,
+        saved.most * together // few,
         (trainable.trainable, trainable.total),
     )
 
@@ -103,16 +105,18 @@ def _rows(settings: RunSettings, queries: Sequence[str], documents: Sequence[str
     """As many rows as the trials need, in the columns of a run's."""
     from datasets import Dataset
 
-    number = settings.batch_size * (STEPS + 1)
-    asked, answering = itertools.cycle(queries), itertools.cycle(documents)
+    number = settings.rows_in_batch * (STEPS + 1)
+    times = QUERIES_PER_DOCUMENT if settings.of_documents else 1
+    asked = itertools.cycle(queries)
+    answering = itertools.cycle([text for text in documents for _ in range(times)])
 
     def column(texts: Any) -> list[str]:
         return list(itertools.islice(texts, number))
 
     columns: dict[str, Any] = {"anchor": column(asked), "positive": column(answering)}
-    for place in range(1, settings.num_negatives + 1):
+    for place in range(1, settings.negatives_in_rows + 1):
         columns[f"negative_{place}"] = column(answering)
-    weights = settings.num_negatives * settings.queries_per_negative
+    weights = settings.negatives_in_rows * settings.queries_in_rows
     for place in range(1, weights + 1):
         columns[f"negative_query_{place}"] = column(asked)
     if weights:

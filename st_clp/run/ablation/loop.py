@@ -26,10 +26,12 @@ from tqdm.auto import tqdm
 
 from st_clp.encoding import hardware_has_bf16
 from st_clp.files import read_json, whole_folder, write_json
+from st_clp.losses.document_batches import Near, document_batches, near_documents
 from st_clp.mining import TrainingRow
 from st_clp.mining.rows import columns_of
 from st_clp.run.ablation.variants import Variant
 from st_clp.run.modelling import column_kinds, make_loss, prepare_model
+from st_clp.run.splits import settle_batches
 from st_clp.settings import RunSettings
 
 # What the trained weights do not depend on.
@@ -130,6 +132,7 @@ def train(
         mine_again: Called after each epoch but the last for the next one's rows; None without refreshes.
         progress: What to call the training in a progress bar; None shows none.
     """
+    settings = settle_batches(settings, (row.query_id for found in rows.values() for row in found))
     prepare_model(model, settings)
     loss = make_loss(model, settings)
     on_gpu = model.device.type == "cuda"
@@ -137,7 +140,7 @@ def train(
         torch.cuda.reset_peak_memory_stats(model.device)
     batches = {name: _Batches(model, found, settings) for name, found in rows.items()}
     steps_an_epoch = sum(part.number for part in batches.values())
-    steps = max(1, math.ceil(steps_an_epoch * settings.epochs))
+    steps = max(1, math.ceil(steps_an_epoch * settings.number_of_epochs))
     optimizer, schedule = _optimizer(model, settings, steps)
     generator = random.Random(settings.seed)
     torch.manual_seed(settings.seed)
@@ -232,9 +235,15 @@ class _Batches:
     """A collection's rows, tokenised, in batches."""
 
     def __init__(self, model: SentenceTransformer, rows: Sequence[TrainingRow], settings: RunSettings) -> None:
-        self._size = settings.batch_size
+        self._size = settings.rows_in_batch
+        self._positives = [row.positive for row in rows]
+        self._near: Near | None = None
+        if settings.of_documents:
+            self._near = near_documents(
+                self._positives, [[negative.text for negative in row.negatives] for row in rows]
+            )
         columns = columns_of(
-            rows, num_negatives=settings.num_negatives, queries_per_negative=settings.queries_per_negative
+            rows, num_negatives=settings.negatives_in_rows, queries_per_negative=settings.queries_in_rows
         )
         labels = columns.pop("label", None)
         self._labels = None if labels is None else torch.tensor(labels, device=model.device)
@@ -258,6 +267,8 @@ class _Batches:
 
     def shuffled(self, generator: random.Random) -> list[list[int]]:
         """Rows of each batch, in a new order."""
+        if self._near is not None:
+            return document_batches(self._positives, self._near, batch_size=self._size, generator=generator)
         order = list(range(self._rows))
         generator.shuffle(order)
         return [order[begin : begin + self._size] for begin in range(0, len(order), self._size)]

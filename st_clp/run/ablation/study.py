@@ -303,7 +303,7 @@ class Ablation:
             "queries": asdict(QueryOptions.for_negatives(settings)),
             "sources": settings.negative_queries,
             "cross_encoder": settings.cross_encoder,
-            **({"sentence_queries": settings.sentence_queries} if settings.sentence_queries else {}),
+            **({} if settings.sentence_queries == 0 else {"sentence_queries": settings.sentence_queries}),
         }
         digest = hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=6).hexdigest()
         file = self.folder / "mined" / digest / f"{name}.jsonl"

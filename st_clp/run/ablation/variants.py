@@ -32,7 +32,9 @@ SHARED = (
     "encode_batch_size",
 )
 
-_WHOLE = {"experts": 0, "train": "all", "average_with_base": "1"}
+# As the paper has it: the queries that were asked, in batches of rows.
+_ASKED = {"sentence_queries": 0, "batches": "rows", "experts": 0}
+_WHOLE = {**_ASKED, "train": "all", "average_with_base": "1"}
 _PLAIN = {**_WHOLE, "penalty_weight": 0.0}
 _DEFAULT: dict[str, dict[str, Any]] = {
     "pairs": {**_PLAIN, "num_negatives": 0},
@@ -41,8 +43,9 @@ _DEFAULT: dict[str, dict[str, Any]] = {
     "ance": _PLAIN,
     "clp": _WHOLE,
     "clp-intermediate": {**_WHOLE, "train": "intermediate"},
-    "clp-moe": {"experts": 2, "train": "moe", "average_with_base": "1"},
-    "averaged": {"experts": 0, "train": "intermediate", "average_with_base": "auto"},
+    "clp-moe": {**_ASKED, "experts": 2, "train": "moe", "average_with_base": "1"},
+    "averaged": {**_ASKED, "train": "intermediate", "average_with_base": "auto"},
+    "sentences": {"experts": 0, "train": "intermediate", "average_with_base": "auto"},
 }
 
 

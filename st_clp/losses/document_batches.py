@@ -1,0 +1,157 @@
+"""Batches of documents that are near one another, each with several of its queries.
+
+A row with hard negatives of its own costs the encoding of each of them for one query. Where rows outnumber documents,
+it is cheaper to bring a document into a batch once, for several of its queries, and beside it the documents that are
+hard to tell from it. Each is the others' hard negative there, and is held near its own queries in the same step, which
+is what the penalty of CLP does for the negatives of a row. That batches of near documents make in-batch negatives hard
+is from Hofstätter et al. (2021), arXiv:2104.06967 (topic-aware sampling), and Dahiya et al. (2022), arXiv:2207.04452.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from sentence_transformers.base.sampler import DefaultBatchSampler
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+QUERIES_PER_DOCUMENT = 4
+
+Near = Mapping[str, Sequence[str]]
+
+
+def near_documents(positives: Sequence[str], negatives: Sequence[Sequence[str]]) -> dict[str, list[str]]:
+    """Each positive's text to the texts of its rows' negatives, those that are named most often first.
+
+    Args:
+        positives: Of every row.
+        negatives: Of every row, any number.
+    """
+    found: dict[str, Counter[str]] = {}
+    for positive, others in zip(positives, negatives, strict=True):
+        found.setdefault(positive, Counter()).update(others)
+    return {positive: [text for text, _ in others.most_common()] for positive, others in found.items()}
+
+
+def document_batches(
+    positives: Sequence[str],
+    near: Near,
+    *,
+    batch_size: int,
+    generator: random.Random,
+    queries_per_document: int = QUERIES_PER_DOCUMENT,
+) -> list[list[int]]:
+    """An epoch of batches: every row once, in another order each time.
+
+    Args:
+        positives: The positive's text of every row.
+        near: Text to the texts of documents near to it, the nearest first; those that are no row's positive do not
+            matter.
+        batch_size: Rows of a batch; the last one has what is left.
+        generator: Of the order.
+        queries_per_document: So many rows of a document stand together.
+
+    Returns:
+        The numbers of each batch's rows.
+    """
+    rows: dict[str, list[int]] = {}
+    for number, positive in enumerate(positives):
+        rows.setdefault(positive, []).append(number)
+    for numbers in rows.values():
+        generator.shuffle(numbers)
+    size = max(1, batch_size // queries_per_document)
+    groups: list[list[int]] = []
+    while rows:
+        for group in _groups(list(rows), near, size, generator):
+            groups.append([number for text in group for number in rows[text][:queries_per_document]])
+        rows = {text: rest for text, numbers in rows.items() if (rest := numbers[queries_per_document:])}
+    generator.shuffle(groups)
+    order = [number for group in groups for number in group]
+    return [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
+
+
+def _groups(texts: list[str], near: Near, size: int, generator: random.Random) -> Iterator[list[str]]:
+    """Every document in one group of up to ``size``: with those near to it that are left, and those near to them."""
+    generator.shuffle(texts)
+    left = dict.fromkeys(texts)
+    for text in texts:
+        if text not in left:
+            continue
+        del left[text]
+        group = [text]
+        for member in group:  # it grows meanwhile
+            for other in near.get(member, ()):
+                if len(group) < size and other in left:
+                    del left[other]
+                    group.append(other)
+            if len(group) == size:
+                break
+        yield group
+
+
+class DocumentBatchSampler(DefaultBatchSampler):
+    """Batches of near documents with several queries each, for SentenceTransformerTrainer.
+
+    Of a dataset with the columns anchor, positive and negatives, documents are near one another where rows have the one
+    as the positive and the other as a negative. Give the class as ``batch_sampler`` in the training arguments, and the
+    loss ``encode_once=True``: a batch then has far fewer documents than rows.
+
+    Args:
+        dataset: The second column is the positive.
+        batch_size: Rows of a batch.
+        drop_last: Leave the last batch out if it has fewer rows.
+        valid_label_columns: Columns that are labels and no texts.
+        generator: Of the order, seeded anew for each epoch.
+        seed: Of the first epoch.
+        near: A document's text to the texts of documents near to it. None: what the further columns say.
+        queries_per_document: Rows of a document that stand together.
+
+    Example::
+
+        args = SentenceTransformerTrainingArguments(output_dir="out", batch_sampler=DocumentBatchSampler)
+        loss = CLPLoss(model, encode_once=True)
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        drop_last: bool,
+        valid_label_columns: list[str] | None = None,
+        generator: torch.Generator | None = None,
+        seed: int = 0,
+        *,
+        near: Near | None = None,
+        queries_per_document: int = QUERIES_PER_DOCUMENT,
+    ) -> None:
+        super().__init__(dataset, batch_size, drop_last, valid_label_columns, generator, seed)
+        columns = [name for name in dataset.column_names if name not in (valid_label_columns or ())]
+        if len(columns) < 2:
+            raise ValueError(
+                f"DocumentBatchSampler needs a dataset with an anchor and a positive; this one has {', '.join(columns)}"
+            )
+        self._positives: list[str] = list(dataset[columns[1]])
+        if near is None:
+            others = [list(dataset[name]) for name in columns[2:]]
+            near = near_documents(self._positives, list(zip(*others, strict=True)) or [()] * len(self._positives))
+        self._near = near
+        self._queries_per_document = queries_per_document
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = document_batches(
+            self._positives,
+            self._near,
+            batch_size=self.batch_size,
+            queries_per_document=self._queries_per_document,
+            generator=random.Random(self.seed + self.epoch),
+        )
+        return iter(batches[: len(self)])
+
+    def __len__(self) -> int:
+        full, rest = divmod(len(self._positives), self.batch_size)
+        return full + bool(rest and not self.drop_last)
