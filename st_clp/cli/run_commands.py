@@ -224,6 +224,7 @@ def demo_settings(output: str) -> RunSettings:
         collection=[f"embedded/{language}" for language in LANGUAGES],
         output=output,
         max_train_queries=120,
+        sentence_queries=0,
         max_seq_length=96,
         num_negatives=1,
         range_max=30,

@@ -114,8 +114,8 @@ class CLPLoss(nn.Module):
 
         The candidates are the positives and negatives of the whole batch, or with ``in_batch_negatives=False`` those of
         the row alone, as in the paper. A candidate with the same text (the same tokens) as the document to be found
-        never counts as a negative, nor does the positive of another row with the same anchor. Rows without queries of negatives (pairs, or ``queries_per_negative=0``) train by
-        the contrastive term alone, at its full weight.
+        never counts as a negative, nor does the positive of another row with the same anchor. Rows without queries of
+        negatives (pairs, or ``queries_per_negative=0``) train by the contrastive term alone, at its full weight.
 
         The loss is computed in float32 (float64 if the embeddings are), under autocast too.
 
@@ -193,8 +193,8 @@ class CLPLoss(nn.Module):
               prepared alike share a forward pass.
 
         Relations:
-            - :class:`MultipleNegativesRankingLoss` is this loss with ``penalty_weight=0``, where no two documents and no
-              two anchors of a batch are the same text.
+            - :class:`MultipleNegativesRankingLoss` is this loss with ``penalty_weight=0``, where no two documents and
+              no two anchors of a batch are the same text.
             - :class:`GISTEmbedLoss` with ``contrast_anchors=False, contrast_positives=False`` is this loss with
               ``penalty_weight=0`` and its guide; this one takes any number of negatives.
             - :class:`CachedCLPLoss` gives the same loss and gradients with batches of any size in little memory.

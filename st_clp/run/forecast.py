@@ -243,13 +243,14 @@ class _Forecaster:
             share = float(np.minimum(lengths, length).sum() / lengths.sum())
             if share < 0.8:
                 yield f"--max-seq-length {length}, {1 - share:.0%} fewer tokens"
-        queries = sum(len(collection.positives()) for collection in self._collections.train)
-        if taken[TRAIN] > 0.3 * sum(taken.values()) and queries >= 1000:
+        made = sum(map(is_made, self._train_queries()))
+        queries = sum(len(collection.positives()) for collection in self._collections.train) - made
+        if taken[TRAIN] > 0.3 * sum(taken.values()) and queries >= max(1000, made):
             yield f"--max-train-queries {queries // 2 // 100 * 100}, half of the training"
         if taken[TRAIN] > 0.3 * sum(taken.values()) and settings.negatives_in_rows > 2:
             yield "--num-negatives 2"
-        if taken[TRAIN] > 0.3 * sum(taken.values()) and any(map(is_made, self._train_queries())):
-            yield "--sentence-queries 0, training on queries that were asked alone"
+        if taken[TRAIN] > 0.3 * sum(taken.values()) and made:
+            yield "--sentence-queries with fewer, or 0 to train on the queries that were asked alone"
         if taken[EVALUATE_BEFORE] + taken[EVALUATE_AFTER] > 0.3 * sum(taken.values()):
             yield "--eval-collection with a smaller corpus"
 

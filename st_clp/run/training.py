@@ -115,8 +115,11 @@ class _NearDocuments:
     def __call__(self, dataset: Dataset, **arguments: Any) -> DocumentBatchSampler:
         return DocumentBatchSampler(dataset, near=self._near, **arguments)
 
-    def __reduce__(self) -> str | tuple[Any, ...]:
+    def __reduce__(self) -> tuple[Any, ...]:
         return _NearDocuments, ({},)
+
+    def __repr__(self) -> str:
+        return DocumentBatchSampler.__name__  # in the model card
 
 
 def number_of_steps(settings: RunSettings, rows: Iterable[int]) -> int:

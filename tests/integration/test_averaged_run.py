@@ -10,7 +10,10 @@ from typer.testing import CliRunner
 
 from st_clp import cli
 
-GIVEN = "--num-negatives 2 --range-max 20 --epochs 1 --learning-rate 3e-3 --scale 20 --no-bf16 --encode-dtype model"
+GIVEN = (
+    "--sentence-queries 0 --num-negatives 2 --range-max 20 --epochs 1 --learning-rate 3e-3 --scale 20 --no-bf16 "
+    "--encode-dtype model"
+)
 
 
 def test_a_run_averages_with_the_base_and_says_by_how_much(

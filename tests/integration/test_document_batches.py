@@ -1,0 +1,110 @@
+"""Runs by default from a small collection: queries made of its sentences, in batches of near documents."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+from typer.testing import CliRunner
+
+from st_clp import cli
+from st_clp.losses import DocumentBatchSampler
+from st_clp.mining.rows import read_rows
+from st_clp.run import splits, stages
+from st_clp.run.ablation import ablate, read_variants
+from tests.toy import settings_of
+
+BY_DEFAULT: dict[str, Any] = {"sentence_queries": None, "batch_size": None, "epochs": None, "experts": 0}
+
+
+def test_a_run_by_default_gains_and_encodes_a_document_once_for_its_queries(
+    tiny_model_path: Path, collection_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[list[int]] = []
+    own = DocumentBatchSampler.__iter__
+
+    def watched(self: DocumentBatchSampler) -> Any:
+        found = list(own(self))
+        batches.extend([len(batch), len({self._positives[row] for row in batch})] for batch in found)
+        return iter(found)
+
+    settings = settings_of(tiny_model_path, collection_path, tmp_path / "out", **BY_DEFAULT)
+    forecast = {stage.name: stage.work for stage in stages.forecast_run(settings).stages}
+    monkeypatch.setattr(DocumentBatchSampler, "__iter__", watched)
+    report = stages.run(settings)
+    training = report["training"]
+    rows = sum(training["rows"].values())
+    made = next(iter(report["collections"]["train"].values()))["made_of_sentences"]
+    assert training["batches"] == "documents"
+    assert made > 120
+    assert training["steps"] == 4 * -(-rows // 128)
+    assert f"about {rows:,} rows, 128 a batch" in forecast["train"]
+    assert len(batches) >= training["steps"]
+    (name,) = report["scores"]["before"]
+    assert report["scores"]["after"][name]["ndcg@10"] > report["scores"]["before"][name]["ndcg@10"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "batch size 128" in card
+    assert "Epochs 4" in card
+
+
+def test_a_larger_collection_has_no_queries_made_unless_they_are_asked_for(
+    tiny_model_path: Path, collection_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_of(tiny_model_path, collection_path, tmp_path / "out", **BY_DEFAULT)
+    (small,) = splits.load_collections(settings).train
+    monkeypatch.setattr(splits, "MANY_DOCUMENTS", sum(1 for _ in small.corpus) - 1)
+    (large,) = splits.load_collections(settings).train
+    (asked,) = splits.load_collections(dataclasses.replace(settings, sentence_queries=7)).train
+    assert len(small.queries) > len(asked.queries) == len(large.queries) + 7
+    assert splits.settle_batches(settings, large.queries).batches == "rows"
+
+
+def test_a_resumed_training_has_the_batches_of_one_that_was_not_stopped(
+    tiny_model_path: Path, collection_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["run", "--model", str(tiny_model_path), "--collection", str(collection_path), "--no-bf16", "--epochs", "2"]
+    given += ["--learning-rate", "3e-3", "--num-negatives", "2", "--range-max", "20", "--batch-size", "64"]
+    assert CliRunner().invoke(cli.app, [*given, "--output", str(tmp_path / "whole")]).exit_code == 0
+    own = SentenceTransformerTrainer.training_step
+    steps: list[int] = []
+
+    def interrupted(self: Any, *arguments: Any, **kwargs: Any) -> Any:
+        steps.append(self.state.global_step)
+        if len(steps) == 7:
+            raise KeyboardInterrupt
+        return own(self, *arguments, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SentenceTransformerTrainer, "training_step", interrupted)
+        assert CliRunner().invoke(cli.app, [*given, "--output", str(tmp_path / "stopped")]).exit_code == 130
+    # A checkpoint names the sampler and holds none of the texts that it goes by.
+    kept = [file.read_bytes() for file in (tmp_path / "stopped").rglob("training_args.bin")]
+    assert kept
+    assert all(b"_NearDocuments" in found and b"river" not in found for found in kept)
+    resumed = CliRunner().invoke(cli.app, ["run", "--output", str(tmp_path / "stopped"), "--resume"])
+    assert resumed.exit_code == 0, resumed.output
+    assert "going on from checkpoint" in resumed.output
+    whole, stopped = (
+        SentenceTransformer(str(tmp_path / name), device="cpu").state_dict() for name in ("whole", "stopped")
+    )
+    assert all(bool((whole[name] == stopped[name]).all()) for name in whole)
+    assert "batch_sampler: DocumentBatchSampler" in " ".join((tmp_path / "whole" / "README.md").read_text().split())
+
+
+def test_an_ablation_trains_its_variants_in_them(tiny_model_path: Path, collection_path: Path, tmp_path: Path) -> None:
+    given = settings_of(tiny_model_path, collection_path, tmp_path / "out", **BY_DEFAULT, training_arg={})
+    settings = dataclasses.replace(given, learning_rate=None)
+    (tmp_path / "variants.yaml").write_text("rows: {batches: rows, epochs: 1}\ndocuments: {epochs: 1}\n")
+    ablate(settings, read_variants(tmp_path / "variants.yaml", settings), seeds=1, learning_rates=[3e-3])
+    cells = {
+        name: json.loads((tmp_path / "out" / "variants" / name / "seed-42" / "cell.json").read_text())
+        for name in ("rows", "documents")
+    }
+    (mined,) = (tmp_path / "out" / "mined").rglob("*.jsonl")  # both mine alike
+    rows = len(read_rows(mined)) - 12  # held out
+    assert cells["documents"]["steps"] == -(-rows // 128)
+    assert cells["rows"]["steps"] == -(-rows // 16)
