@@ -87,8 +87,7 @@ class Inputs:
     Args:
         layout: The columns of a row; ``queries_per_negative`` is 0 where the penalty is switched off.
         weights: ``(batch, n * m)``, or None where every negative query counts fully.
-        queries: ``(batch,)``, equal numbers for anchors with equal text; None where the inputs are not tokens.
-        texts: ``(batch, 1 + n)``, the same for the documents.
+        texts: ``(batch, 1 + n)``, equal numbers for equal texts; None where the inputs are not tokens.
         guide: The guide model's embeddings, one ``(batch, guide dim)`` tensor for each column, queries first.
         places: ``(1 + n, batch)``, where a row's documents stand among the different ones, of which alone there are
             embeddings then; None where every row has its own.
@@ -96,7 +95,6 @@ class Inputs:
 
     layout: Layout
     weights: Tensor | None = None
-    queries: Tensor | None = None
     texts: Tensor | None = None
     guide: list[Tensor] | None = None
     places: Tensor | None = None
@@ -147,7 +145,6 @@ class Batch:
     Args:
         vectors: The trained model's embeddings.
         guide: The guide model's embeddings, or None.
-        queries: ``(joined,)``, equal numbers for anchors with equal text.
         texts: ``(1 + n, joined)``, equal numbers for documents with equal text.
         weights: ``(batch, n * m)``, of this process alone.
         weight_sum: The sum of the weights over all joined rows.
@@ -159,7 +156,6 @@ class Batch:
 
     vectors: Vectors
     guide: Vectors | None
-    queries: Tensor
     texts: Tensor
     weights: Tensor
     weight_sum: Tensor
@@ -184,9 +180,7 @@ class Batch:
         layout, size = inputs.layout, len(columns[0])
         vectors = Vectors.from_columns(columns, layout)
         guide = None if inputs.guide is None else Vectors.from_columns(inputs.guide, layout)
-        queries, texts = inputs.queries, inputs.texts
-        if queries is None:
-            queries = embedding_codes(vectors.anchors)
+        texts = inputs.texts
         if texts is None:
             texts = torch.stack([embedding_codes(document) for document in vectors.documents], dim=1)
         weights = inputs.weights
@@ -198,13 +192,11 @@ class Batch:
             weight_sum = all_gather(weight_sum.reshape(1)).sum()
         join = gather and share_candidates
         if join:
-            vectors = vectors.gathered()
-            queries, texts = all_gather(queries), all_gather(texts.contiguous())
+            vectors, texts = vectors.gathered(), all_gather(texts.contiguous())
             guide = None if guide is None else guide.gathered()
         return cls(
             vectors=vectors,
             guide=guide,
-            queries=queries,
             texts=texts.T,
             weights=weights,
             weight_sum=weight_sum,

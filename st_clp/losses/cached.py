@@ -69,7 +69,7 @@ class CachedCLPLoss(CachedLossMixin, CLPLoss):
         Relations:
             - :class:`CLPLoss` is the same loss without caching: faster, where the batch fits.
             - :class:`CachedMultipleNegativesRankingLoss` is this loss with ``penalty_weight=0``, where no two documents
-              and no two anchors of a batch are the same text.
+              of a batch are the same text.
 
         Example:
             ::

@@ -71,10 +71,6 @@ def score_documents(
         texts = batch.texts[:, row].T
         target = column
     excluded = texts == batch.texts[column, row][:, None]
-    if options.in_batch_negatives:
-        # Another positive of a query is no negative for it; the queries of negatives are not known by their text.
-        positives = (batch.queries == batch.queries[row][:, None]) & (column == 0)[:, None]
-        excluded = excluded | torch.nn.functional.pad(positives, (0, excluded.shape[1] - positives.shape[1]))
     threshold = None
     if options.margin is not None:
         judged = similarity

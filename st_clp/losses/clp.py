@@ -114,8 +114,8 @@ class CLPLoss(nn.Module):
 
         The candidates are the positives and negatives of the whole batch, or with ``in_batch_negatives=False`` those of
         the row alone, as in the paper. A candidate with the same text (the same tokens) as the document to be found
-        never counts as a negative, nor does the positive of another row with the same anchor. Rows without queries of
-        negatives (pairs, or ``queries_per_negative=0``) train by the contrastive term alone, at its full weight.
+        never counts as a negative. Rows without queries of negatives (pairs, or ``queries_per_negative=0``) train by
+        the contrastive term alone, at its full weight.
 
         The loss is computed in float32 (float64 if the embeddings are), under autocast too.
 
@@ -138,8 +138,8 @@ class CLPLoss(nn.Module):
                 the weighted mean over all of them. The mean of the processes' losses and gradients is then that of one
                 process with the joined batch. All processes must have batches of one size.
             directions: Which interactions the contrastive term includes, as in MultipleNegativesRankingLoss:
-                "query_to_doc" (always), "query_to_query", "doc_to_query" and "doc_to_doc". Rows whose anchors or
-                positives are the same text are not contrasted. Needs ``in_batch_negatives=True`` for all but the first.
+                "query_to_doc" (always), "query_to_query", "doc_to_query" and "doc_to_doc". Rows whose positives are the
+                same text are not contrasted. Needs ``in_batch_negatives=True`` for all but the first.
             partition_mode: "joint" (one softmax over all directions) or "per_direction" (one for each, averaged).
             hardness_mode: None, or which negatives of the contrastive term are weighted up by their similarity:
                 "in_batch_negatives", "hard_negatives" or "all_negatives", as in MultipleNegativesRankingLoss. The
@@ -193,8 +193,8 @@ class CLPLoss(nn.Module):
               prepared alike share a forward pass.
 
         Relations:
-            - :class:`MultipleNegativesRankingLoss` is this loss with ``penalty_weight=0``, where no two documents and
-              no two anchors of a batch are the same text.
+            - :class:`MultipleNegativesRankingLoss` is this loss with ``penalty_weight=0``, where no two documents of a
+              batch are the same text.
             - :class:`GISTEmbedLoss` with ``contrast_anchors=False, contrast_positives=False`` is this loss with
               ``penalty_weight=0`` and its guide; this one takes any number of negatives.
             - :class:`CachedCLPLoss` gives the same loss and gradients with batches of any size in little memory.
@@ -278,7 +278,6 @@ class CLPLoss(nn.Module):
         drop_foreign_features(features)
         columns, layout, weights = self._arrange(features, labels, _batch_size(features[0]))
         # Before any forward pass: modules may change the features in place.
-        queries = text_codes(columns[0])
         codes = [text_codes(column) for column in columns[layout.num_queries :]]
         known = [code for code in codes if code is not None]
         texts = torch.stack(known, dim=1) if len(known) == len(codes) else None
@@ -290,7 +289,7 @@ class CLPLoss(nn.Module):
             found = distinct_texts(columns[layout.num_queries :], texts)
             if found is not None:
                 columns, places = [*columns[: layout.num_queries], found[0]], found[1]
-        return columns, Inputs(layout, weights, queries, texts, guide, places)
+        return columns, Inputs(layout, weights, texts, guide, places)
 
     def _arrange(
         self, columns: list[Column], labels: Tensor | None, batch_size: int

@@ -71,17 +71,15 @@ def _own_documents(own: Tensor, batch: Batch) -> Tensor:
 def _direction_logits(direction: str, own: Tensor, documents: Scores, batch: Batch, options: Options) -> Tensor:
     """Logits of the other directions, which compare the rows of a batch with one another.
 
-    Rows whose positives or anchors have the same text answer one another's queries, so they are not contrasted.
+    Rows whose positives have the same text answer one another's queries, so they are not contrasted.
     """
     similarity = _direction_similarity(direction, own, batch.vectors, options.similarity_fct)
     positives = batch.texts[0]
     joined = torch.arange(len(positives), device=own.device)
     target = joined == own[:, None]
-    same_answer = (positives == positives[own][:, None]) | (batch.queries == batch.queries[own][:, None])
+    same_answer = positives == positives[own][:, None]
     if direction == "doc_to_doc":
         excluded = (batch.texts.reshape(1, -1) == positives[own][:, None]) | _own_documents(own, batch)
-        same_query = batch.queries == batch.queries[own][:, None]
-        excluded[:, : len(positives)] |= same_query
     elif direction == "doc_to_query":
         excluded = same_answer & ~target
     else:

@@ -54,29 +54,6 @@ def test_a_negative_that_is_the_positives_text_is_left_out(lookup_model: Any, ru
     assert value.item() == pytest.approx(cross_entropy(0, 2, [3]))
 
 
-@pytest.mark.parametrize("form", ["padded", "packed", "no tokens"])
-@pytest.mark.parametrize("loss_class", LOSSES)
-def test_another_positive_of_the_same_query_is_no_negative(
-    loss_class: type[CLPLoss], form: str, lookup_model: Any, run_loss: Any
-) -> None:
-    model = lookup_model(TABLE, form)
-    # The query 0 has the positives 2 and 4 in two rows; the query 1 has both against it.
-    value, _ = run_loss(loss_class(model, queries_per_negative=0), [[0, 0, 1], [2, 4, 3]])
-    expected = cross_entropy(0, 2, [3]) + cross_entropy(0, 4, [3]) + cross_entropy(1, 3, [2, 4])
-    assert value.item() == pytest.approx(expected / 3)
-
-
-@pytest.mark.parametrize("direction", ["query_to_query", "doc_to_query", "doc_to_doc"])
-def test_rows_of_the_same_query_are_not_contrasted_in_any_direction(
-    direction: Any, lookup_model: Any, run_loss: Any
-) -> None:
-    """Two rows of one query leave nothing to tell apart, so the loss is that of one row."""
-    settings: dict[str, Any] = {"queries_per_negative": 0, "directions": ("query_to_doc", direction)}
-    two, _ = run_loss(CLPLoss(lookup_model(TABLE), **settings), [[0, 0], [2, 4]])
-    expected = sum(run_loss(CLPLoss(lookup_model(TABLE), **settings), [[0], [place]])[0] for place in (2, 4)) / 2
-    torch.testing.assert_close(two, expected)
-
-
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_same_text_is_seen_through_padding(side: str, tiny_model: SentenceTransformer, run_loss: Any) -> None:
     tiny_model.tokenizer.padding_side = side
