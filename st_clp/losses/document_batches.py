@@ -10,7 +10,7 @@ is from Hofstätter et al. (2021), arXiv:2104.06967 (topic-aware sampling), and 
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -39,6 +39,7 @@ def near_documents(positives: Sequence[str], negatives: Sequence[Sequence[str]])
 
 
 def document_batches(
+    anchors: Sequence[str],
     positives: Sequence[str],
     near: Near,
     *,
@@ -48,7 +49,11 @@ def document_batches(
 ) -> list[list[int]]:
     """An epoch of batches: every row once, in another order each time.
 
+    A batch's documents are negatives for all queries but their own. So no query stands in one with another document
+    that answers it by these rows, as far as they allow: such a row waits for the next batch.
+
     Args:
+        anchors: The query's text of every row.
         positives: The positive's text of every row.
         near: Text to the texts of documents near to it, the nearest first; those that are no row's positive do not
             matter.
@@ -71,8 +76,36 @@ def document_batches(
             groups.append([number for text in group for number in rows[text][:queries_per_document]])
         rows = {text: rest for text, numbers in rows.items() if (rest := numbers[queries_per_document:])}
     generator.shuffle(groups)
-    order = [number for group in groups for number in group]
-    return [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
+    return list(_apart([number for group in groups for number in group], anchors, positives, batch_size))
+
+
+def _apart(
+    order: Sequence[int], anchors: Sequence[str], positives: Sequence[str], batch_size: int
+) -> Iterator[list[int]]:
+    """Batches in this order, but for rows that have to wait."""
+    answers: dict[str, set[str]] = {}
+    for anchor, positive in zip(anchors, positives, strict=True):
+        answers.setdefault(anchor, set()).add(positive)
+    others = [answers[anchor] - {positive} for anchor, positive in zip(anchors, positives, strict=True)]
+    queue = deque(order)
+    while queue:
+        batch: list[int] = []
+        waiting: list[int] = []
+        here: set[str] = set()
+        unwanted: set[str] = set()
+        while queue and len(batch) < batch_size:
+            number = queue.popleft()
+            if positives[number] in unwanted or not here.isdisjoint(others[number]):
+                waiting.append(number)
+                continue
+            batch.append(number)
+            here.add(positives[number])
+            unwanted |= others[number]
+        # Only where all that is left has to wait is there room for it.
+        room = batch_size - len(batch)
+        batch += waiting[:room]
+        queue.extendleft(reversed(waiting[room:]))
+        yield batch
 
 
 def _groups(texts: list[str], near: Near, size: int, generator: random.Random) -> Iterator[list[str]]:
@@ -135,6 +168,7 @@ class DocumentBatchSampler(DefaultBatchSampler):
             raise ValueError(
                 f"DocumentBatchSampler needs a dataset with an anchor and a positive; this one has {', '.join(columns)}"
             )
+        self._anchors: list[str] = list(dataset[columns[0]])
         self._positives: list[str] = list(dataset[columns[1]])
         if near is None:
             others = [list(dataset[name]) for name in columns[2:]]
@@ -144,6 +178,7 @@ class DocumentBatchSampler(DefaultBatchSampler):
 
     def __iter__(self) -> Iterator[list[int]]:
         batches = document_batches(
+            self._anchors,
             self._positives,
             self._near,
             batch_size=self.batch_size,

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from st_clp.files import write_text
+from st_clp.losses.document_batches import QUERIES_PER_DOCUMENT
 from st_clp.options import DEFAULT_METRICS
 from st_clp.settings import RunSettings
 from st_clp.terminal import NARROWEST, print_whole
@@ -120,6 +121,26 @@ def write_card(
     write_text(path, str(card))
 
 
+def _loss(settings: RunSettings) -> str:
+    temperature = f"temperature {1 / settings.scale:g}"
+    if settings.of_documents:
+        return f"in batches that have each of them with the queries it does answer ({temperature})"
+    return (
+        "with a penalty that keeps each of them near the queries it does answer (weight "
+        f"{settings.penalty_weight:g}, {temperature})"
+    )
+
+
+def _batches_line(settings: RunSettings, trained_on: Mapping[str, Any]) -> list[str]:
+    if not settings.of_documents:
+        return []
+    made = sum(described["made_of_sentences"] for described in trained_on.values())
+    return [
+        "- Batches: documents that are near one another, by what was mined, each with up to "
+        f"{QUERIES_PER_DOCUMENT} of its queries; {made:,} queries made of their sentences"
+    ]
+
+
 def _averaged_line(averaged: Mapping[str, Any] | None) -> list[str]:
     if averaged is None:
         return []
@@ -140,8 +161,7 @@ def _card_section(settings: RunSettings, report: Mapping[str, Any]) -> str:
         "",
         "With [st_clp](https://pypi.org/project/st-clp/), after "
         "[Contrastive Learning Penalty (CLP)](https://arxiv.org/abs/2412.17364): hard negatives that the model mined "
-        "itself, a contrastive loss with a penalty that keeps each of them near the queries it does answer "
-        f"(weight {settings.penalty_weight:g}, temperature {1 / settings.scale:g}), and {mixture}.",
+        f"itself, a contrastive loss {_loss(settings)}, and {mixture}.",
         "",
         f"- Base model: `{settings.model}`",
         f"- Trained on: {', '.join(f'`{name}`' for name in report['collections']['train'])}",
@@ -151,6 +171,7 @@ def _card_section(settings: RunSettings, report: Mapping[str, Any]) -> str:
         f"{settings.peak_learning_rate:g}, seed {settings.seed}",
         *_averaged_line(trained.get("averaged")),
         f"- Hard negatives: {settings.num_negatives} a query, from ranks {settings.range_min} to {settings.range_max}",
+        *_batches_line(settings, report["collections"]["train"]),
         "",
         "Scores before → after:",
         "",

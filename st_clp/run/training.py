@@ -118,9 +118,6 @@ class _NearDocuments:
     def __reduce__(self) -> tuple[Any, ...]:
         return _NearDocuments, ({},)
 
-    def __repr__(self) -> str:
-        return DocumentBatchSampler.__name__  # in the model card
-
 
 def number_of_steps(settings: RunSettings, rows: Iterable[int]) -> int:
     """Steps of a training, about: of so many rows of each collection, each batch of one of them."""

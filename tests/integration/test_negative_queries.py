@@ -48,7 +48,16 @@ def test_a_run_with_queries_by_a_local_model(
 ) -> None:
     output = tmp_path / "out"
     common = ["--model", tiny_model_path, "--collection", collection_path, "--output", output, "--epochs", 1]
-    common += ["--num-negatives", 4, "--no-bf16", "--query-max-tokens", 8, "--no-prefer-known-queries"]
+    common += [
+        "--sentence-queries",
+        0,
+        "--num-negatives",
+        4,
+        "--no-bf16",
+        "--query-max-tokens",
+        8,
+        "--no-prefer-known-queries",
+    ]
     common += ["--training-arg", "disable_tqdm=true"]
     result = invoke(*common, "--negative-queries", f"judgments,local:{writer_path}*0.5,title")
     assert result.exit_code == 0, result.output

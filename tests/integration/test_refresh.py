@@ -22,6 +22,8 @@ MEASURES = {"changed", "mean_positive_score", "mean_negative_score", "above_posi
 def run(model: Path, collection: Path, output: Path, *arguments: str) -> Result:
     common = ["--model", str(model), "--collection", str(collection), "--output", str(output), "--no-bf16"]
     common += [
+        "--sentence-queries",
+        "0",
         "--experts",
         "2",
         "--average-with-base",

@@ -285,7 +285,7 @@ def test_a_base_that_is_a_mixture_trains_its_experts_and_stays_one(
     tiny_model_path: Path, collection_path: Path, tmp_path: Path
 ) -> None:
     upcycle(SentenceTransformer(str(tiny_model_path), device="cpu")).save(str(tmp_path / "mixture"))
-    short = ["--epochs", "0.5", "--num-negatives", "1", "--no-bf16"]
+    short = ["--sentence-queries", "0", "--epochs", "0.5", "--num-negatives", "1", "--no-bf16"]
     said = {}
     for name, base in (("dense", tiny_model_path), ("moe", tmp_path / "mixture")):
         output = tmp_path / name

@@ -34,6 +34,7 @@ def test_every_row_stands_in_one_batch(
     near = near_documents(positives, [[str(text) for text in negatives] for _, negatives in rows])
     made = [
         document_batches(
+            [str(number % 7) for number in range(len(rows))],
             positives,
             near,
             batch_size=batch_size,
@@ -46,6 +47,11 @@ def test_every_row_stands_in_one_batch(
     assert sorted(number for batch in made[0] for number in batch) == list(range(len(rows)))
     assert [len(batch) for batch in made[0][:-1]] == [batch_size] * (len(made[0]) - 1)
     assert 1 <= len(made[0][-1]) <= batch_size
+
+
+def asked(positives: list[str]) -> list[str]:
+    """A query of its own for each row."""
+    return [f"query {number}" for number in range(len(positives))]
 
 
 def _rows_of_neighbourhoods(neighbourhoods: int, documents: int, queries: int) -> tuple[list[str], list[list[str]]]:
@@ -63,7 +69,9 @@ def _rows_of_neighbourhoods(neighbourhoods: int, documents: int, queries: int) -
 def test_a_batch_is_a_neighbourhood_with_several_queries_for_each_document() -> None:
     positives, negatives = _rows_of_neighbourhoods(10, 8, 4)
     near = near_documents(positives, negatives)
-    batches = document_batches(positives, near, batch_size=32, queries_per_document=4, generator=random.Random(3))
+    batches = document_batches(
+        asked(positives), positives, near, batch_size=32, queries_per_document=4, generator=random.Random(3)
+    )
     assert len(batches) == 10
     for batch in batches:
         texts = [positives[number] for number in batch]
@@ -72,9 +80,33 @@ def test_a_batch_is_a_neighbourhood_with_several_queries_for_each_document() -> 
         assert sum(one != other for one, other in pairwise(texts)) == 7  # rows of a document stand together
 
 
+def test_no_query_meets_another_of_its_answers_as_a_negative() -> None:
+    """Every query has two answers, which are near each other, so they would come together."""
+    anchors, positives = [], []
+    for query in range(40):
+        for answer in (f"d{query}", f"d{(query + 1) % 40}"):
+            anchors.append(f"q{query}")
+            positives.append(answer)
+    near = {f"d{i}": [f"d{(i + 1) % 40}", f"d{(i - 1) % 40}"] for i in range(40)}
+    answers = {(anchor, positive) for anchor, positive in zip(anchors, positives, strict=True)}
+    batches = document_batches(anchors, positives, near, batch_size=8, generator=random.Random(1))
+    assert sorted(number for batch in batches for number in batch) == list(range(80))
+    met = [
+        sum((anchors[one], positives[other]) in answers and positives[one] != positives[other] for other in batch)
+        for batch in batches
+        for one in batch
+    ]
+    assert sum(met[:-16]) == 0  # what is left at the end may have no other place
+    # Where nothing else is to be had, rows stand together all the same.
+    alike = document_batches(["q"] * 10, asked(positives)[:10], {}, batch_size=4, generator=random.Random(1))
+    assert [len(batch) for batch in alike] == [4, 4, 2]
+
+
 def test_more_queries_of_a_document_come_in_other_batches() -> None:
     positives = [str(number % 6) for number in range(6 * 9)]
-    batches = document_batches(positives, {}, batch_size=12, queries_per_document=3, generator=random.Random(0))
+    batches = document_batches(
+        asked(positives), positives, {}, batch_size=12, queries_per_document=3, generator=random.Random(0)
+    )
     assert len(batches) == math.ceil(54 / 12)
     # Three at a time: six documents come by three times, and every batch has at least a few of them.
     assert all(len({positives[number] for number in batch}) >= 2 for batch in batches)

@@ -236,7 +236,7 @@ class _Batches:
 
     def __init__(self, model: SentenceTransformer, rows: Sequence[TrainingRow], settings: RunSettings) -> None:
         self._size = settings.rows_in_batch
-        self._positives = [row.positive for row in rows]
+        self._anchors, self._positives = [row.query for row in rows], [row.positive for row in rows]
         self._near: Near | None = None
         if settings.of_documents:
             self._near = near_documents(
@@ -268,7 +268,9 @@ class _Batches:
     def shuffled(self, generator: random.Random) -> list[list[int]]:
         """Rows of each batch, in a new order."""
         if self._near is not None:
-            return document_batches(self._positives, self._near, batch_size=self._size, generator=generator)
+            return document_batches(
+                self._anchors, self._positives, self._near, batch_size=self._size, generator=generator
+            )
         order = list(range(self._rows))
         generator.shuffle(order)
         return [order[begin : begin + self._size] for begin in range(0, len(order), self._size)]
