@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("st_clp", "evaluators", "tests", "benchmarks", "setup.cfg", "pyproject.toml", "README.md", "constraints.txt")
 TESTS = {"st_clp/losses": "tests/losses", "st_clp/moe": "tests/moe", "st_clp/mining": "tests/mining",
          "evaluators": "tests/evaluators", "st_clp/queries/own_text": "tests/queries/test_own_text.py",
+         "st_clp/run/splits": "tests/test_settings.py",
          "st_clp/run": "tests/integration/test_sentence_queries.py"}  # fmt: skip
 # They start processes and take longest; what is left after the others is tried with them too.
 SLOW = ("test_processes.py", "test_refresh_beside.py", "test_page_in_browser.py", "test_specialization.py")

@@ -19,8 +19,8 @@ MOST_THREADS = 16
 LEAST_TOKENS, MOST_TOKENS = 32_768, 131_072
 """Tokens of an accelerator's batches. On an H100 a forward pass of 24 layers of 1,024 reached 57 % of the product peak
 with 32,768 tokens and 59 % with 131,072: more would hardly be faster."""
-SHARE = 0.7
-"""Of the free memory that a batch is to take: others use the device too, and longer texts take more for attention."""
+SHARE = 70
+"""Percent of the free memory that a batch is to take: others use the device too, and longer texts take more for attention."""
 
 
 class TokenBudget:
@@ -58,7 +58,7 @@ class TokenBudget:
 
 def tokens_that_fit(free: int, taken: int, tokens: int) -> int:
     """Tokens for which a share of the ``free`` bytes suffices, where ``tokens`` took so many bytes; within bounds."""
-    fitting = int(SHARE * free * tokens / max(1, taken))
+    fitting = SHARE * free * tokens // (100 * max(1, taken))
     return min(MOST_TOKENS, max(LEAST_TOKENS, fitting))
 
 

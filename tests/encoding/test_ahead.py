@@ -175,7 +175,7 @@ def test_a_batch_takes_its_share_of_the_free_memory(free: int, taken: int, token
     found = tokens_that_fit(free, taken, tokens)
     assert LEAST_TOKENS <= found <= MOST_TOKENS
     if LEAST_TOKENS < found < MOST_TOKENS:
-        assert found * taken / tokens <= ahead.SHARE * free < (found + 1) * taken / tokens * 1.0001
+        assert 100 * found * taken <= ahead.SHARE * free * tokens < 100 * (found + 1) * taken
 
 
 def test_the_first_batches_say_how_large_the_others_are(monkeypatch: pytest.MonkeyPatch) -> None:
