@@ -20,7 +20,7 @@ LEAST_TOKENS, MOST_TOKENS = 32_768, 131_072
 """Tokens of an accelerator's batches. On an H100 a forward pass of 24 layers of 1,024 reached 57 % of the product peak
 with 32,768 tokens and 59 % with 131,072: more would hardly be faster."""
 SHARE = 70
-"""Percent of the free memory that a batch takes: others use the device too, and longer texts take more for attention."""
+"""Percent of the free memory that a batch takes: others use the device too, and long texts take more for attention."""
 
 
 class TokenBudget:
