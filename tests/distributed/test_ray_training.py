@@ -52,6 +52,7 @@ def settings(tiny_model_path: Path, source: Path, tmp_path_factory: pytest.TempP
         output=str(tmp_path_factory.mktemp("run") / "cluster"),
         encode_dtype="model",
         bf16=False,
+        sentence_queries=0,
         num_negatives=2,
         range_max=20,
         batch_size=4,

@@ -35,7 +35,8 @@ def test_a_run_on_three_languages_lifts_each(tmp_path: Path) -> None:
     arguments = [
         *("--model", str(write_shallow_model(tmp_path / "model")), "--output", str(output)),
         *("--collection", "miracl/ko", "--collection", "miracl/fa", "--collection", "miracl/hi"),
-        *("--max-train-queries", "400", "--max-seq-length", "48", "--num-negatives", "1", "--range-max", "30"),
+        *("--max-train-queries", "400", "--sentence-queries", "0", "--max-seq-length", "48"),
+        *("--num-negatives", "1", "--range-max", "30"),
         *("--train", "all", "--learning-rate", "3e-4", "--scale", "20", "--epochs", "1", "--batch-size", "16"),
     ]
     environment = {**os.environ, "IR_DATASETS_HOME": str(tmp_path / "home")}
