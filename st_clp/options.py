@@ -68,7 +68,7 @@ class DataOptions(Options):
         None,
         "Train on so many more queries of each collection, made of its documents' sentences, of those too that no "
         "query asks for. By default all that can be made, about eight a document at most, where there are no more than "
-        "5,000 documents, and none where there are more.",
+        "5,000 documents, and none where there are more or where batches are made of rows.",
         least=0,
     )
     text_field: list[str] = option([], "A document's fields to join as its text. By default title and text.")

@@ -87,9 +87,12 @@ def with_sentence_queries(collection: Collection, settings: RunSettings) -> Coll
     """The collection with as many queries made of sentences as the settings ask for, or with all that can be made.
 
     Where they ask for no number, small collections get :data:`SENTENCES` a document, on average and at most, and others
-    none: they are worth their time where a training comes to every document several times.
+    none: they are worth their time where a training comes to every document several times. In batches of rows they
+    would take several times as long, so there none are made unasked.
     """
     wanted = settings.sentence_queries
+    if wanted is None and _needs_rows(settings):
+        wanted = 0
     if wanted is None:
         documents = sum(1 for _ in itertools.islice(collection.corpus, MANY_DOCUMENTS + 1))
         wanted = documents * SENTENCES if documents <= MANY_DOCUMENTS else 0
@@ -105,12 +108,16 @@ def with_sentence_queries(collection: Collection, settings: RunSettings) -> Coll
     return more
 
 
+def _needs_rows(settings: RunSettings) -> bool:
+    """Whether batches are of rows, whatever is trained on."""
+    return settings.batches == "rows" or settings.refresh_every is not None or not settings.in_batch_negatives
+
+
 def settle_batches(settings: RunSettings, query_ids: Iterable[str]) -> RunSettings:
     """The settings with ``batches=auto`` as what these training queries make of it."""
     if settings.batches != "auto":
         return settings
-    of_rows = settings.refresh_every is not None or not settings.in_batch_negatives
-    documents = not of_rows and any(map(is_made, query_ids))
+    documents = not _needs_rows(settings) and any(map(is_made, query_ids))
     return dataclasses.replace(settings, batches="documents" if documents else "rows")
 
 

@@ -58,9 +58,13 @@ def test_a_larger_collection_has_no_queries_made_unless_they_are_asked_for(
 ) -> None:
     settings = settings_of(tiny_model_path, collection_path, tmp_path / "out", **BY_DEFAULT)
     (small,) = splits.load_collections(settings).train
-    monkeypatch.setattr(splits, "MANY_DOCUMENTS", sum(1 for _ in small.corpus) - 1)
-    (large,) = splits.load_collections(settings).train
-    (asked,) = splits.load_collections(dataclasses.replace(settings, sentence_queries=7)).train
+    with monkeypatch.context() as patched:
+        patched.setattr(splits, "MANY_DOCUMENTS", sum(1 for _ in small.corpus) - 1)
+        (large,) = splits.load_collections(settings).train
+        (asked,) = splits.load_collections(dataclasses.replace(settings, sentence_queries=7)).train
+    (of_rows,) = splits.load_collections(dataclasses.replace(settings, batches="rows")).train
+    (refreshed,) = splits.load_collections(dataclasses.replace(settings, refresh_every="epoch")).train
+    assert len(of_rows.queries) == len(refreshed.queries) == len(large.queries)
     assert len(small.queries) > len(asked.queries) == len(large.queries) + 7
     assert splits.settle_batches(settings, large.queries).batches == "rows"
 
@@ -97,7 +101,9 @@ def test_a_resumed_training_has_the_batches_of_one_that_was_not_stopped(
 
 
 def test_an_ablation_trains_its_variants_in_them(tiny_model_path: Path, collection_path: Path, tmp_path: Path) -> None:
-    given = settings_of(tiny_model_path, collection_path, tmp_path / "out", **BY_DEFAULT, training_arg={})
+    given = settings_of(
+        tiny_model_path, collection_path, tmp_path / "out", **{**BY_DEFAULT, "sentence_queries": 90}, training_arg={}
+    )
     settings = dataclasses.replace(given, learning_rate=None)
     (tmp_path / "variants.yaml").write_text("rows: {batches: rows, epochs: 1}\ndocuments: {epochs: 1}\n")
     ablate(settings, read_variants(tmp_path / "variants.yaml", settings), seeds=1, learning_rates=[3e-3])
