@@ -420,7 +420,8 @@ class TrainingOptions(SeedOption):
         "auto",
         "What a batch is made of: rows, each with its own hard negatives; or documents that are near one another, by "
         "what was mined, each encoded once for several of its queries and a negative for those of the others. auto: "
-        "documents where queries are made of sentences, and rows otherwise or where negatives are refreshed.",
+        "documents where queries are made of sentences; rows otherwise, or where negatives are refreshed or another "
+        "penalty, or other queries for it, are asked for: batches of documents have none.",
     )
     epochs: float | None = option(
         None, "Passes over the training rows. By default 2, and 4 in batches of documents.", above=0

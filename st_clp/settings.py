@@ -81,6 +81,11 @@ class RunSettings(
                 "in_batch_negatives=False leaves nothing to tell a positive from with batches=documents, whose rows "
                 "have no negatives of their own; use batches=rows"
             )
+        if self.of_documents and self.negative_queries != "judgments":
+            raise SettingsError(
+                f"negative_queries={self.negative_queries} would make queries for a penalty that batches=documents "
+                "does not have; use batches=rows, or leave negative_queries out"
+            )
 
     @property
     def peak_learning_rate(self) -> float:
@@ -90,6 +95,12 @@ class RunSettings(
         if self.what_trains == "all":
             return 2e-5
         return 3e-4 if self.of_documents else 1e-4
+
+    @property
+    def names_penalty(self) -> bool:
+        """Whether a setting of the penalty, or of the queries that it reads, is another than by default."""
+        names = ("penalty_weight", "penalty", "queries_per_negative", "negative_queries")
+        return any(getattr(self, name) != self.__dataclass_fields__[name].default for name in names)
 
     @property
     def negatives_in_rows(self) -> int:

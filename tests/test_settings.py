@@ -286,6 +286,7 @@ def test_batches_of_documents_have_defaults_of_their_own() -> None:
     [
         ({"refresh_every": "epoch"}, "refresh_every mines the negatives of rows anew.*batches=documents"),
         ({"in_batch_negatives": False}, "in_batch_negatives=False leaves nothing.*use batches=rows"),
+        ({"negative_queries": "openai:x"}, "negative_queries=openai:x would make queries.*use batches=rows"),
     ],
 )
 def test_what_batches_of_documents_cannot_be_with(values: dict[str, Any], message: str) -> None:
@@ -301,4 +302,6 @@ def test_auto_makes_batches_of_documents_where_sentences_ask_for_them() -> None:
     assert settle_batches(RunSettings(refresh_every="epoch"), made).batches == "rows"
     assert settle_batches(RunSettings(in_batch_negatives=False), made).batches == "rows"
     assert settle_batches(RunSettings(batches="rows"), made).batches == "rows"
+    for asked_for in ({"penalty_weight": 0.3}, {"penalty": "contrastive"}, {"negative_queries": "judgments,title"}):
+        assert settle_batches(RunSettings(**asked_for), made).batches == "rows"  # else it would come to nothing
     assert settle_batches(RunSettings(batches="documents"), asked).batches == "documents"

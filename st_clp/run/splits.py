@@ -109,8 +109,9 @@ def with_sentence_queries(collection: Collection, settings: RunSettings) -> Coll
 
 
 def _needs_rows(settings: RunSettings) -> bool:
-    """Whether batches are of rows, whatever is trained on."""
-    return settings.batches == "rows" or settings.refresh_every is not None or not settings.in_batch_negatives
+    """Whether batches are of rows, whatever is trained on: where something is asked for that only rows have."""
+    of_rows = settings.refresh_every is not None or not settings.in_batch_negatives or settings.names_penalty
+    return settings.batches != "documents" and (of_rows or settings.batches == "rows")
 
 
 def settle_batches(settings: RunSettings, query_ids: Iterable[str]) -> RunSettings:

@@ -78,6 +78,8 @@ class TrainingStage:
         checkpoint = self.directory.last_checkpoint()
         if first:
             self.say(str(trainable))
+            if settings.of_documents:
+                self.say("batches of documents: each is there with its own queries, and there is no further penalty")
             if checkpoint is not None:
                 self.say(f"going on from {checkpoint.name}")
         try:

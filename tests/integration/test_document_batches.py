@@ -64,7 +64,8 @@ def test_a_larger_collection_has_no_queries_made_unless_they_are_asked_for(
         (asked,) = splits.load_collections(dataclasses.replace(settings, sentence_queries=7)).train
     (of_rows,) = splits.load_collections(dataclasses.replace(settings, batches="rows")).train
     (refreshed,) = splits.load_collections(dataclasses.replace(settings, refresh_every="epoch")).train
-    assert len(of_rows.queries) == len(refreshed.queries) == len(large.queries)
+    (held,) = splits.load_collections(dataclasses.replace(settings, penalty_weight=0.3)).train
+    assert len(of_rows.queries) == len(refreshed.queries) == len(held.queries) == len(large.queries)
     assert len(small.queries) > len(asked.queries) == len(large.queries) + 7
     assert splits.settle_batches(settings, large.queries).batches == "rows"
 
