@@ -349,6 +349,10 @@ class RunDirectory:
         """Where the rows are that were mined from a collection."""
         return self.work / "mined" / f"{slug(collection_name)}.jsonl"
 
+    def mined_files(self) -> list[Path]:
+        """The files of mined rows that are there."""
+        return sorted((self.work / "mined").glob("*.jsonl"))
+
     def store(self, when: str, corpus_name: str) -> Path:
         """Where the embeddings of a corpus are kept."""
         return self.work / "embeddings" / when / slug(corpus_name)

@@ -46,8 +46,13 @@ class Collections:
         }
 
 
-def load_collections(settings: RunSettings) -> Collections:
+def load_collections(settings: RunSettings, *, unasked: bool | None = None) -> Collections:
     """Find and read the splits to train and to evaluate on.
+
+    Args:
+        settings: The run's.
+        unasked: Whether queries are made of sentences where the settings give no number of them; None decides by
+            :func:`makes_unasked`.
 
     Raises:
         CollectionError: A collection cannot be read, has nothing to train on, or nothing to evaluate on.
@@ -72,7 +77,7 @@ def load_collections(settings: RunSettings) -> Collections:
         if settings.max_train_queries is not None:
             collection = collection.sample(settings.max_train_queries, settings.seed)
             collection.require_positives()
-        train.append(with_sentence_queries(collection, settings))
+        train.append(with_sentence_queries(collection, settings, unasked=unasked))
     for source in settings.eval_collection:
         split = find_eval_split(source, settings.eval_split)
         evaluate.append(Collection.load(source, split=split, text_fields=fields))
@@ -83,15 +88,23 @@ def load_collections(settings: RunSettings) -> Collections:
     return Collections(train, evaluate)
 
 
-def with_sentence_queries(collection: Collection, settings: RunSettings) -> Collection:
-    """The collection with as many queries made of sentences as the settings ask for, or with all that can be made.
+def makes_unasked(settings: RunSettings) -> bool:
+    """Whether queries are made of sentences though the settings give no number of them.
 
-    Where they ask for no number, small collections get :data:`SENTENCES` a document, on average and at most, and others
-    none: they are worth their time where a training comes to every document several times. In batches of rows they
-    would take several times as long, so there none are made unasked.
+    They are worth their time where a training comes to every document several times. In batches of rows they would
+    take several times as long, so there none are.
+    """
+    return settings.sentence_queries is None and not _needs_rows(settings)
+
+
+def with_sentence_queries(collection: Collection, settings: RunSettings, *, unasked: bool | None = None) -> Collection:
+    """The collection with as many queries made of sentences as the settings give, or with all that can be made.
+
+    Where they give no number and queries are made unasked, small collections get :data:`SENTENCES` a document, on
+    average and at most, and others none.
     """
     wanted = settings.sentence_queries
-    if wanted is None and _needs_rows(settings):
+    if wanted is None and not (makes_unasked(settings) if unasked is None else unasked):
         wanted = 0
     if wanted is None:
         documents = sum(1 for _ in itertools.islice(collection.corpus, MANY_DOCUMENTS + 1))

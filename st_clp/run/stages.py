@@ -23,10 +23,11 @@ from evaluators.collection_evaluator import distinct_names
 from evaluators.evaluation import MANIFEST as EVALUATION
 from st_clp.files import versions, write_json
 from st_clp.mining import mine
-from st_clp.mining.rows import write_rows
+from st_clp.mining.rows import read_rows, write_rows
 from st_clp.moe import expert_usage, is_moe, load
 from st_clp.options import DEFAULT_METRICS, Encoding, EvaluationOptions, MiningOptions, QueryOptions
 from st_clp.queries import make_chain
+from st_clp.queries.own_text import is_made
 from st_clp.run.folder import EVALUATE_AFTER, EVALUATE_BEFORE, MINE, STAGES, TRAIN, RunDirectory
 from st_clp.run.forecast import Forecast, forecast, is_trifle, print_forecast
 from st_clp.run.modelling import load_base_model, load_cross_encoder, model_name
@@ -90,7 +91,7 @@ class _Run:
         self.mining_options = MiningOptions.of(self.settings)
         self.query_options = QueryOptions.for_negatives(self.settings)
         self.encoding = Encoding.of(self.settings)
-        self.collections = load_collections(self.settings)
+        self.collections = load_collections(self.settings, unasked=self._mined_unasked() if resume else None)
         queries = (query_id for collection in self.collections.train for query_id in collection.queries)
         self.training = settle_batches(self.settings, queries)
         if resume:
@@ -181,6 +182,15 @@ class _Run:
                 records.forget(name)
                 if name == TRAIN:
                     records.forget(EVALUATE_AFTER)
+
+    def _mined_unasked(self) -> bool | None:
+        """Whether what is mined has queries made of sentences; None where nothing is mined.
+
+        Settings of the training, which may change after mining, decide whether any are made unasked.
+        """
+        if self.directory.finished(MINE) is None or not (files := self.directory.mined_files()):
+            return None
+        return any(is_made(row.query_id) for file in files for row in read_rows(file))
 
     def _say(self, text: str) -> None:
         """A line of a stage; names in it are not ours, so it holds no markup."""

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from st_clp import cli
 from st_clp.losses import DocumentBatchSampler
 from st_clp.mining.rows import read_rows
+from st_clp.queries.own_text import is_made
 from st_clp.run import splits, stages
 from st_clp.run.ablation import ablate, read_variants
 from tests.toy import settings_of
@@ -99,6 +100,55 @@ def test_a_resumed_training_has_the_batches_of_one_that_was_not_stopped(
         SentenceTransformer(str(tmp_path / name), device="cpu").state_dict() for name in ("whole", "stopped")
     )
     assert all(bool((whole[name] == stopped[name]).all()) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("mined", "trained"),
+    [({}, {"refresh_every": 4}), ({}, {"batches": "rows"}), ({"batches": "rows"}, {"batches": "auto"})],
+)
+def test_what_is_mined_is_what_is_trained_on_and_counted_whatever_a_resumed_run_changes(
+    mined: dict[str, Any],
+    trained: dict[str, Any],
+    tiny_model_path: Path,
+    collection_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = settings_of(tiny_model_path, collection_path, tmp_path / "out", **{**BY_DEFAULT, **mined, "epochs": 1})
+
+    def stop(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stages.TrainingStage, "run", stop)
+        with pytest.raises(KeyboardInterrupt):
+            stages.run(settings)
+    report = stages.run(dataclasses.replace(settings, **trained), resume=True)
+    (file,) = (tmp_path / "out" / "run" / "mined").glob("*.jsonl")
+    rows = read_rows(file)
+    made = {row.query_id for row in rows if is_made(row.query_id)}
+    (described,) = report["collections"]["train"].values()
+    assert bool(made) == (not mined)
+    assert described["made_of_sentences"] >= len(made)
+    assert (described["made_of_sentences"] == 0) == (not made)
+    assert report["training"]["batches"] == "rows"
+    assert report["training"]["steps"] == -(-len(rows) // 16)
+    used = [refresh for refresh in report["training"]["refreshes"] if refresh["status"] == "used"]
+    assert bool(used) == ("refresh_every" in trained)
+    for refresh in used:
+        (account,) = refresh["collections"].values()
+        assert account["kept"] == 0
+
+
+def test_variants_that_make_queries_and_such_that_make_none_mine_apart(
+    tiny_model_path: Path, collection_path: Path, tmp_path: Path
+) -> None:
+    given = settings_of(tiny_model_path, collection_path, tmp_path / "out", **BY_DEFAULT, training_arg={})
+    settings = dataclasses.replace(given, learning_rate=None)
+    (tmp_path / "variants.yaml").write_text("made: {epochs: 0.5}\nrows: {batches: rows, epochs: 0.5}\n")
+    ablate(settings, read_variants(tmp_path / "variants.yaml", settings), seeds=1, learning_rates=[3e-3])
+    mined = [read_rows(file) for file in (tmp_path / "out" / "mined").rglob("*.jsonl")]
+    assert sorted(any(is_made(row.query_id) for row in rows) for rows in mined) == [False, True]
 
 
 def test_an_ablation_trains_its_variants_in_them(tiny_model_path: Path, collection_path: Path, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from st_clp.run.ablation.variants import BASE, Variant, default_variants, with_r
 from st_clp.run.averaging import METRIC, WeightAverage, choose_share, evaluators_of, hold_out
 from st_clp.run.folder import slug
 from st_clp.run.modelling import load_base_model, load_cross_encoder
-from st_clp.run.splits import load_collections, with_sentence_queries
+from st_clp.run.splits import load_collections, makes_unasked, with_sentence_queries
 from st_clp.settings import RunSettings, SettingsError
 from st_clp.terminal import duration, new_console
 
@@ -298,12 +298,13 @@ class Ablation:
 
     def _mined(self, name: str, collection: Collection, settings: RunSettings) -> list[TrainingRow]:
         """The rows that the base mines with these settings: made once for all variants that mine alike."""
+        unasked = makes_unasked(settings)
         what = {
             "mining": asdict(MiningOptions.of(settings)),
             "queries": asdict(QueryOptions.for_negatives(settings)),
             "sources": settings.negative_queries,
             "cross_encoder": settings.cross_encoder,
-            **({} if settings.sentence_queries == 0 else {"sentence_queries": settings.sentence_queries}),
+            **({"sentence_queries": settings.sentence_queries} if settings.sentence_queries or unasked else {}),
         }
         digest = hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=6).hexdigest()
         file = self.folder / "mined" / digest / f"{name}.jsonl"
