@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -78,27 +78,34 @@ def try_steps(
     trial.model_card_data.generate_widget_examples = False  # its card is never written
     trainable = prepare_model(trial, settings)
     rows = _rows(settings, queries, documents)
-    saved = _SavedBytes({parameter.untyped_storage().data_ptr() for parameter in trial.parameters()})
+    weights = {parameter.untyped_storage().data_ptr() for parameter in trial.parameters()}
     few = min(QUERIES_PER_DOCUMENT, settings.rows_in_batch) if settings.of_documents else 1  # they share one document
-    with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
-        least = _seconds_a_step(trial, settings, rows, few)
+    least = more = _try(trial, settings, rows, few, weights)
     # What a step takes besides its rows, the optimizer's part, counts once: so a larger batch is tried too, unless so
     # few rows take so long that it hardly matters.
-    affordable = few * int(seconds / (least * (STEPS + 1)))
-    batch_size = min(settings.rows_in_batch, few if least > LONG_ROW * seconds else max(2 * few, affordable))
-    a_row = least / few
-    if batch_size > few:
-        a_row = max(0.0, _seconds_a_step(trial, settings, rows, batch_size) - least) / (batch_size - few)
-    together = min(settings.rows_in_batch, settings.mini_batch_size or settings.rows_in_batch)
+    affordable = few * int(seconds / (least.seconds * (STEPS + 1)))
+    if least.seconds <= LONG_ROW * seconds and few < settings.rows_in_batch:
+        more = _try(trial, settings, rows, min(settings.rows_in_batch, max(2 * few, affordable)), weights)
     trained = [parameter for parameter in trial.parameters() if parameter.requires_grad]
+
+    def together(rows: int) -> int:
+        return min(rows, settings.mini_batch_size or rows)
+
     return StepCost(
-        least + a_row * (settings.rows_in_batch - few),
-        batch_size,
+        _at(settings.rows_in_batch, (least.rows, least.seconds), (more.rows, more.seconds)),
+        more.rows,
         sum(parameter.nbytes for parameter in trial.parameters()),
         sum(parameter.nbytes + ADAM_BYTES * parameter.numel() for parameter in trained),
-        saved.most * together // few,
+        round(_at(together(settings.rows_in_batch), (together(few), least.kept), (together(more.rows), more.kept))),
         (trainable.trainable, trainable.total),
     )
+
+
+def _at(rows: int, few: tuple[int, float], more: tuple[int, float]) -> float:
+    """A figure for so many rows, on the line through those for fewer and for more; through 0 where both are one."""
+    if more[0] == few[0]:
+        return few[1] / few[0] * rows
+    return few[1] + max(0.0, more[1] - few[1]) / (more[0] - few[0]) * (rows - few[0])
 
 
 def _rows(settings: RunSettings, queries: Sequence[str], documents: Sequence[str]) -> Dataset:
@@ -122,6 +129,22 @@ def _rows(settings: RunSettings, queries: Sequence[str], documents: Sequence[str
     if weights:
         columns["label"] = [[1.0] * weights] * number
     return Dataset.from_dict(columns)
+
+
+class _Trial(NamedTuple):
+    """What a step of so many rows takes: seconds, and the bytes that autograd keeps meanwhile."""
+
+    rows: int
+    seconds: float
+    kept: int
+
+
+def _try(
+    model: SentenceTransformer, settings: RunSettings, rows: Dataset, batch_size: int, weights: set[int]
+) -> _Trial:
+    saved = _SavedBytes(weights)
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
+        return _Trial(batch_size, _seconds_a_step(model, settings, rows, batch_size), saved.most)
 
 
 def _seconds_a_step(model: SentenceTransformer, settings: RunSettings, rows: Dataset, batch_size: int) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from sentence_transformers import SentenceTransformer
 from typer.testing import CliRunner
 
@@ -143,7 +144,7 @@ def test_activations_are_those_that_autograd_keeps(tiny_model: SentenceTransform
             settings_of(tmp_path, tmp_path, tmp_path, experts=0, **changes),
             TEXTS[:1],
             TEXTS[:1],
-            seconds=0.01,
+            seconds=1e-9,  # the fewest rows alone are tried
         ).activations
         for name, changes in (
             ("16", {}),
@@ -158,6 +159,26 @@ def test_activations_are_those_that_autograd_keeps(tiny_model: SentenceTransform
     # A transformer of width 32 keeps some 20 to 60 numbers of its width a token and layer.
     tokens = 16 * 8 * (2 + 2 + 2)
     assert 4 * 32 * tokens * 10 < costs["16"] < 4 * 32 * tokens * 2 * 60
+
+
+def test_weights_in_another_precision_are_kept_once_and_not_for_each_row(
+    tiny_model: SentenceTransformer, tmp_path: Path
+) -> None:
+    costs = [
+        try_steps(
+            tiny_model,
+            settings_of(tmp_path, tmp_path, tmp_path, experts=0, batch_size=rows, bf16=True),
+            TEXTS[:1],
+            TEXTS[:1],
+            seconds=1000,
+        ).activations
+        for rows in (16, 32, 48)
+    ]
+    assert costs[2] - costs[1] == pytest.approx(costs[1] - costs[0], abs=2)
+    layers = [module for module in tiny_model.modules() if isinstance(module, torch.nn.Linear)]
+    once = 2 * costs[0] - costs[1]
+    # Every layer's weights in bfloat16, for the queries and for the documents; but for the pooler, which is not used.
+    assert once > sum(2 * layer.weight.numel() for layer in layers)
 
 
 def test_a_corpus_counts_what_is_there_and_not_what_its_catalogue_says(tmp_path: Path) -> None:
