@@ -174,7 +174,7 @@ def test_weights_in_another_precision_are_kept_once_and_not_for_each_row(
         ).activations
         for rows in (16, 32, 48)
     ]
-    assert costs[2] - costs[1] == pytest.approx(costs[1] - costs[0], abs=2)
+    assert costs[2] - costs[1] == pytest.approx(costs[1] - costs[0], rel=0.05)
     layers = [module for module in tiny_model.modules() if isinstance(module, torch.nn.Linear)]
     once = 2 * costs[0] - costs[1]
     # Every layer's weights in bfloat16, for the queries and for the documents; but for the pooler, which is not used.
