@@ -1,4 +1,4 @@
-"""What it gains when freed memory stays with the process while a processor encodes (st_clp/encoding/batches.py).
+"""What it gains when freed memory stays with the process while a processor encodes (st_clp/memory.py).
 
     python benchmarks/freed_memory.py
 

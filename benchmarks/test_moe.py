@@ -25,7 +25,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 from transformers import XLMRobertaConfig, XLMRobertaModel
 
-from st_clp.encoding.batches import keep_freed_memory
+from st_clp.memory import keep_freed_memory
 from st_clp.moe import MoESettings, train_only, upcycle
 from st_clp.moe.convert import build_experts
 

@@ -90,7 +90,7 @@ ROOMS: Mapping[str, str] = {
     "data": "data",
     "losses": "losses",
     "moe": "moe",
-    "leaves": "declaring extras files option_values options settings terminal",
+    "leaves": "declaring extras files memory option_values options settings terminal",
 }
 ROOM_OF = {
     "st_clp": "leaves",  # the package itself: its version

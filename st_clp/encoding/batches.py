@@ -112,20 +112,3 @@ def _trim(features: Features, width: int) -> Features:
         else value
         for name, value in features.items()
     }
-
-
-LARGEST = 31 << 20  # bytes; glibc learns from blocks of up to 32 MiB
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep the blocks that a forward pass on a processor frees, in this process from now on.
-
-    A transformer's layers take and free the same few blocks of some MiB again and again. glibc hands blocks of that
-    size back to the system and asks for new ones, whose pages the kernel clears at their first touch: up to a sixth
-    of the time of encoding (``benchmarks/README.md``). It learns to keep what is as large as the largest block that
-    was freed so far (``M_MMAP_THRESHOLD`` in mallopt(3)), so one is allocated, never touched, and freed. Up to
-    twice its size of freed memory stays with the process for each of its threads; where more is freed, all of it
-    goes back, so a batch's own blocks have to be a good deal smaller. Where another allocator is used, or glibc's
-    thresholds were set by hand, nothing changes.
-    """
-    torch.empty(LARGEST, dtype=torch.uint8)

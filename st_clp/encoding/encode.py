@@ -21,9 +21,10 @@ from sentence_transformers import SentenceTransformer
 
 from st_clp.declaring import takes
 from st_clp.encoding.ahead import TokenBudget, tokenised_ahead
-from st_clp.encoding.batches import Window, keep_freed_memory, tokenise
+from st_clp.encoding.batches import Window, tokenise
 from st_clp.encoding.token_lists import ListWindow
 from st_clp.encoding.working_model import Embedded, Task, WorkingModel
+from st_clp.memory import keep_freed_memory
 from st_clp.options import Encoding, EncodingOptions
 
 logger = logging.getLogger(__name__)

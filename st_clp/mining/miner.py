@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -150,26 +151,32 @@ def mine(
     _require_possible(model, collection, options, cross_encoder)
     encoding.require_folder(store_dir, "store_dir")
     query_options = (query_options or QueryOptions(seed=options.seed)).with_samples(options.queries_per_negative)
-    if isinstance(negative_queries, str):
-        # What is wrong with a source is said before anything is encoded.
-        with make_chain(
+    # What is wrong with a source is said before anything is encoded.
+    sources = (
+        make_chain(
             negative_queries,
             query_options,
             store=query_store,
             show_progress_bar=encoding.show_progress_bar,
             cluster=encoding,
-        ) as chain:
-            return mine(
-                model,
-                collection,
-                options,
-                cross_encoder=cross_encoder,
-                negative_queries=chain,
-                query_options=query_options,
-                store_dir=store_dir,
-                encoding=encoding,
-            )
-    chain = negative_queries
+        )
+        if isinstance(negative_queries, str)
+        else nullcontext(negative_queries)
+    )
+    with sources as chain:
+        return _mine(model, collection, options, cross_encoder, chain, query_options, store_dir, encoding)
+
+
+def _mine(
+    model: SentenceTransformer,
+    collection: Collection,
+    options: MiningOptions,
+    cross_encoder: CrossEncoder | None,
+    chain: QueryChain,
+    query_options: QueryOptions,
+    store_dir: str | os.PathLike[str] | None,
+    encoding: Encoding,
+) -> MinedNegatives:
     clock = _Clock()
     store = EmbeddingStore.build(model, collection, store_dir, encoding=encoding)
     clock.lap("documents")

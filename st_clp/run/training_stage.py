@@ -10,11 +10,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from transformers import TrainerCallback
 
 from st_clp.data import Collection
 from st_clp.losses.document_batches import Near, near_documents
+from st_clp.memory import handing_back_large_blocks
 from st_clp.mining.rows import TrainingRow, read_rows, to_dataset
 from st_clp.options import HERE, EvaluationOptions
 from st_clp.refresh import AnceCallback, plot_refreshes
@@ -75,19 +76,9 @@ class TrainingStage:
             progress=self.progress,
         )
         first = trainer.is_world_process_zero()
-        checkpoint = self.directory.last_checkpoint()
         if first:
             self.say(str(trainable))
-            if settings.of_documents:
-                self.say("batches of documents: each is there with its own queries, and there is no further penalty")
-            if checkpoint is not None:
-                self.say(f"going on from {checkpoint.name}")
-        try:
-            with compiled_layers(model) if settings.compile_layers else nullcontext():
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        finally:
-            if refresh is not None:
-                refresh.close()
+        self._train(trainer, settings, refresh)
         if not first:
             return {}
         averaged = self._average(model, held_out, rows)
@@ -104,6 +95,25 @@ class TrainingStage:
             "refreshes": self._refreshes(refresh),
             "averaged": averaged,
         }
+
+    def _train(self, trainer: SentenceTransformerTrainer, settings: RunSettings, refresh: AnceCallback | None) -> None:
+        """Train, from the last checkpoint where there is one."""
+        checkpoint = self.directory.last_checkpoint()
+        if trainer.is_world_process_zero():
+            if settings.of_documents:
+                self.say("batches of documents: each is there with its own queries, and there is no further penalty")
+            if checkpoint is not None:
+                self.say(f"going on from {checkpoint.name}")
+        model = trainer.model
+        try:
+            with (
+                compiled_layers(model) if settings.compile_layers else nullcontext(),
+                handing_back_large_blocks() if model.device.type == "cpu" else nullcontext(),
+            ):
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            if refresh is not None:
+                refresh.close()
 
     def _average(
         self, model: SentenceTransformer, held_out: dict[str, list[TrainingRow]], rows: dict[str, list[TrainingRow]]
