@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -27,37 +24,8 @@ def keep_freed_memory() -> None:
     torch.empty(LARGEST, dtype=torch.uint8)
 
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-KEPT = 32 << 20  # bytes; what glibc keeps at most by itself
-HANDED_BACK = 1 << 20  # bytes, from which on blocks go back
-
-
-@contextmanager
-def handing_back_large_blocks() -> Iterator[None]:
-    """Let glibc hand every large block back to the system as soon as it is freed, for a while.
-
-    A training keeps what its layers compute for the backward pass, in blocks whose sizes change with every batch. Of
-    what glibc keeps of them only some fits what the next batch needs, and a process comes to hold twice the memory that
-    it uses (``benchmarks/README.md``). After it glibc keeps blocks as :func:`keep_freed_memory` has it. Where another
-    allocator is used, or glibc's thresholds were set by hand, nothing changes.
-    """
-    mallopt = _mallopt()
-    if mallopt is None:
-        yield
-        return
-    mallopt(M_MMAP_THRESHOLD, HANDED_BACK)
-    try:
-        yield
-    finally:
-        mallopt(M_MMAP_THRESHOLD, KEPT)
-        mallopt(M_TRIM_THRESHOLD, 2 * KEPT)
-
-
-def _mallopt() -> Callable[[int, int], int] | None:
-    """mallopt(3); None where there is none, or where the user has set what it sets."""
-    by_hand = "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or any(
-        name in os.environ for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
-    )
-    if by_hand or not sys.platform.startswith("linux"):
-        return None
-    return getattr(ctypes.CDLL(None), "mallopt", None)
+def hand_back_freed_memory() -> None:
+    """Let glibc hand freed memory back to the system, once; where another allocator is used, nothing happens."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
+    if trim is not None:
+        trim(0)

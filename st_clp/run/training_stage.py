@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from st_clp.data import Collection
 from st_clp.losses.document_batches import Near, near_documents
-from st_clp.memory import handing_back_large_blocks
+from st_clp.memory import hand_back_freed_memory
 from st_clp.mining.rows import TrainingRow, read_rows, to_dataset
 from st_clp.options import HERE, EvaluationOptions
 from st_clp.refresh import AnceCallback, plot_refreshes
@@ -25,6 +25,21 @@ from st_clp.run.modelling import compiled_layers, load_base_model, prepare_model
 from st_clp.run.splits import settle_batches
 from st_clp.run.training import make_refresh, make_trainer
 from st_clp.settings import RunSettings
+
+HAND_BACK_EVERY = 25  # steps
+
+
+class _HandBack(TrainerCallback):
+    """Hands freed memory back now and then.
+
+    What the layers keep for the backward pass has other sizes in every batch, and of what glibc keeps of it only some
+    fits the next: in some hundred steps a process comes to hold twice what it uses. New pages cost time, so it is not
+    done after every step (``benchmarks/README.md``).
+    """
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if state.global_step % HAND_BACK_EVERY == 0:
+            hand_back_freed_memory()
 
 
 @dataclass(frozen=True)
@@ -105,11 +120,10 @@ class TrainingStage:
             if checkpoint is not None:
                 self.say(f"going on from {checkpoint.name}")
         model = trainer.model
+        if model.device.type == "cpu":
+            trainer.add_callback(_HandBack())
         try:
-            with (
-                compiled_layers(model) if settings.compile_layers else nullcontext(),
-                handing_back_large_blocks() if model.device.type == "cpu" else nullcontext(),
-            ):
+            with compiled_layers(model) if settings.compile_layers else nullcontext():
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             if refresh is not None:

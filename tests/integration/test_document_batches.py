@@ -15,7 +15,7 @@ from st_clp import cli
 from st_clp.losses import DocumentBatchSampler
 from st_clp.mining.rows import read_rows
 from st_clp.queries.own_text import is_made
-from st_clp.run import splits, stages
+from st_clp.run import splits, stages, training_stage
 from st_clp.run.ablation import ablate, read_variants
 from tests.toy import settings_of
 
@@ -166,3 +166,15 @@ def test_an_ablation_trains_its_variants_in_them(tiny_model_path: Path, collecti
     rows = len(read_rows(mined)) - 12  # held out
     assert cells["documents"]["steps"] == -(-rows // 128)
     assert cells["rows"]["steps"] == -(-rows // 16)
+
+
+def test_a_training_on_a_processor_hands_back_now_and_then(
+    tiny_model_path: Path, collection_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times: list[None] = []
+    monkeypatch.setattr(training_stage, "hand_back_freed_memory", lambda: times.append(None))
+    monkeypatch.setattr(training_stage, "HAND_BACK_EVERY", 3)
+    settings = settings_of(tiny_model_path, collection_path, tmp_path / "out", experts=0, epochs=1)
+    report = stages.run(settings)
+    assert report["training"]["steps"] >= 3
+    assert len(times) == report["training"]["steps"] // 3
