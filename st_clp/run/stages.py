@@ -184,11 +184,14 @@ class _Run:
                     records.forget(EVALUATE_AFTER)
 
     def _mined_unasked(self) -> bool | None:
-        """Whether what is mined has queries made of sentences; None where nothing is mined.
+        """Whether what is mined has queries made of sentences; None where nothing is mined, or has to be mined again.
 
         Settings of the training, which may change after mining, decide whether any are made unasked.
         """
-        if self.directory.finished(MINE) is None or not (files := self.directory.mined_files()):
+        files = self.directory.mined_files()
+        if not files or self.directory.finished(MINE) is None:
+            return None
+        if any(self.directory.records.missing_and_changed(MINE, files)):
             return None
         return any(is_made(row.query_id) for file in files for row in read_rows(file))
 
