@@ -21,6 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from st_clp.distributed import Failure, connect, gpus_per_worker, import_ray
 from st_clp.distributed.cluster import LOCAL
+from st_clp.queries.own_text import is_made
 from st_clp.run.folder import RunDirectory
 from st_clp.run.modelling import load_base_model
 from st_clp.run.splits import load_collections
@@ -46,10 +47,11 @@ def train_on_cluster(stage: TrainingStage) -> dict[str, Any]:
     """
     ray = connect(stage.settings)
     takes = _takes(stage.settings, ray)
+    made = any(is_made(query_id) for collection in stage.collections for query_id in collection.queries)
     result = None
     for left in reversed(range(TRIES)):
         telling = ray.remote(_Told).options(num_cpus=0, scheduling_strategy=_here(ray)).remote()
-        here = {"settings": stage.settings.to_dict(), "cwd": os.getcwd(), "telling": telling}
+        here = {"settings": stage.settings.to_dict(), "unasked": made, "cwd": os.getcwd(), "telling": telling}
         with _Shown(ray, telling, stage.say):
             error = _fit(stage, here, takes)
         failures, result = ray.get(telling.ended.remote())
@@ -139,7 +141,7 @@ def _train_in_worker(here: dict[str, Any]) -> None:
                 f"there is no {directory.settings_file}: give --output a folder that all machines share"
             )
         model = load_base_model(settings.model, max_seq_length=settings.max_seq_length)
-        collections = load_collections(settings).train
+        collections = load_collections(settings, unasked=here["unasked"]).train
         stage = TrainingStage(
             settings, directory, collections, say=lambda text: telling.say.remote(text), progress=_Progress(telling)
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from st_clp.data import Collection
@@ -44,7 +44,7 @@ class RunSearcher:
             raise SettingsError(f"{path} holds no finished run; {advice}")
         settings = RunSettings.from_dict(RunSettings.read_yaml(directory.settings_file))
         found: dict[str, Collection] = {}
-        for collection in load_collections(settings).evaluate:
+        for collection in load_collections(replace(settings, sentence_queries=0)).evaluate:  # none are needed here
             if not corpora or {collection.corpus_name, collection.language} & set(corpora):
                 found.setdefault(collection.corpus_name, collection)
         if not found:

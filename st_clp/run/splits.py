@@ -16,8 +16,7 @@ from st_clp.settings import RunSettings, SettingsError
 
 logger = logging.getLogger(__name__)
 
-MANY_DOCUMENTS = 5000
-SENTENCES = 8
+SENTENCES, MOST_SENTENCES = 8, 40_000  # queries made of sentences: a document, and a collection
 EVAL_SPLITS = ("dev", "validation", "valid", "val", "test")
 
 
@@ -100,15 +99,15 @@ def makes_unasked(settings: RunSettings) -> bool:
 def with_sentence_queries(collection: Collection, settings: RunSettings, *, unasked: bool | None = None) -> Collection:
     """The collection with as many queries made of sentences as the settings give, or with all that can be made.
 
-    Where they give no number and queries are made unasked, small collections get :data:`SENTENCES` a document, on
-    average and at most, and others none.
+    Where they give no number and queries are made unasked, there are :data:`SENTENCES` a document, on average and at
+    most, up to :data:`MOST_SENTENCES`; none where people asked so many.
     """
     wanted = settings.sentence_queries
     if wanted is None and not (makes_unasked(settings) if unasked is None else unasked):
         wanted = 0
     if wanted is None:
-        documents = sum(1 for _ in itertools.islice(collection.corpus, MANY_DOCUMENTS + 1))
-        wanted = documents * SENTENCES if documents <= MANY_DOCUMENTS else 0
+        documents = sum(1 for _ in itertools.islice(collection.corpus, MOST_SENTENCES // SENTENCES))
+        wanted = documents * SENTENCES if len(collection.queries) < MOST_SENTENCES else 0
     more = add_sentence_queries(collection, wanted, settings.seed)
     made = len(more.queries) - len(collection.queries)
     if settings.sentence_queries is not None and made < wanted:
