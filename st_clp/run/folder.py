@@ -336,6 +336,10 @@ class RunDirectory:
         """Where the Trainer keeps its checkpoints."""
         return self.work / "checkpoints"
 
+    def checkpoints_of(self, part: int) -> Path:
+        """Those of one part of a training that has several: the first is number 0."""
+        return self.checkpoints / f"part-{part + 1}" if part else self.checkpoints
+
     @property
     def query_store(self) -> Path:
         """Where generated queries are kept."""
@@ -361,11 +365,14 @@ class RunDirectory:
         """Where an evaluation is saved: ``"before"`` or ``"after"`` training."""
         return self.work / "evaluations" / when
 
-    def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint that was written to its end."""
-        # The trainer writes its state last, so a checkpoint with a state is whole.
-        whole = [path.parent for path in self.checkpoints.glob("checkpoint-*/trainer_state.json")]
-        return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    def last_checkpoint(self, part: int | None = None) -> Path | None:
+        """The newest checkpoint that is whole: of one part of the training, or of the last part that has any."""
+        for number in (1, 0) if part is None else (part,):
+            # The trainer writes its state last, so a checkpoint with a state is whole.
+            whole = [path.parent for path in self.checkpoints_of(number).glob("checkpoint-*/trainer_state.json")]
+            if whole:
+                return max(whole, key=lambda path: int(path.name.rpartition("-")[2]))
+        return None
 
 
 def evaluations_of(folder: str | Path) -> list[Evaluation]:

@@ -201,6 +201,9 @@ class _Forecaster:
         settings = self._settings
         rows = [_rows(settings, collection) for collection in self._collections.train]
         steps = number_of_steps(settings, rows)
+        asked = [_asked(settings, collection) for collection in self._collections.train]
+        if settings.of_documents and sum(asked) < sum(rows):
+            steps += number_of_steps(settings, filter(None, asked))  # which come again, by themselves
         seconds = steps * step.seconds
         text = f"{steps:,} steps of {duration(step.seconds)}: about {sum(rows):,} rows, "
         trained, every_weight = (number / 1e6 for number in step.parameters)
@@ -295,10 +298,14 @@ def _count(corpus: Corpus) -> int:
 
 def _rows(settings: RunSettings, collection: Collection) -> int:
     """How many rows will be trained on, about: one for each answer that is known, of queries that are not held out."""
-    positives = collection.positives()
-    asked = [len(found) for query_id, found in positives.items() if not is_made(query_id)]
+    return sum(map(is_made, collection.positives())) + _asked(settings, collection)
+
+
+def _asked(settings: RunSettings, collection: Collection) -> int:
+    """How many of them are of queries that were asked."""
+    asked = [len(found) for query_id, found in collection.positives().items() if not is_made(query_id)]
     held_out = number_held_out(len(asked)) if settings.share_of_trained == "auto" else 0
-    return len(positives) - len(asked) + round(sum(asked) * (1 - held_out / max(1, len(asked))))
+    return round(sum(asked) * (1 - held_out / max(1, len(asked))))
 
 
 def _free(folder: Path) -> int:

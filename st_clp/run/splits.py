@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from st_clp.data import Collection, CollectionError
+from st_clp.mining.rows import TrainingRow
 from st_clp.queries import add_sentence_queries
 from st_clp.queries.own_text import is_made
 from st_clp.settings import RunSettings, SettingsError
@@ -132,6 +133,24 @@ def settle_batches(settings: RunSettings, query_ids: Iterable[str]) -> RunSettin
         return settings
     documents = not _needs_rows(settings) and any(map(is_made, query_ids))
     return dataclasses.replace(settings, batches="documents" if documents else "rows")
+
+
+def in_turn(rows: Mapping[str, Sequence[TrainingRow]], settings: RunSettings) -> list[Mapping[str, list[TrainingRow]]]:
+    """What is trained on, one after the other: in batches of documents all queries, then those alone that people asked.
+
+    Queries made of sentences teach a model its documents, and what people ask for is then learnt better than from both
+    together, where the made ones outnumber it (``benchmarks/recipe.md``).
+
+    Args:
+        rows: Collection name to its rows.
+        settings: The run's, settled by :func:`settle_batches`.
+    """
+    everything = {name: list(found) for name, found in rows.items()}
+    asked = {name: [row for row in found if not is_made(row.query_id)] for name, found in rows.items()}
+    asked = {name: found for name, found in asked.items() if found}
+    if not settings.of_documents or not asked or asked == everything:
+        return [everything]
+    return [everything, asked]
 
 
 def find_eval_split(source: str, split: str | None) -> str | None:

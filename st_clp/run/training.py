@@ -7,7 +7,7 @@ import difflib
 import logging
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
@@ -64,6 +64,7 @@ def make_trainer(
     near: Near | None = None,
     refresh: AnceCallback | None = None,
     progress: TrainerCallback | None = None,
+    before: Sequence[Mapping[str, Any]] = (),
 ) -> SentenceTransformerTrainer:
     """The Trainer of a run. Each collection is a separate dataset, so that a batch holds one language.
 
@@ -75,6 +76,7 @@ def make_trainer(
         near: Which documents are near one another, for batches of documents.
         refresh: What refreshes the negatives; its ``train_dataset`` is trained on.
         progress: Shows progress in place of the Trainer's own bar and lines.
+        before: The losses that were logged in earlier parts of the training, for the model's card.
 
     Raises:
         SettingsError: A training argument cannot be used here.
@@ -94,7 +96,7 @@ def make_trainer(
         loss=make_loss(model, settings),
         callbacks=[refresh] if refresh is not None else None,
     )
-    trainer.add_callback(LossesBeforeResuming)
+    trainer.add_callback(EarlierLosses(before))
     if refresh is not None:
         refresh.log = trainer.log
     bar = trainer.pop_callback(ProgressCallback)
@@ -181,14 +183,21 @@ class LossInProgressBar(ProgressCallback):
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
 
 
-class LossesBeforeResuming(TrainerCallback):
-    """Gives the model card the losses that were logged before a run was stopped: its own callback saw none of them."""
+class EarlierLosses(TrainerCallback):
+    """Gives the model card the losses that its own callback does not see: of what came before.
+
+    Args:
+        before: Of earlier parts of the training. Those that were logged before it was stopped are in its checkpoint.
+    """
+
+    def __init__(self, before: Sequence[Mapping[str, Any]]) -> None:
+        self._before = before
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Take them from the checkpoint's state."""
+        """Take those of a training that was stopped from the checkpoint's state."""
         model.model_card_data.training_logs = [
             {"Epoch": entry["epoch"], "Step": entry["step"], "Training Loss": entry["loss"]}
-            for entry in state.log_history
+            for entry in [*self._before, *state.log_history]
             if "loss" in entry
         ]
 

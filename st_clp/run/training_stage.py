@@ -5,13 +5,16 @@ Several processes have the run's folder in common. All of them prepare and train
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from transformers import TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from st_clp.data import Collection
 from st_clp.losses.document_batches import Near, near_documents
@@ -22,7 +25,7 @@ from st_clp.refresh import AnceCallback, plot_refreshes
 from st_clp.run.averaging import ChosenShare, WeightAverage, choose_share, hold_out
 from st_clp.run.folder import RunDirectory, slug
 from st_clp.run.modelling import compiled_layers, load_base_model, prepare_model
-from st_clp.run.splits import settle_batches
+from st_clp.run.splits import in_turn, settle_batches
 from st_clp.run.training import make_refresh, make_trainer
 from st_clp.settings import RunSettings
 
@@ -40,6 +43,18 @@ class _HandBack(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.global_step % HAND_BACK_EVERY == 0:
             hand_back_freed_memory()
+
+
+class _RemoveCheckpoints(TrainerCallback):
+    """Removes the checkpoints of the part of a training before this one, as soon as this one has its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            for checkpoint in self._folder.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -74,26 +89,21 @@ class TrainingStage:
         if settings.share_of_trained == "auto":
             parts = {name: hold_out(found, settings.seed) for name, found in rows.items()}
             rows, held_out = ({name: part[which] for name, part in parts.items()} for which in (0, 1))
-        datasets = {
-            name: to_dataset(
-                found, num_negatives=settings.negatives_in_rows, queries_per_negative=settings.queries_in_rows
-            )
-            for name, found in rows.items()
-        }
         refresh = make_refresh(collections, rows, settings, self.directory.query_store_of(settings))
-        trainer = make_trainer(
-            model,
-            datasets,
-            settings,
-            self.directory.checkpoints,
-            near=_near(rows) if settings.of_documents else None,
-            refresh=refresh,
-            progress=self.progress,
-        )
-        first = trainer.is_world_process_zero()
-        if first:
-            self.say(str(trainable))
-        self._train(trainer, settings, refresh)
+        turns = in_turn(rows, settings)
+        states: list[TrainerState] = []
+        for number, turn in enumerate(turns):
+            if state := self._finished_before(number):
+                states.append(state)
+                continue
+            trainer = self._trainer(model, turn, number, settings, refresh=refresh, before=states)
+            first = trainer.is_world_process_zero()
+            if first:
+                self.say(_asked_alone(turn) if number else str(trainable))
+            self._train(trainer, number, settings, refresh)
+            states.append(trainer.state)
+            if number + 1 < len(turns):
+                trainer.save_state()
         if not first:
             return {}
         averaged = self._average(model, held_out, rows)
@@ -102,23 +112,64 @@ class TrainingStage:
             "what": trainable.what,
             "trainable_parameters": trainable.trainable,
             "all_parameters": trainable.total,
-            "rows": {name: len(dataset) for name, dataset in datasets.items()},
+            "rows": {name: len(found) for name, found in rows.items()},
             "batches": settings.batches,
-            "steps": trainer.state.global_step,
+            "steps": sum(state.global_step for state in states),
             "bf16": trainer.args.bf16,
-            "history": [entry for entry in trainer.state.log_history if "loss" in entry],
+            "history": _losses(states),
             "refreshes": self._refreshes(refresh),
             "averaged": averaged,
         }
 
-    def _train(self, trainer: SentenceTransformerTrainer, settings: RunSettings, refresh: AnceCallback | None) -> None:
+    def _finished_before(self, part: int) -> TrainerState | None:
+        """How a part of the training ended that a stopped run had finished; None of one that has to be trained.
+
+        Its weights are in the checkpoints of the next part.
+        """
+        ended = self.directory.checkpoints_of(part) / TRAINER_STATE_NAME
+        if not ended.is_file() or self.directory.last_checkpoint(part + 1) is None:
+            return None
+        return TrainerState.load_from_json(str(ended))
+
+    def _trainer(
+        self,
+        model: SentenceTransformer,
+        rows: Mapping[str, Sequence[TrainingRow]],
+        part: int,
+        settings: RunSettings,
+        *,
+        refresh: AnceCallback | None,
+        before: Sequence[TrainerState],
+    ) -> SentenceTransformerTrainer:
+        datasets = {
+            name: to_dataset(
+                found, num_negatives=settings.negatives_in_rows, queries_per_negative=settings.queries_in_rows
+            )
+            for name, found in rows.items()
+        }
+        return make_trainer(
+            model,
+            datasets,
+            settings,
+            self.directory.checkpoints_of(part),
+            near=_near(rows) if settings.of_documents else None,
+            refresh=refresh,
+            progress=self.progress,
+            before=_losses(before),
+        )
+
+    def _train(
+        self, trainer: SentenceTransformerTrainer, part: int, settings: RunSettings, refresh: AnceCallback | None
+    ) -> None:
         """Train, from the last checkpoint where there is one."""
-        checkpoint = self.directory.last_checkpoint()
+        checkpoint = self.directory.last_checkpoint(part)
         if trainer.is_world_process_zero():
-            if settings.of_documents:
+            if settings.of_documents and not part:
                 self.say("batches of documents: each is there with its own queries, and there is no further penalty")
             if checkpoint is not None:
                 self.say(f"going on from {checkpoint.name}")
+        if part:
+            trainer.add_callback(_RemoveCheckpoints(self.directory.checkpoints_of(part - 1)))
         model = trainer.model
         if model.device.type == "cpu":
             trainer.add_callback(_HandBack())
@@ -166,3 +217,18 @@ def _near(rows: Mapping[str, Sequence[TrainingRow]]) -> Near:
     every = [row for found in rows.values() for row in found]
     negatives = [[negative.text for negative in row.negatives] for row in every]
     return near_documents([row.positive for row in every], negatives)
+
+
+def _asked_alone(rows: Mapping[str, Sequence[TrainingRow]]) -> str:
+    return f"now the {sum(map(len, rows.values())):,} rows of queries that were asked, without those that were made"
+
+
+def _losses(states: Sequence[TrainerState]) -> list[dict[str, Any]]:
+    """What was logged with a loss, steps and epochs counted through all parts of a training."""
+    found, steps, epochs = [], 0, 0.0
+    for state in states:
+        for entry in state.log_history:
+            if "loss" in entry:
+                found.append({**entry, "step": entry["step"] + steps, "epoch": entry["epoch"] + epochs})
+        steps, epochs = steps + state.global_step, epochs + (state.epoch or 0.0)
+    return found

@@ -115,6 +115,16 @@ class Trained:
     peak_memory: int | None
 
 
+def joined(parts: Sequence[Trained]) -> Trained:
+    """How a training went that had several parts."""
+    return Trained(
+        sum(part.steps for part in parts),
+        sum(part.seconds for part in parts),
+        [loss for part in parts for loss in part.losses],
+        max((part.peak_memory for part in parts if part.peak_memory is not None), default=None),
+    )
+
+
 def train(
     model: SentenceTransformer,
     rows: Rows,

@@ -27,13 +27,13 @@ from st_clp.mining import TrainingRow, mine
 from st_clp.mining.rows import read_rows, write_rows
 from st_clp.options import DEFAULT_METRICS, HERE, Encoding, EvaluationOptions, MiningOptions, QueryOptions
 from st_clp.queries import make_chain
-from st_clp.run.ablation.loop import SharedWeights, Trained, train
+from st_clp.run.ablation.loop import SharedWeights, Trained, joined, train
 from st_clp.run.ablation.table import AblationTable, Cell, make_table
 from st_clp.run.ablation.variants import BASE, Variant, default_variants, with_rate
 from st_clp.run.averaging import METRIC, WeightAverage, choose_share, evaluators_of, hold_out
 from st_clp.run.folder import slug
 from st_clp.run.modelling import load_base_model, load_cross_encoder
-from st_clp.run.splits import load_collections, makes_unasked, with_sentence_queries
+from st_clp.run.splits import in_turn, load_collections, makes_unasked, settle_batches, with_sentence_queries
 from st_clp.settings import RunSettings, SettingsError
 from st_clp.terminal import duration, new_console
 
@@ -265,7 +265,9 @@ class Ablation:
                 return {name: [row for row in new[name] if row.query_id in kept[name]] for name in new}
 
         called = f"{variant.name}, seed {settings.seed}, rate {settings.learning_rate:g}"
-        return train(model, rows, settings, mine_again=again, progress=called)
+        settled = settle_batches(settings, (row.query_id for found in rows.values() for row in found))
+        parts = [train(model, part, settled, mine_again=again, progress=called) for part in in_turn(rows, settled)]
+        return joined(parts)
 
     def _average(
         self,
