@@ -67,8 +67,8 @@ class DataOptions(Options):
     sentence_queries: int | None = option(
         None,
         "Train on so many more queries of each collection, made of its documents' sentences, of those too that no "
-        "query asks for. By default all that can be made, about eight a document at most, where there are no more than "
-        "5,000 documents, and none where there are more or where batches are made of rows.",
+        "query asks for. By default about eight a document, 40,000 at most; none where people asked so many or where "
+        "batches are made of rows.",
         least=0,
     )
     text_field: list[str] = option([], "A document's fields to join as its text. By default title and text.")

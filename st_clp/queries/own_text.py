@@ -132,27 +132,28 @@ class SentenceQueries(QuerySource):
             yield DocumentQueries(document.doc_id, queries, None if queries else EMPTY)
 
 
-def add_sentence_queries(collection: Collection, number: int, seed: int) -> Collection:
+def add_sentence_queries(collection: Collection, number: int, seed: int, *, each: int = 1) -> Collection:
     """The collection with queries made of its documents' sentences beside its own.
 
     They are spread evenly: no document has two more than another that has as many sentences. Where there are more
-    documents than queries to make, documents are drawn at random. A sentence that stands in several of them makes no
+    documents than queries to make, documents are drawn at random. A sentence that stands in several of those makes no
     query, as it does not say which is meant.
 
     Args:
         collection: The collection; it stays as it is.
         number: Queries to make; all that can be made where there are fewer.
         seed: Of the draws.
+        each: Draw so few documents that there are so many queries for each of them.
     """
     if not number:
         return collection
-    documents = collection.corpus.draw(number, seed)
-    each = {document.doc_id: _parts(document, number, seed) for document in documents}
-    times = Counter(sentence for parts in each.values() for sentence in parts.values())
+    documents = collection.corpus.draw(-(-number // each), seed)
+    parts = {document.doc_id: _parts(document, number, seed) for document in documents}
+    times = Counter(sentence for found in parts.values() for sentence in found.values())
     in_turn = [
         (turn, doc_id, text)
-        for doc_id, parts in each.items()
-        for turn, text in enumerate(text for text, sentence in parts.items() if times[sentence] == 1)
+        for doc_id, found in parts.items()
+        for turn, text in enumerate(text for text, sentence in found.items() if times[sentence] == 1)
     ]
     in_turn.sort(key=lambda query: query[0])  # the first of every document, then the second of each
     made = {f"{MADE}{turn}:{doc_id}": (text, doc_id) for turn, doc_id, text in in_turn[:number]}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from st_clp.data import Collection, CollectionError
+from st_clp.losses.document_batches import QUERIES_PER_DOCUMENT
 from st_clp.mining.rows import TrainingRow
 from st_clp.queries import add_sentence_queries
 from st_clp.queries.own_text import is_made
@@ -101,15 +102,17 @@ def with_sentence_queries(collection: Collection, settings: RunSettings, *, unas
     """The collection with as many queries made of sentences as the settings give, or with all that can be made.
 
     Where they give no number and queries are made unasked, there are :data:`SENTENCES` a document, on average and at
-    most, up to :data:`MOST_SENTENCES`; none where people asked so many.
+    most, up to :data:`MOST_SENTENCES`, of documents drawn at random where these do not go round; none where people
+    asked so many.
     """
-    wanted = settings.sentence_queries
+    wanted, each = settings.sentence_queries, 1
     if wanted is None and not (makes_unasked(settings) if unasked is None else unasked):
         wanted = 0
     if wanted is None:
         documents = sum(1 for _ in itertools.islice(collection.corpus, MOST_SENTENCES // SENTENCES))
         wanted = documents * SENTENCES if len(collection.queries) < MOST_SENTENCES else 0
-    more = add_sentence_queries(collection, wanted, settings.seed)
+        each = QUERIES_PER_DOCUMENT  # what a batch encodes a document for once
+    more = add_sentence_queries(collection, wanted, settings.seed, each=each)
     made = len(more.queries) - len(collection.queries)
     if settings.sentence_queries is not None and made < wanted:
         logger.warning(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,14 @@ BY_DEFAULT: dict[str, Any] = {"sentence_queries": None, "batch_size": None, "epo
 def test_a_run_by_default_gains_and_encodes_a_document_once_for_its_queries(
     tiny_model_path: Path, collection_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batches: list[list[int]] = []
+    batches: list[tuple[int, int]] = []
+    texts: list[set[str]] = []
     own = DocumentBatchSampler.__iter__
 
     def watched(self: DocumentBatchSampler) -> Any:
         found = list(own(self))
-        batches.extend([len(batch), len({self._positives[row] for row in batch})] for batch in found)
+        batches.extend((len(batch), len({self._positives[row] for row in batch})) for batch in found)
+        texts.append({self._anchors[row] for batch in found for row in batch})
         return iter(found)
 
     settings = settings_of(tiny_model_path, collection_path, tmp_path / "out", **BY_DEFAULT)
@@ -42,9 +46,17 @@ def test_a_run_by_default_gains_and_encodes_a_document_once_for_its_queries(
     made = next(iter(report["collections"]["train"].values()))["made_of_sentences"]
     assert training["batches"] == "documents"
     assert made > 60
-    assert training["steps"] == 4 * -(-rows // 128)
+    asked = rows - made
+    assert 20 < asked < 128  # they come once more, by themselves
+    assert training["steps"] == 4 * (-(-rows // 128) + 1)
+    assert f"{training['steps']} steps of" in forecast["train"]
     assert f"about {rows:,} rows, 128 a batch" in forecast["train"]
     assert len(batches) >= training["steps"]
+    people = set(splits.load_training_collections(settings)[0].queries.values())
+    assert [bool(found <= people) for found in texts[-8:]] == [False] * 4 + [True] * 4
+    steps = [entry["step"] for entry in training["history"]]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == training["steps"]
     (name,) = report["scores"]["before"]
     assert report["scores"]["after"][name]["ndcg@10"] > report["scores"]["before"][name]["ndcg@10"]
     card = (tmp_path / "out" / "README.md").read_text()
@@ -54,35 +66,43 @@ def test_a_run_by_default_gains_and_encodes_a_document_once_for_its_queries(
     assert f"{made} queries made of their sentences" in card
 
 
-def test_a_larger_collection_has_no_queries_made_unless_they_are_asked_for(
+def test_queries_are_made_up_to_a_number_and_none_for_batches_of_rows(
     tiny_model_path: Path, collection_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = settings_of(tiny_model_path, collection_path, tmp_path / "out", **BY_DEFAULT)
     (small,) = splits.load_collections(settings).train
+    (none,) = splits.load_collections(dataclasses.replace(settings, sentence_queries=0)).train
     with monkeypatch.context() as patched:
-        patched.setattr(splits, "MANY_DOCUMENTS", sum(1 for _ in small.corpus) - 1)
+        patched.setattr(splits, "MOST_SENTENCES", len(none.queries) + 1)
         (large,) = splits.load_collections(settings).train
+        patched.setattr(splits, "MOST_SENTENCES", len(none.queries))
+        (much_asked,) = splits.load_collections(settings).train
         (asked,) = splits.load_collections(dataclasses.replace(settings, sentence_queries=7)).train
+    made = Counter(doc for query, found in large.judgments.items() if is_made(query) for doc in found)
+    assert 0 < made.total() <= len(none.queries) + 1
+    assert len(made) <= len(none.queries) // 4 + 1 < sum(1 for _ in small.corpus)
     (of_rows,) = splits.load_collections(dataclasses.replace(settings, batches="rows")).train
     (refreshed,) = splits.load_collections(dataclasses.replace(settings, refresh_every="epoch")).train
     (held,) = splits.load_collections(dataclasses.replace(settings, penalty_weight=0.3)).train
-    assert len(of_rows.queries) == len(refreshed.queries) == len(held.queries) == len(large.queries)
-    assert len(small.queries) > len(asked.queries) == len(large.queries) + 7
-    assert splits.settle_batches(settings, large.queries).batches == "rows"
+    assert of_rows.queries == refreshed.queries == held.queries == much_asked.queries == none.queries
+    assert len(small.queries) > len(asked.queries) == len(none.queries) + 7
+    assert splits.settle_batches(settings, none.queries).batches == "rows"
 
 
+@pytest.mark.parametrize("last", [False, True])  # part of the training, in which it is stopped
 def test_a_resumed_training_has_the_batches_of_one_that_was_not_stopped(
-    tiny_model_path: Path, collection_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model_path: Path, collection_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: bool
 ) -> None:
     given = ["run", "--model", str(tiny_model_path), "--collection", str(collection_path), "--no-bf16", "--epochs", "2"]
     given += ["--learning-rate", "3e-3", "--num-negatives", "2", "--range-max", "20", "--batch-size", "64"]
     assert CliRunner().invoke(cli.app, [*given, "--output", str(tmp_path / "whole")]).exit_code == 0
+    report = json.loads((tmp_path / "whole" / "report.json").read_text())
     own = SentenceTransformerTrainer.training_step
     steps: list[int] = []
 
     def interrupted(self: Any, *arguments: Any, **kwargs: Any) -> Any:
         steps.append(self.state.global_step)
-        if len(steps) == 7:
+        if len(steps) == (report["training"]["steps"] if last else 7):
             raise KeyboardInterrupt
         return own(self, *arguments, **kwargs)
 
@@ -96,6 +116,15 @@ def test_a_resumed_training_has_the_batches_of_one_that_was_not_stopped(
     resumed = CliRunner().invoke(cli.app, ["run", "--output", str(tmp_path / "stopped"), "--resume"])
     assert resumed.exit_code == 0, resumed.output
     assert "going on from checkpoint" in resumed.output
+    again = json.loads((tmp_path / "stopped" / "report.json").read_text())
+    assert again["training"]["steps"] == report["training"]["steps"]
+    assert [(e["step"], e["loss"]) for e in again["training"]["history"]] == [
+        (e["step"], e["loss"]) for e in report["training"]["history"]
+    ]
+    cards = [(tmp_path / name / "README.md").read_text() for name in ("whole", "stopped")]
+    losses = [re.findall(r"^\| [\d.]+ +\| \d+ +\| [\d.]+ +\|$", card, re.MULTILINE) for card in cards]
+    assert len(losses[0]) > 3
+    assert losses[0] == losses[1]
     whole, stopped = (
         SentenceTransformer(str(tmp_path / name), device="cpu").state_dict() for name in ("whole", "stopped")
     )
@@ -163,8 +192,10 @@ def test_an_ablation_trains_its_variants_in_them(tiny_model_path: Path, collecti
         for name in ("rows", "documents")
     }
     (mined,) = (tmp_path / "out" / "mined").rglob("*.jsonl")  # both mine alike
-    rows = len(read_rows(mined)) - 12  # held out
-    assert cells["documents"]["steps"] == -(-rows // 128)
+    of_queries = [row.query_id for row in read_rows(mined)]
+    rows = len(of_queries) - 12  # held out
+    assert 0 < rows - sum(map(is_made, of_queries)) < 128
+    assert cells["documents"]["steps"] == -(-rows // 128) + 1
     assert cells["rows"]["steps"] == -(-rows // 16)
 
 
