@@ -424,7 +424,10 @@ class TrainingOptions(SeedOption):
         "penalty, or other queries for it, are asked for: batches of documents have none.",
     )
     epochs: float | None = option(
-        None, "Passes over the training rows. By default 2, and 4 in batches of documents.", above=0
+        None,
+        "Passes over the training rows; over those of queries that were asked once more as many, where others are made of "
+        "sentences. By default 2, and 4 in batches of documents.",
+        above=0,
     )
     batch_size: int | None = option(
         None, "Training rows in a batch on each device. By default 16, and 128 in batches of documents.", least=1

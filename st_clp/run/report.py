@@ -135,9 +135,10 @@ def _batches_line(settings: RunSettings, trained_on: Mapping[str, Any]) -> list[
     if not settings.of_documents:
         return []
     made = sum(described["made_of_sentences"] for described in trained_on.values())
+    last = ", and the queries that were asked once more after them" if made else ""
     return [
         "- Batches: documents that are near one another, by what was mined, each with up to "
-        f"{QUERIES_PER_DOCUMENT} of its queries; {made:,} queries made of their sentences"
+        f"{QUERIES_PER_DOCUMENT} of its queries; {made:,} queries made of their sentences{last}"
     ]
 
 
