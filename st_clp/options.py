@@ -425,7 +425,7 @@ class TrainingOptions(SeedOption):
     )
     epochs: float | None = option(
         None,
-        "Passes over the training rows; over those of queries that were asked once more as many, where others are made of "
+        "Passes over the training rows; as many more over those of queries that were asked, where others are made of "
         "sentences. By default 2, and 4 in batches of documents.",
         above=0,
     )
