@@ -248,7 +248,7 @@ class _Shown:
         step, last, loss = at
         if self._bar is None:
             self._bar = tqdm(total=last, desc="Training", unit=" steps", initial=step)
-        self._bar.n = step
+        self._bar.total, self._bar.n = last, step  # each part of a training has its own number
         if loss is not None:
             self._bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         self._bar.refresh()
