@@ -20,9 +20,10 @@ from typer.testing import CliRunner
 from st_clp import cli
 from st_clp.cli import run_commands
 from st_clp.encoding import hardware_has_bf16
+from st_clp.mining import TrainingRow
 from st_clp.run.folder import RunDirectory, slug
 from st_clp.run.modelling import column_kinds, load_base_model
-from st_clp.run.splits import settle_batches
+from st_clp.run.splits import in_turn, settle_batches
 from st_clp.run.training import check_training_arguments, make_arguments, read_training_arguments
 from st_clp.settings import RunSettings, SettingsError
 
@@ -305,3 +306,15 @@ def test_auto_makes_batches_of_documents_where_sentences_ask_for_them() -> None:
     for asked_for in ({"penalty_weight": 0.3}, {"penalty": "contrastive"}, {"negative_queries": "judgments,title"}):
         assert settle_batches(RunSettings(**asked_for), made).batches == "rows"  # else it would come to nothing
     assert settle_batches(RunSettings(batches="documents"), asked).batches == "documents"
+
+
+def test_queries_that_were_asked_come_again_after_those_that_were_made() -> None:
+    def rows(*query_ids: str) -> list[TrainingRow]:
+        return [TrainingRow(query_id, "a river", "d1", "the river", 0.5) for query_id in query_ids]
+
+    documents, in_rows = RunSettings(batches="documents"), RunSettings(batches="rows")
+    both = {"ko": rows("q1", "sentence:0:d1", "q2"), "made": rows("sentence:0:d2")}
+    assert in_turn(both, documents) == [both, {"ko": rows("q1", "q2")}]
+    assert in_turn(both, in_rows) == [both]
+    for alone in ({"ko": rows("q1")}, {"ko": rows("sentence:0:d1")}):
+        assert in_turn(alone, documents) == [alone]

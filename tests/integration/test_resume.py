@@ -141,14 +141,14 @@ def test_a_kill_while_checkpoints_are_removed_loses_nothing(
     def remove_some(path: str | Path, *arguments: Any, **options: Any) -> None:
         if Path(path).name != "checkpoints":
             return remove(path, *arguments, **options)
-        for file in Path(path).glob("*/modules.json"):
+        for file in Path(path).rglob("checkpoint-*/modules.json"):
             file.unlink()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(shutil, "rmtree", remove_some)
     assert invoke(*given, "--output", output)[0] != 0
     monkeypatch.setattr(shutil, "rmtree", remove)
-    assert list((output / "run" / "checkpoints").glob("*/trainer_state.json"))
+    assert list((output / "run" / "checkpoints").rglob("checkpoint-*/trainer_state.json"))
     code, text = invoke("run", "--output", output, "--resume")
     assert code == 0, text
     assert "Train: finished before" in text
