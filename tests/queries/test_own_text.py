@@ -98,7 +98,8 @@ def test_a_collection_gets_so_many_evenly_spread_and_keeps_its_own(number: int, 
 @given(each=st.integers(1, 6), number=st.integers(1, 30))
 @settings(deadline=None, max_examples=30)
 def test_documents_may_be_drawn_so_that_each_has_several(each: int, number: int) -> None:
-    texts = {f"d{n}": "".join(f"word{n} of page{m} is old and cold here. " for m in range(6)) for n in range(12)}
+    # No word stands twice, so no two parts of sentences are the same.
+    texts = {f"d{n}": " ".join(" ".join(f"{w}{n}x{m}" for w in "abcdefgh") + "." for m in range(6)) for n in range(12)}
     collection = Collection.from_dict(texts, {"q": "which?"}, {"q": {"d0": 1}})
     more = add_sentence_queries(collection, number, 0, each=each)
     made = Counter(doc for query, found in more.judgments.items() if is_made(query) for doc in found)
