@@ -6,7 +6,8 @@
 
 A document is a page. A query is an entry of the index that the help's writers made: some words for what is to be found,
 not for the page that it is found on. The pages are divided into two halves; entries that lead to one half alone are to
-train on, and those that lead to the other are to evaluate on. Pages and entries that are not translated are left out.
+train on, and those that lead to the other are to evaluate on. Pages and entries that are not translated are left out,
+and so are entries that lead to more than three pages.
 """
 
 from __future__ import annotations
@@ -115,13 +116,17 @@ def in_first_half(page: str) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="the help in one language; its name is the language's code")
+    parser.add_argument("folder", type=Path, help="the help in one language")
     parser.add_argument("output", type=Path, help="the new collection")
     given = parser.parse_args()
     if not (given.folder / "bookmarks.js").is_file():
         parser.error(f"{given.folder} has no bookmarks.js: name a language's folder of the help")
+    if given.output.exists():
+        parser.error(f"{given.output} is there already: remove it, or name another folder")
     pages, left_out = read_pages(given.folder)
     entries = read_entries(given.folder, pages)
+    if not entries:
+        parser.error(f"{given.folder} has no translated page with an entry: name a language with its own script")
     train = {entry: found for entry, found in entries.items() if all(map(in_first_half, found))}
     dev = {entry: found for entry, found in entries.items() if not any(map(in_first_half, found))}
     write_collection(given.output, pages, {"train": train, "dev": dev})

@@ -39,6 +39,9 @@ def test_pages_and_entries_of_the_index_become_a_collection(
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(folder), str(tmp_path / "made")])
     runpy.run_path(str(SCRIPT), run_name="__main__")
     said = capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert "is there already: remove it" in capsys.readouterr().err
     assert "20 pages" in said
     assert "'not translated': 1, 'short': 1, 'twice': 1" in said
     train, dev = (Collection.load(str(tmp_path / "made"), split=split) for split in ("train", "dev"))
