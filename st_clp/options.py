@@ -47,7 +47,7 @@ class DataOptions(Options):
     collection: list[str] = option(
         [],
         "What to train on: an ir_datasets id such as miracl/ko, a BEIR folder, or a JSONL file of training rows. "
-        "Several may be named. The train split is found.",
+        "May be repeated. The train split is used.",
     )
     output: str = option("", "The folder for the fine-tuned model and everything about the run.", changes_results=False)
     eval_collection: list[str] = option(
@@ -57,22 +57,26 @@ class DataOptions(Options):
     eval_split: str | None = option(None, "The split to evaluate on. By default dev, validation or test.")
     holdout: float = option(
         0.1,
-        "The share of training queries (1,000 at most) to evaluate on where there is no other split.",
+        "The share of training queries (1,000 at most) to evaluate on if there is no other split.",
         least=0,
         most=0.9,
     )
     max_train_queries: int | None = option(
-        None, "Train on no more queries of each collection than this, drawn at random.", least=1
+        None, "Train on at most this many queries of each collection, drawn at random.", least=1
     )
     sentence_queries: int | None = option(
         None,
-        "Train on so many more queries of each collection, made of its documents' sentences, of those too that no "
-        "query asks for. By default about eight a document, 40,000 at most; none where people asked so many or where "
-        "batches are made of rows.",
+        "Train on this many additional queries of each collection, made of sentences of its documents, including "
+        "documents that no query asks for. By default about eight per document and at most 40,000; none if people "
+        "asked that many, or if batches are made of rows.",
         least=0,
     )
-    text_field: list[str] = option([], "A document's fields to join as its text. By default title and text.")
-    max_seq_length: int | None = option(None, "Tokens of a text to read. By default as the model has it.", least=1)
+    text_field: list[str] = option(
+        [], "The fields of a document that are joined as its text. By default title and text."
+    )
+    max_seq_length: int | None = option(
+        None, "Read at most this many tokens of a text. By default the model's own limit.", least=1
+    )
 
 
 @dataclass(frozen=True)
@@ -83,20 +87,20 @@ class ClusterOptions(Options):
 
     ray: str | None = option(
         None,
-        "Encode and search on a Ray cluster: local starts one on this machine, auto joins the one that RAY_ADDRESS "
-        "names or that runs here, or give its address. By default in this process.",
+        "Encode and search on a Ray cluster: local starts one on this machine; auto joins the one that RAY_ADDRESS "
+        "names, or that runs on this machine; or give an address. By default everything runs in this process.",
         changes_results=False,
     )
     workers: int | None = option(
         None,
-        "Worker processes on the cluster, at most. By default as many as it has room for.",
+        "The largest number of worker processes on the cluster. By default as many as it has room for.",
         least=1,
         changes_results=False,
     )
-    cpus_per_worker: int = option(1, "Processor cores of each worker.", least=1, changes_results=False)
+    cpus_per_worker: int = option(1, "CPU cores per worker.", least=1, changes_results=False)
     gpus_per_worker: float | None = option(
         None,
-        "GPUs of each worker; a fraction shares one. By default 1 where the cluster has GPUs.",
+        "GPUs per worker; workers with a fraction share one. By default 1 if the cluster has GPUs.",
         least=0,
         changes_results=False,
     )
@@ -121,8 +125,8 @@ class TrainingClusterOptions(ClusterOptions):
 
     train_workers: int | None = option(
         None,
-        "Train in so many processes on the Ray cluster, each with --batch-size rows of a step; every one's documents "
-        "are negatives for all. By default in this process.",
+        "Train in this many processes on the Ray cluster, each with --batch-size rows per step; the documents of each "
+        "are negatives for all. By default training runs in this process.",
         least=1,
     )
 
@@ -143,14 +147,14 @@ class EncodingOptions(Options):
 
     encode_batch_size: int | None = option(
         None,
-        "No more texts than this in one forward pass when encoding. By default as many as fill it.",
+        "Encode at most this many texts in one forward pass. By default as many as fit its number of tokens.",
         least=1,
         changes_results=False,
         keyword="batch_size",
     )
     encode_dtype: ComputeDtype = option(
         "auto",
-        "What encoding computes in: the model's own precision, bfloat16, or bfloat16 where the hardware is fast in it.",
+        "The precision for encoding: the model's own, bfloat16, or (auto) bfloat16 if the hardware is fast in it.",
         keyword="dtype",
     )
 
@@ -172,8 +176,8 @@ class OwnDocumentOption(Options):
 
     ignore_identical_ids: bool = option(
         True,
-        "A document with the query's own id is the query itself, as in BEIR: neither a negative nor an answer. Switch "
-        "it off where queries and documents are numbered independently of each other.",
+        "Treat a document with the query's own id as the query itself, as in BEIR: neither a negative nor an answer. "
+        "Turn this off if queries and documents are numbered independently.",
     )
 
 
@@ -184,16 +188,16 @@ class EvaluationOptions(ClusterOptions, OwnDocumentOption, EncodingOptions):
     group = "Evaluation"
 
     run_depth: int | None = option(
-        None, "How many documents a query's run holds. By default the largest cut-off of the metrics.", least=1
+        None, "The number of documents per query in a run. By default the largest cut-off of the metrics.", least=1
     )
     corpus: SearchedCorpus = option(
         "full",
-        "Search the whole corpus; or only the judged documents and the best of a reference run, for evaluation in the "
-        "middle of training. _pooled then goes behind the name: such a figure comes out higher, and is not to be "
-        "compared with one over the whole corpus.",
+        "Search the whole corpus (full), or only the judged documents and the best documents of a reference run "
+        "(pooled), for evaluation during training. Names of pooled scores end in _pooled: they are higher, and cannot "
+        "be compared with scores over the whole corpus.",
     )
-    pool_depth: int = option(100, "How many of each query's documents to pool from the reference run.", least=1)
-    show_progress_bar: bool = option(False, "Show progress, rate and remaining time while encoding.")
+    pool_depth: int = option(100, "The number of documents per query taken from the reference run.", least=1)
+    show_progress_bar: bool = option(False, "Show progress, speed and remaining time while encoding.")
     write_csv: bool = option(True, "Add a line to the evaluator's csv_file in the output_path of each call.")
     write_json: bool = option(
         True, "Write the last call's metrics and counts to the evaluator's json_file in its output_path."
@@ -211,52 +215,55 @@ class MiningSettings(OwnDocumentOption):
     group = "Mining"
 
     num_negatives: int = option(4, "Hard negatives for each query.", least=0)
-    queries_per_negative: int = option(1, "Queries for each negative; 0 for none.", least=0)
-    range_min: int = option(0, "Skip this many of the best candidates that pass the limits below.", least=0)
-    range_max: int = option(100, "Take candidates from no further down than this rank.")
+    queries_per_negative: int = option(1, "Queries for each negative; 0: none.", least=0)
+    range_min: int = option(0, "Skip this many of the best candidates that pass the filters below.", least=0)
+    range_max: int = option(100, "Take candidates down to this rank.")
     absolute_margin: float | None = option(
         None, "A negative must score at least this much below the query's lowest-scoring positive.", least=0
     )
-    relative_margin: float | None = option(None, "The same, as a share of the size of the positive's score.", least=0)
+    relative_margin: float | None = option(
+        None, "The same, as a share of the positive's score (its absolute value).", least=0
+    )
     max_score: float | None = option(None, "A negative must score at most this.")
     min_score: float | None = option(None, "A negative must score at least this.")
     sampling_strategy: SamplingStrategy = option(
-        "top", "Take the best-ranked candidates, or draw from all within range."
+        "top", "Take the best-ranked candidates (top), or draw from all within the range (random)."
     )
     judged_negatives: JudgedNegatives | None = option(
         None,
-        "Documents judged not relevant: leave them in the ranking, where margins do not apply to them, take them "
-        "first, or treat them as not judged. By default first for training rows that name negatives, rank otherwise.",
+        "What to do with documents judged not relevant: keep them at their rank but exempt from margins (rank), take "
+        "them first (first), or treat them as unjudged (ignore). By default first for training rows that name "
+        "negatives, rank otherwise.",
     )
     prefer_known_queries: bool = option(
         True,
-        "Take candidates that a training query asks for before those that none does, so that the penalty holds as many "
-        "negatives as can be. In a small corpus this also keeps documents that no training query asks for from being "
-        "pushed away by every query and pulled by none.",
+        "Take candidates that answer another training query before those that answer none, so that the penalty "
+        "applies to as many negatives as possible. In a small corpus this also prevents documents that no training "
+        "query asks for from being pushed away by every query and pulled closer by none.",
     )
     duplicate_threshold: float | None = option(
         None,
-        "Candidates with at least this cosine to a relevant document are no negatives. A document with the very text "
-        "of a relevant one, or of the query, never is.",
+        "Exclude candidates with at least this cosine to a relevant document. A document with the same text as a "
+        "relevant one, or as the query, is always excluded.",
         least=-1,
         most=1,
     )
     on_shortage: OnShortage = option(
         "relax",
-        "For a query that the filters leave with too few negatives: take the nearest misses, take random documents, "
-        "leave it with fewer, or drop it.",
+        "For a query that the filters leave with too few negatives: take the candidates that fail the filters by least "
+        "(relax), take random documents (random), keep fewer negatives (fewer), or drop the query (drop).",
     )
     candidates: CandidateSource = option(
         "model",
-        "What ranks the candidates: the model, BM25 (needs bm25s), or both by reciprocal rank. The scores, and so the "
-        "margins, are the model's in any case.",
+        "What ranks the candidates: the model, BM25 (needs bm25s), or both by reciprocal rank fusion (mixed). Scores, "
+        "and so margins, are always the model's.",
     )
     index: str | None = option(
-        None, "Search approximately by this FAISS index, such as IVF4096,PQ64. By default exactly."
+        None, "Search approximately with this FAISS index, such as IVF4096,PQ64. By default the search is exact."
     )
-    nprobe: int | None = option(None, "How many lists an IVF index looks through for a query.", least=1)
+    nprobe: int | None = option(None, "The number of lists of an IVF index that are searched for a query.", least=1)
     max_positives_per_query: int | None = option(
-        None, "Make no more rows of a query than this, with its best-judged positives.", least=1
+        None, "Make at most this many rows of a query, with its best-judged positives.", least=1
     )
 
     def _check(self) -> None:
@@ -279,7 +286,7 @@ class MiningOptions(SeedOption, MiningSettings):
     """What to mine."""
 
     max_queries: int | None = option(
-        None, "Use no more than this many of the collection's queries (so of its language), drawn at random.", least=1
+        None, "Use at most this many of the collection's queries, drawn at random.", least=1
     )
 
 
@@ -290,48 +297,51 @@ class QuerySettings(Options):
     group = "Queries of negatives"
 
     query_samples: int | None = option(
-        None, "Queries to make for each document. By default as many as queries_per_negative.", least=1
+        None, "Queries to generate for each document. By default as many as queries_per_negative.", least=1
     )
     query_prompts: str | None = option(
-        None, "A YAML file with prompt templates: a language code or default, and a text with {document} in it."
+        None, "A YAML file of prompt templates: a language code or default, each with a text that contains {document}."
     )
-    query_max_tokens: int = option(64, "Tokens that a generated query may have.", least=1)
-    query_temperature: float = option(0.7, "Of the sampling; 0 takes the likeliest.", least=0)
+    query_max_tokens: int = option(64, "The largest number of tokens of a generated query.", least=1)
+    query_temperature: float = option(0.7, "The sampling temperature; 0 takes the most likely tokens.", least=0)
     query_base_url: str | None = option(
-        None, "The endpoint's address. By default OPENAI_BASE_URL, or else OpenAI's own."
+        None, "The address of the endpoint. By default OPENAI_BASE_URL, or else OpenAI's own."
     )
     query_key_variable: str = option(
         "OPENAI_API_KEY", "The environment variable that holds the endpoint's key.", changes_results=False
     )
-    query_concurrency: int = option(8, "Requests at a time.", least=1, changes_results=False)
-    query_rate: float | None = option(None, "Requests a minute at most.", above=0, changes_results=False)
-    query_timeout: float = option(
-        60.0, "Seconds to wait for an answer of the endpoint.", above=0, most=86_400, changes_results=False
+    query_concurrency: int = option(8, "Requests sent at the same time.", least=1, changes_results=False)
+    query_rate: float | None = option(
+        None, "The largest number of requests per minute.", above=0, changes_results=False
     )
-    query_retries: int = option(5, "Times that a request that failed is sent again.", least=0, changes_results=False)
+    query_timeout: float = option(
+        60.0, "Seconds to wait for a response of the endpoint.", above=0, most=86_400, changes_results=False
+    )
+    query_retries: int = option(5, "How often a failed request is sent again.", least=0, changes_results=False)
     query_budget: float | None = option(
         None,
-        "Money that all queries in the store may have cost at most; it needs both prices.",
+        "The most money that all queries in the store may cost; needs both prices.",
         least=0,
         changes_results=False,
     )
     query_budget_tokens: int | None = option(
         None,
-        "Tokens, read and written, that all queries in the store may have taken at most.",
+        "The most tokens, read and written, that all queries in the store may use.",
         least=0,
         changes_results=False,
     )
     query_price_prompt: float | None = option(
-        None, "Money for a million tokens that are read.", least=0, most=1_000_000, changes_results=False
+        None, "The price of a million input tokens.", least=0, most=1_000_000, changes_results=False
     )
     query_price_completion: float | None = option(
-        None, "Money for a million tokens that are written.", least=0, most=1_000_000, changes_results=False
+        None, "The price of a million output tokens.", least=0, most=1_000_000, changes_results=False
     )
     query_round_trip: RoundTripAction = option(
         "off",
-        "What becomes of a generated query that does not find its document: drop it, halve its weight, or do not look.",
+        "What to do with a generated query that does not find its document: drop it, halve its weight (weight), or do "
+        "not check (off).",
     )
-    query_round_trip_k: int = option(10, "How far down it may find it.", least=1)
+    query_round_trip_k: int = option(10, "The lowest rank at which it may find it.", least=1)
 
     def _check(self) -> None:
         require_key_variable(self.query_key_variable)
@@ -368,11 +378,11 @@ class LossOptions(Options):
         0.1, "The weight of the penalty in the loss (the paper's lambda), 0 to 1.", least=0, most=1
     )
     penalty: PenaltyKind = option("cosine", "The kind of penalty.")
-    scale: float = option(50.0, "What similarities are multiplied by: 1 / temperature.", above=0)
-    in_batch_negatives: bool = option(True, "Let the batch's other documents be negatives too.")
+    scale: float = option(50.0, "Similarities are multiplied by this: 1 / temperature.", above=0)
+    in_batch_negatives: bool = option(True, "Use the other documents of the batch as negatives too.")
     mini_batch_size: int | None = option(
         None,
-        "Compute the loss in mini-batches of this size (CachedCLPLoss), so that any batch size fits.",
+        "Compute the loss in mini-batches of this size (CachedCLPLoss), so that any batch size fits into memory.",
         least=1,
     )
 
@@ -383,12 +393,17 @@ class ExpertOptions(Options):
 
     group = "Mixture of experts"
 
-    experts: int = option(0, "Experts in each layer, as copies of its projection; 0 trains the dense model.", least=0)
-    experts_per_token: int = option(1, "Experts that each token goes to.", least=1)
-    projection: Projection = option("intermediate", "Which projection of the feed-forward layers becomes a mixture.")
+    experts: int = option(
+        0, "Experts in each layer, which start as copies of its projection; 0 trains the dense model.", least=0
+    )
+    experts_per_token: int = option(1, "Experts per token.", least=1)
+    projection: Projection = option(
+        "intermediate", "Which projection of the feed-forward layers becomes a mixture of experts."
+    )
     train: Trained | None = option(
         "auto",
-        "What trains; the rest is frozen. auto: the experts where there are any, or else the intermediate projections.",
+        "What is trained; the rest is frozen. auto: the experts if there are any, or else the intermediate "
+        "projections.",
     )
 
     def _check(self) -> None:
@@ -418,41 +433,42 @@ class TrainingOptions(SeedOption):
 
     batches: Batches = option(
         "auto",
-        "What a batch is made of: rows, each with its own hard negatives; or documents that are near one another, by "
-        "what was mined, each encoded once for several of its queries and a negative for those of the others. auto: "
-        "documents where queries are made of sentences; rows otherwise, or where negatives are refreshed or another "
-        "penalty, or other queries for it, are asked for: batches of documents have none.",
+        "What a batch is made of. rows: queries, each with its own hard negatives. documents: documents that are near "
+        "one another according to the mined negatives, each encoded once for several of its queries and used as a "
+        "negative for the queries of the others; there is no penalty then. auto: documents if queries are made of "
+        "sentences; rows otherwise, or if negatives are refreshed, or another penalty or another source of its "
+        "queries is set.",
     )
     epochs: float | None = option(
         None,
-        "Passes over the training rows; as many more over those of queries that were asked, where others are made of "
-        "sentences. By default 2, and 4 in batches of documents.",
+        "Passes over the training rows. If queries are made of sentences, as many more follow over the rows of asked "
+        "queries. By default 2, and 4 in batches of documents.",
         above=0,
     )
     batch_size: int | None = option(
-        None, "Training rows in a batch on each device. By default 16, and 128 in batches of documents.", least=1
+        None, "Training rows per batch on each device. By default 16, and 128 in batches of documents.", least=1
     )
     learning_rate: float | None = option(
         None,
-        "The peak learning rate. By default 1e-4 where only a part trains, 3e-4 in batches of documents, and 2e-5 "
-        "where all trains.",
+        "The peak learning rate. By default 1e-4 if only a part of the model is trained, 3e-4 in batches of "
+        "documents, and 2e-5 if all of it is trained.",
         least=0,
     )
-    warmup: float = option(0.1, "Steps of warm-up: a share of all steps, or a number from 1.", least=0)
-    bf16: bool | None = option(None, "Train in bfloat16. By default where the hardware has it.")
+    warmup: float = option(0.1, "Warm-up steps: a share of all steps, or a number of at least 1.", least=0)
+    bf16: bool | None = option(None, "Train in bfloat16. By default if the hardware supports it.")
     compile_layers: bool = option(
         False,
-        "Compile the encoder's layers for the training. A step then asks less of the host, for which a GPU waits with "
-        "small models or batches; the first steps take a minute or so.",
+        "Compile the encoder's layers for the training. This helps if a GPU waits for Python, as with small models or "
+        "batches; the first steps take about a minute.",
     )
     average_with_base: str | None = option(
         "auto",
-        "Give the trained weights this share, from 0 to 1, and the base model's the rest, which is often better than "
-        "either. auto takes a half, or three quarters where the base knew little, by a tenth of the training queries, "
-        "which are not trained on, and no share that answers them worse than the base; 1 averages nothing.",
+        "Average the trained weights, with this share from 0 to 1, and the base model's; this is often better than "
+        "either. auto holds out a tenth of the training queries and takes a half, or three quarters if the base "
+        "scores low on them, but no share that scores below the base; 1 turns averaging off.",
     )
     training_arg: dict[str, Any] = option(
-        {}, "Any other argument of SentenceTransformerTrainingArguments, as NAME=VALUE."
+        {}, "Another argument of SentenceTransformerTrainingArguments, as NAME=VALUE."
     )
 
     def __post_init__(self) -> None:
@@ -501,32 +517,33 @@ class RefreshOptions(Options):
 
     refresh_every: str | None = option(
         None,
-        "Mine again with the weights as they are after every so many steps, or each epoch. By default once, before "
-        "training.",
+        "Mine again with the current weights every this many steps, or every epoch (epoch). By default negatives are "
+        "mined once, before training.",
         keyword="every",
     )
     refresh_async: bool = option(
         False,
-        "Mine in another process while training goes on; what it found is used --refresh-lag later.",
+        "Mine in another process while training continues; the result is used after --refresh-lag steps.",
         keyword="asynchronous",
     )
     refresh_lag: int | None = option(
         None,
-        "With --refresh-async, after how many steps the new negatives are used. By default as many as lie between "
-        "refreshes. 0: as soon as they are there, which no second run repeats.",
+        "With --refresh-async, the number of steps after which the new negatives are used. By default as many as "
+        "between two refreshes. 0: as soon as they are ready, so that two runs may differ.",
         least=0,
         keyword="lag",
     )
     refresh_threads: int = option(
         1,
-        "With --refresh-async on a processor, threads to mine with; training has as many fewer.",
+        "With --refresh-async on a CPU, the number of threads for mining; training has that many fewer.",
         least=1,
         changes_results=False,
         keyword="threads",
     )
     refresh_device: str | None = option(
         None,
-        "With --refresh-async, what to mine on, such as cuda:1. By default a free GPU, or where it trains.",
+        "With --refresh-async, the device for mining, such as cuda:1. By default a free GPU, or else the training "
+        "device.",
         changes_results=False,
         keyword="device",
     )

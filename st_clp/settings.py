@@ -70,21 +70,21 @@ class RunSettings(
 
     def _check(self) -> None:
         if self.refresh_every is None and self.refresh_async:
-            raise SettingsError("refresh_async needs refresh_every: after how many steps, or each epoch")
+            raise SettingsError("refresh_async needs refresh_every, a number of steps or epoch")
         if self.of_documents and self.refresh_every is not None:
             raise SettingsError(
-                "refresh_every mines the negatives of rows anew, and rows have none of their own with "
-                "batches=documents; give the one or the other"
+                "refresh_every mines the rows' negatives again, but with batches=documents rows have no negatives of "
+                "their own; leave one of the two out"
             )
         if self.of_documents and not self.in_batch_negatives:
             raise SettingsError(
-                "in_batch_negatives=False leaves nothing to tell a positive from with batches=documents, whose rows "
-                "have no negatives of their own; use batches=rows"
+                "with batches=documents all negatives are in-batch negatives, so in_batch_negatives=False leaves none; "
+                "use batches=rows"
             )
         if self.of_documents and self.negative_queries != "judgments":
             raise SettingsError(
-                f"negative_queries={self.negative_queries} would make queries for a penalty that batches=documents "
-                "does not have; use batches=rows, or leave negative_queries out"
+                f"negative_queries={self.negative_queries} is for the penalty, which batches=documents does not "
+                "have; use batches=rows, or leave negative_queries out"
             )
 
     @property

@@ -111,7 +111,7 @@ def run_command() -> Callable[..., None]:
         "config": CONFIG,
         "resume": (bool, False, "Go on with the run in the output folder from what it finished."),
         "overwrite": (bool, False, "Replace the run in the output folder."),
-        "dry_run": (bool, False, "Say what it would take, by a few batches that are timed; write nothing."),
+        "dry_run": (bool, False, "Time a few batches, print an estimate of time, disk and memory, and write nothing."),
     }
     return settings_command(_run, "run", [item.name for item in fields(RunSettings)], extras)
 

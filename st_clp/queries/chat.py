@@ -57,8 +57,8 @@ class Pace:
             begins = self._paused_until <= now  # else others have said it
             self._paused_until = max(self._paused_until, now + wait)
         if begins and wait >= LONG_PAUSE:
-            asked = "" if seconds <= LONGEST_PAUSE else f" (it asks for {seconds:,.0f}, and is asked again sooner)"
-            logger.warning("the endpoint wants to be left alone: no request for %.0f seconds%s", wait, asked)
+            asked = "" if seconds <= LONGEST_PAUSE else f" (it asks for {seconds:,.0f}; a request is tried sooner)"
+            logger.warning("the endpoint limits the rate of requests: waiting %.0f seconds%s", wait, asked)
 
 
 def back_off(attempt: int) -> float:

@@ -315,6 +315,6 @@ def _free(folder: Path) -> int:
 
 def print_forecast(console: Console, found: Forecast) -> None:
     """Print it, indented, as the first lines of a run."""
-    console.print("[bold]What it will take[/bold], by a few batches timed here")
+    console.print("[bold]What it will take[/bold], estimated from a few batches timed on this machine")
     for line in str(found).splitlines():
         console.print(f"  {line}", markup=False, soft_wrap=True)

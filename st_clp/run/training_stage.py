@@ -165,7 +165,7 @@ class TrainingStage:
         checkpoint = self.directory.last_checkpoint(part)
         if trainer.is_world_process_zero():
             if settings.of_documents and not part:
-                self.say("batches of documents: each is there with its own queries, and there is no further penalty")
+                self.say("batches of documents: each comes with its own queries, so there is no penalty term")
             if checkpoint is not None:
                 self.say(f"going on from {checkpoint.name}")
         if part:
@@ -220,7 +220,7 @@ def _near(rows: Mapping[str, Sequence[TrainingRow]]) -> Near:
 
 
 def _asked_alone(rows: Mapping[str, Sequence[TrainingRow]]) -> str:
-    return f"now the {sum(map(len, rows.values())):,} rows of queries that were asked, without those that were made"
+    return f"second part: only the {sum(map(len, rows.values())):,} rows of queries that people asked"
 
 
 def _losses(states: Sequence[TrainerState]) -> list[dict[str, Any]]:

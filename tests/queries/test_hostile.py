@@ -119,7 +119,7 @@ def test_a_long_wait_has_an_end_and_is_said(caplog: pytest.LogCaptureFixture) ->
     for seconds in (3600.0, 1e300):
         pace.pause(seconds)
     assert caplog.messages == [
-        "the endpoint wants to be left alone: no request for 120 seconds (it asks for 3,600, and is asked again sooner)"
+        "the endpoint limits the rate of requests: waiting 120 seconds (it asks for 3,600; a request is tried sooner)"
     ]
     stop = threading.Event()
     waiting = threading.Thread(target=pace.wait, args=(stop,))
@@ -145,7 +145,7 @@ def test_an_endless_retry_after_ends(
             found, _ = chain.generate(make_documents(3))
         assert len(found) == 3
         assert time.perf_counter() - started < 5
-        assert ("left alone" in caplog.text) is said
+        assert ("limits the rate" in caplog.text) is said
         endpoint._asked.clear()
 
 
