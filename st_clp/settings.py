@@ -50,20 +50,20 @@ class RunSettings(
 
     cross_encoder: str | None = option(
         None,
-        "A cross-encoder, a folder or a name on the Hub, that scores the candidates anew.",
+        "A cross-encoder (a folder or a name on the Hub) that rescores the candidates.",
         group=MiningSettings.group,
     )
     negative_queries: str = option(
         "judgments",
-        "Where they come from, in order, the first that knows one wins: judgments, local:MODEL (a folder or a name on "
-        "the Hub), openai:MODEL (any endpoint of that API), sentence (a part of one of the document's), title (or lead "
-        "sentence); title*0.3 gives another weight.",
+        "The sources of queries for negatives; the first one that has a query for a document is used: judgments, "
+        "local:MODEL (a folder or a name on the Hub), openai:MODEL (any endpoint with that API), sentence (a part of "
+        "one of the document's sentences), title (or the first sentence). title*0.3 sets another weight.",
         group=QuerySettings.group,
     )
     query_store: str | None = option(
         None,
-        "The SQLite file that keeps what is generated, so that nothing is paid for twice. By default queries.sqlite in "
-        "the output folder (under run/ for a run).",
+        "The SQLite file for generated queries, so that nothing is paid for twice. By default queries.sqlite in the "
+        "output folder (under run/ for a run).",
         group=QuerySettings.group,
         changes_results=False,
     )

@@ -80,4 +80,4 @@ def test_doctor_says_what_there_is_and_nothing_secret(monkeypatch: pytest.Monkey
 def test_completion_can_be_had_and_statuses_are_explained() -> None:
     text = " ".join(CliRunner().invoke(cli.app, ["--help"], env={"COLUMNS": "300"}).output.split())
     assert "--install-completion" in text
-    assert "130 where it was stopped" in text
+    assert "130 after Ctrl-C" in text

@@ -285,9 +285,9 @@ def test_batches_of_documents_have_defaults_of_their_own() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"refresh_every": "epoch"}, "refresh_every mines the negatives of rows anew.*batches=documents"),
-        ({"in_batch_negatives": False}, "in_batch_negatives=False leaves nothing.*use batches=rows"),
-        ({"negative_queries": "openai:x"}, "negative_queries=openai:x would make queries.*use batches=rows"),
+        ({"refresh_every": "epoch"}, "refresh_every mines the rows' negatives again.*batches=documents"),
+        ({"in_batch_negatives": False}, "batches=documents all negatives are in-batch.*in_batch_negatives=False leaves none; use batches=rows"),
+        ({"negative_queries": "openai:x"}, "negative_queries=openai:x is for the penalty.*use batches=rows"),
     ],
 )
 def test_what_batches_of_documents_cannot_be_with(values: dict[str, Any], message: str) -> None:

@@ -20,9 +20,8 @@ from st_clp.terminal import log_to_terminal, show_what_can_be_shown
 app = typer.Typer(
     name="st-clp",
     help="Fine-tune text-embedding models for retrieval: hard negatives mined by the model itself (ANCE), a "
-    "contrastive loss with a penalty (CLP), and a mixture of experts (MoE).\n\nEvery command ends with status 0 where "
-    "all is done, 1 where something is wrong with what it was given (and says what to do), 2 where an option is, and "
-    "130 where it was stopped by Ctrl-C.",
+    "contrastive loss with a penalty (CLP), and a mixture of experts (MoE).\n\nExit status: 0 for success; 1 for an "
+    "error in the input or in the work, with a message that says what to do; 2 for a wrong option; 130 after Ctrl-C.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -60,7 +59,7 @@ def _version(show: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     pass

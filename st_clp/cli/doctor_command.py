@@ -17,9 +17,9 @@ SECRET = re.compile("(TOKEN|KEY|SECRET|PASSWORD)$")
 
 @with_error_messages
 def doctor() -> None:
-    """Print versions, devices, what computes there, whether the Hub can be reached, and where things are kept.
+    """Print versions, devices and their kernels, whether the Hub can be reached, and where files are kept.
 
-    Nothing secret is printed: of keys only whether they are set.
+    Secrets are not printed: of keys only whether they are set.
     """
     from transformers.utils import logging as transformers_logging
 

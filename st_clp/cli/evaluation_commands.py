@@ -39,10 +39,10 @@ if TYPE_CHECKING:
     from st_clp.data import Collection
 
 
-EVALUATE_HELP = """Evaluate a model's retrieval, language by language.
+EVALUATE_HELP = """Evaluate a model's retrieval on one or more collections.
 
-The output folder gets the runs as TREC run files, every query's scores, and what they are of; `st-clp compare` and
-`st-clp report` read it. Stopped, it goes on where it was.
+The output folder gets the runs as TREC run files, the scores of every query, and a description of model and
+collections; `st-clp compare` and `st-clp report` read it. If it is interrupted, the same command continues.
 
 **Examples**
 
@@ -69,7 +69,7 @@ SETTINGS = [
 # What the options were called before all commands called them alike.
 ALIASES = {ARGUMENT: "model", "split": "eval_split", "dtype": "encode_dtype", "batch_size": "encode_batch_size"}
 EXTRAS: dict[str, Extra] = {
-    "model": (str, "", "A model: a folder or a name on the Hub. Left out with --from-run."),
+    "model": (str, "", "The model: a folder or a name on the Hub. Not used with --from-run."),
     "collection": (
         list[str] | None,
         None,
@@ -80,13 +80,13 @@ EXTRAS: dict[str, Extra] = {
     "from_run": (
         list[Path] | None,
         None,
-        "Score this TREC run file in place of a model's; one for each collection.",
+        "Score this TREC run file instead of a model; one for each collection.",
     ),
-    "name": (str | None, None, "What to call the model. By default as it is given."),
+    "name": (str | None, None, "The name to show for the model. By default as given."),
     "pool": (
         list[Path] | None,
         None,
-        "Search only judged documents and the best of this run; one for each collection.",
+        "Search only the judged documents and the best documents of this run; one for each collection.",
     ),
     "store": (
         str | None,
@@ -217,10 +217,12 @@ def compare(
             "stands for its model before and after."
         ),
     ],
-    metric: Annotated[str | None, typer.Option(help="What to compare. By default the first one's main metric.")] = None,
-    format: Annotated[Literal["table", "latex", "csv", "json"], typer.Option(help="How to show it.")] = "table",
-    output: Annotated[Path | None, typer.Option(help="Write to this file in place of the terminal.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the resampling.")] = 0,
+    metric: Annotated[
+        str | None, typer.Option(help="The metric to compare. By default the main metric of the first.")
+    ] = None,
+    format: Annotated[Literal["table", "latex", "csv", "json"], typer.Option(help="The output format.")] = "table",
+    output: Annotated[Path | None, typer.Option(help="Write to this file instead of the terminal.")] = None,
+    seed: Annotated[int, typer.Option(help="The seed of the resampling.")] = 0,
 ) -> None:
     """Compare evaluations: differences with intervals, a paired randomisation test, and what changed most."""
     from evaluators.comparison import compare as compare_two
@@ -300,11 +302,13 @@ def report(
         typer.Argument(help="Folders of `st-clp evaluate` or `st-clp run`; the first is compared with each."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file.")] = Path("report.html"),
-    metric: Annotated[str | None, typer.Option(help="What to show. By default the first one's main metric.")] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="The metric to show. By default the main metric of the first.")
+    ] = None,
     title: Annotated[str | None, typer.Option(help="The page's title.")] = None,
     texts: Annotated[bool, typer.Option(help="Show queries and documents, read from the collections.")] = True,
 ) -> None:
-    """Write one self-contained HTML page: scores, differences, what changed most, mining, curves and experts."""
+    """Write a self-contained HTML page: scores, differences, queries that changed most, mining, curves and experts."""
     from evaluators.evaluation import EvaluationError
     from evaluators.page import write_page
     from evaluators.page.run_parts import MADE_ANEW

@@ -27,12 +27,11 @@ if TYPE_CHECKING:
     from st_clp.data import Collection
     from st_clp.queries import QueryChain
 
-MINE_HELP = """Mine hard negatives with a model, and the queries that they answer.
+MINE_HELP = """Mine hard negatives with a model, and find the queries that they answer.
 
-For each collection the output folder gets its rows as JSON lines, which `st-clp run --collection` reads and
-`Collection.load` too, an account of what became of every query, and a picture of how the scores lie. The embeddings are
-kept: mining again with other options encodes nothing, and a run that was stopped goes on where it was. Remove them with
-`st-clp store rm`.
+For each collection the output folder gets the rows as JSON lines (which `st-clp run --collection` and `Collection.load`
+read), a report of what happened to every query, and a plot of the scores. The embeddings are kept: mining again with
+other options encodes nothing, and an interrupted run continues where it was. Remove them with `st-clp store rm`.
 
 **Examples**
 
@@ -59,7 +58,7 @@ EXTRAS: dict[str, Extra] = {
         "The folder for the embeddings, or an address such as s3://bucket/folder. [default: embeddings in the output "
         "folder]",
     ),
-    "dry_run": (bool, False, "Say what it would cost, from a short trial, and write nothing."),
+    "dry_run": (bool, False, "Time a short trial, print an estimate of the cost, and write nothing."),
 }
 
 

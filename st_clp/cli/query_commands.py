@@ -24,12 +24,13 @@ if TYPE_CHECKING:
     from st_clp.queries import QueriesAccount, QueryChain
 
 
-QUERIES_HELP = """Make queries that documents answer, ahead of mining and training, and keep them.
+QUERIES_HELP = """Generate queries that documents answer, before mining and training.
 
-Every answer is kept as it comes, in one SQLite file (`--query-store`), under its generator, prompt and document: a
-second run asks for nothing that is there, a stopped one goes on, and several processes may share the file.
-`st-clp mine` and `st-clp run` with the same `--negative-queries`, options and `--query-store` then find them there. The
-key of an endpoint comes from the environment alone (`OPENAI_API_KEY`, or what `--query-key-variable` names).
+Each generated query is stored at once in an SQLite file (`--query-store`), by generator, prompt and document. A second
+run requests nothing that is there, an interrupted one continues, and several processes may share the file.
+`st-clp mine` and `st-clp run` use these queries if they get the same `--negative-queries`, options and
+`--query-store`. The key of an endpoint is read from the environment only (`OPENAI_API_KEY`, or
+the variable that `--query-key-variable` names).
 
 **Examples**
 
@@ -53,8 +54,12 @@ SETTINGS = [
 
 EXTRAS: dict[str, Extra] = {
     "config": CONFIG,
-    "rows": (Path | None, None, "Mined rows: only for the negatives in them. [default: for all documents]"),
-    "dry_run": (bool, False, "Count documents, tokens and cost, and send and write nothing."),
+    "rows": (
+        Path | None,
+        None,
+        "A file of mined rows: generate queries only for the negatives in it. [default: for all documents]",
+    ),
+    "dry_run": (bool, False, "Count documents, tokens and cost; send and write nothing."),
 }
 
 
@@ -146,13 +151,14 @@ def _money(cost: float) -> str:
     return f", {cost:.4f} in money" if cost else ""
 
 
-PAIRS_HELP = """Write queries for documents without any, and make a collection to train on.
+PAIRS_HELP = """Write queries for documents that have none, and make a collection to train on.
 
-A folder with `corpus.jsonl` alone is enough (lines of `{"_id": …, "title": …, "text": …}`). A query is kept where
-`--model`, the one to train, finds its document among the best 10 by it. The queries of a tenth of the
-documents are kept for evaluation. Training queries that there are, are kept, and their documents get no others.
+A folder with only `corpus.jsonl` is enough (lines of `{"_id": …, "title": …, "text": …}`). A query is kept if
+`--model`, the model to train, ranks its document among the best 10. The queries of a tenth of the documents are set
+aside for evaluation. Existing training queries are kept, and no queries are written for their documents.
 
-What is written is kept in `--query-store`: stopped, the same command goes on and pays for nothing twice.
+Generated queries are stored in `--query-store`: if the command is interrupted, run it again; it continues, and pays for
+nothing twice.
 
 **Examples**
 
@@ -178,14 +184,20 @@ PAIRS_SETTINGS = [
 
 PAIRS_EXTRAS: dict[str, Extra] = {
     "writer": (
-        Annotated[str, typer.Option("--writer", help="What writes: openai:MODEL, local:MODEL; free: sentence, title.")],
+        Annotated[
+            str,
+            typer.Option(
+                "--writer",
+                help="What writes: openai:MODEL or local:MODEL; sentence or title without a model.",
+            ),
+        ],
         "",
         "",
     ),
-    "number": (int, 2000, "Documents to write for, drawn at random."),
-    "queries_per_document": (int, 1, "Queries for each of them."),
-    "unchecked": (bool, False, "Keep queries that do not find their document too; no model is needed then."),
-    "language": (str | None, None, "ISO 639 code of the documents. By default as the collection tells it."),
+    "number": (int, 2000, "The number of documents to write queries for, drawn at random."),
+    "queries_per_document": (int, 1, "Queries for each of these documents."),
+    "unchecked": (bool, False, "Keep queries that do not find their document as well; this needs no model."),
+    "language": (str | None, None, "ISO 639 code of the documents' language. By default the collection's."),
     "overwrite": (bool, False, "Replace the output folder."),
 }
 

@@ -37,13 +37,13 @@ if TYPE_CHECKING:
     from st_clp.run.ablation import AblationTable
 
 
-RUN_HELP = """Evaluate, mine, fine-tune, evaluate again and save, in one go.
+RUN_HELP = """Evaluate a model, mine negatives, fine-tune, evaluate again and save.
 
-Stopped at any point, the run goes on from what was finished with `--resume`; settings that only later stages depend on
-may then be changed.
+If a run is interrupted, `--resume` continues after the stages that were finished. Settings that only later stages
+depend on may then be changed.
 
-Every option can stand in a YAML file too (`--config`), with underscores or dashes: `num_negatives: 4`. What the
-command line gives comes before what the file gives.
+Every option can also be set in a YAML file (`--config`), with underscores or dashes: `num_negatives: 4`. The command
+line takes precedence over the file.
 
 **Examples**
 
@@ -109,19 +109,20 @@ def run_command() -> Callable[..., None]:
     """The command, with one option for each setting."""
     extras = {
         "config": CONFIG,
-        "resume": (bool, False, "Go on with the run in the output folder from what it finished."),
+        "resume": (bool, False, "Continue the run in the output folder after what it has finished."),
         "overwrite": (bool, False, "Replace the run in the output folder."),
         "dry_run": (bool, False, "Time a few batches, print an estimate of time, disk and memory, and write nothing."),
     }
     return settings_command(_run, "run", [item.name for item in fields(RunSettings)], extras)
 
 
-ABLATION_HELP = """Train variants of a run with several seeds, and test what each thing gains.
+ABLATION_HELP = """Train variants of a run with several seeds, and test what each of them gains.
 
-By default the rows of the paper's table and ours: pairs alone, random negatives, ANCE, CLP, intermediate projections
-alone, a mixture of experts, the average with the base. All share the queries, what is mined, and the evaluation; the
-learning rate of each is chosen on training queries held out, among the same rates. Stopped, it goes on where it was;
-more seeds and variants may be added. `table.md`, `.json` and `.tex` are the table, `report.html` the queries behind it.
+The default variants are the rows of the paper's table and some more: pairs only, random negatives, ANCE, CLP, only the
+intermediate projections, a mixture of experts, averaging with the base, and a run with the defaults. All variants use
+the same queries, mined candidates and evaluation; each one's learning rate is chosen on held-out training queries, from
+the same list. If it is interrupted, the same command continues; seeds and variants can be added later. The table is
+in `table.md`, `.json` and `.tex`; `report.html` shows the queries behind it.
 
 **Examples**
 
@@ -136,15 +137,15 @@ EXTRAS: dict[str, Extra] = {
     "variants": (
         Path | None,
         None,
-        "A YAML file of variants: names, and what each changes of the settings. By default the paper's rows and ours.",
+        "A YAML file of variants: names, and the settings that each changes. By default the rows described above.",
     ),
-    "seeds": (int, 3, "How many times each variant is trained."),
+    "seeds": (int, 3, "The number of seeds that each variant is trained with."),
     "learning_rates": (
         str,
         "1e-5,3e-5,1e-4",
-        "Learning rates to choose among for each variant; one is taken as it is.",
+        "The learning rates that are tried for each variant; a single one is used as it is.",
     ),
-    "unseen": (list[str] | None, None, "A collection to evaluate on and not to train on. Can be given several times."),
+    "unseen": (list[str] | None, None, "A collection to evaluate on but not to train on. May be repeated."),
     "overwrite": (bool, False, "Replace the ablation in the output folder."),
 }
 # Each variant has its own rate, and an ablation works in one process.

@@ -31,12 +31,13 @@ if TYPE_CHECKING:
 
 
 store = typer.Typer(
-    help="Build embeddings ahead; look at, check and remove those that runs and mining have kept.", no_args_is_help=True
+    help="Build embeddings in advance; list, check and remove those of runs and mining.",
+    no_args_is_help=True,
 )
 
 BUILD_HELP = """Encode the documents of collections and keep the embeddings.
 
-`st-clp mine --store` with the same folder finds them there. Stopped, it goes on where it was.
+`st-clp mine --store` with the same folder uses them. If it is interrupted, the same command continues.
 
 **Examples**
 
@@ -76,13 +77,13 @@ store.command("build", help=BUILD_HELP, no_args_is_help=True)(
     settings_command(_build, "build", BUILD_SETTINGS, {"config": CONFIG})
 )
 
-Folders = Annotated[list[Path], typer.Argument(help="Folders that are a store or hold some.")]
+Folders = Annotated[list[Path], typer.Argument(help="Folders of stores, or folders that contain stores.")]
 
 
 @store.command()
 @with_error_messages
 def ls(
-    folder: Annotated[Path, typer.Argument(help="Where to look.")] = Path("."),
+    folder: Annotated[Path, typer.Argument(help="The folder to search.")] = Path("."),
 ) -> None:
     """List the stores in a folder and below it."""
     console = new_console(soft_wrap=True)
@@ -105,7 +106,7 @@ def ls(
 @store.command()
 @with_error_messages
 def verify(folders: Folders) -> None:
-    """Compare every byte with the checksums; ends with status 1 where something is damaged."""
+    """Compare every byte with the checksums; the exit status is 1 if something is damaged."""
     from st_clp.encoding.inspection import verify as look
 
     console = new_console(soft_wrap=True)
@@ -113,7 +114,7 @@ def verify(folders: Folders) -> None:
     for info in _find(folders):
         found = look(info.path)
         whole &= found.whole
-        state = "whole" if info.finished else "unfinished, and right as far as it goes"
+        state = "whole" if info.finished else "unfinished, and undamaged so far"
         state = state if found.whole else "[red]damaged[/red]"
         console.print(f"{escape(str(info.path))}: {found.documents:,} documents, {state}")
         for first, rows in found.damaged:
@@ -135,7 +136,7 @@ def rm(
     folders: Folders,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Remove stores. They are made again when they are needed."""
+    """Remove stores. They are built again when needed."""
     from st_clp.encoding.inspection import remove
 
     console = new_console(soft_wrap=True)
@@ -171,14 +172,14 @@ def _megabytes(number: int) -> str:
 def search(
     path: Annotated[str, typer.Argument(help="The output folder of a finished run.")],
     query: Annotated[
-        list[str] | None, typer.Argument(help="What to search for; read line by line if left out.")
+        list[str] | None, typer.Argument(help="The query; by default queries are read line by line.")
     ] = None,
-    k: Annotated[int, typer.Option("-k", min=1, help="How many documents to show.")] = 5,
+    k: Annotated[int, typer.Option("-k", min=1, help="The number of documents to show.")] = 5,
     corpus: Annotated[
         list[str] | None, typer.Option(help="Search only this corpus (miracl/ko) or language (ko); may be repeated.")
     ] = None,
 ) -> None:
-    """Answer a query from the collections that a run was evaluated on, with the model that it made."""
+    """Search the collections that a run was evaluated on with the model that it trained."""
     from st_clp.run.searching import RunSearcher
 
     console = new_console()
