@@ -286,7 +286,10 @@ def test_batches_of_documents_have_defaults_of_their_own() -> None:
     ("values", "message"),
     [
         ({"refresh_every": "epoch"}, "refresh_every mines the rows' negatives again.*batches=documents"),
-        ({"in_batch_negatives": False}, "batches=documents all negatives are in-batch.*in_batch_negatives=False leaves none; use batches=rows"),
+        (
+            {"in_batch_negatives": False},
+            "batches=documents.*in_batch_negatives=False leaves none; use batches=rows",
+        ),
         ({"negative_queries": "openai:x"}, "negative_queries=openai:x is for the penalty.*use batches=rows"),
     ],
 )

@@ -12,9 +12,9 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean as mean
 from typing import Any
 
-import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ HELD_OUT, MOST_HELD_OUT = 0.1, 100  # of each collection's training queries
 DOCUMENTS = 4000  # that the queries held out are tried on
 METRIC = "ndcg@10"
 FAR_ABOVE = 0.1  # of nDCG@10: the gain from which on a base counts as weak
+MOST = 0.75  # of the trained weights
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
@@ -98,33 +99,30 @@ class ChosenShare:
         share: How much of the trained weights.
         scores: Share to the mean nDCG@10 on the queries held out; empty where the share was given.
         queries: How many these were.
-        alike: The shares whose scores these queries cannot tell from the best.
     """
 
     share: float
     scores: Mapping[float, float]
     queries: int
-    alike: tuple[float, ...] = ()
 
     def __str__(self) -> str:
         if not self.scores:
             return f"averaged with the base: {self.share:.0%} of the weights are the trained ones"
         found = ", ".join(f"{share:.0%} {score:.4f}" for share, score in self.scores.items())
-        others = [f"{share:.0%}" for share in self.alike if share != self.share]
-        alike = f"{', '.join(others)} cannot be told from it; " if others and self.share in self.alike else ""
-        if self.share not in self.alike:
-            alike = "other queries than these gain most by a mean of both; "
-        kept = (
-            "training gained nothing there, and the base's weights are kept"
-            if self.share == 0
-            else f"{alike}{self.share:.0%} is taken" + ("" if self.share == 1 else ", the rest is the base's")
-        )
-        return f"nDCG@10 on {self.queries} training queries held out, by share of the trained weights: {found}; {kept}"
+        if self.share == 0:
+            kept = "training gained nothing there, so the base's weights are kept"
+        else:
+            better = "; queries for other documents gain more by it" if self._is_below_best() else ""
+            kept = f"{self.share:.0%} is used" + ("" if self.share == 1 else f", the rest is the base's{better}")
+        return f"nDCG@10 on {self.queries} held-out training queries, by share of the trained weights: {found}; {kept}"
+
+    def _is_below_best(self) -> bool:
+        return self.scores[self.share] < max(self.scores.values())
 
     def to_dict(self) -> dict[str, Any]:
         """For a report."""
         scores = {f"{share:g}": round(score, 6) for share, score in self.scores.items()}
-        return {"share": self.share, "scores": scores, "queries": self.queries, "alike": list(self.alike)}
+        return {"share": self.share, "scores": scores, "queries": self.queries}
 
 
 def number_held_out(queries: int) -> int:
@@ -170,52 +168,33 @@ def choose_share(
         logger.warning("too few training queries to hold any out: the mean of base and trained weights is taken")
         averaging.set(0.5)
         return ChosenShare(0.5, {}, 0)
-    found: dict[float, list[np.ndarray]] = {}
+    scores: dict[float, float] = {}
     for share in SHARES:
         averaging.set(share)
-        for evaluator in evaluators:
-            evaluator.evaluate(model)
-        found[share] = [np.array([each[METRIC] for each in one.query_scores.values()]) for one in evaluators]
-    share, alike = best_share(found)
+        # Every collection counts the same, however many of its queries were held out.
+        scores[share] = mean(evaluator.evaluate(model)[METRIC] for evaluator in evaluators)
+    share = best_share(scores)
     averaging.set(share)
-    return ChosenShare(share, {share: _mean(scores) for share, scores in found.items()}, queries, alike)
+    return ChosenShare(share, scores, queries)
 
 
-def best_share(found: Mapping[float, Sequence[np.ndarray]]) -> tuple[float, tuple[float, ...]]:
-    """(the share to take, the shares that the scores cannot tell from the best).
+def best_share(scores: Mapping[float, float]) -> float:
+    """The share to use; never one that scores below the base.
 
-    No share below the base's score is taken. Of the others, the nearest to a half: queries that were held out ask for
-    the same documents as those trained on, and so find more of the trained weights good than other queries do. Where
-    all trained weights are far above the base, 0.1 and more, the nearest to three quarters, of the shares that are
-    alike the best: those whose mean lies within one standard error of the paired difference (the rule of one standard
-    error: Breiman et al. 1984, Classification and Regression Trees). ``benchmarks/recipe.md`` has the trainings that
-    this is taken from.
+    Queries that were held out ask for documents that were trained on, so they overrate the trained weights
+    (``benchmarks/recipe.md``). From a good base, the share nearest to a half is used, of those that do not score below
+    the base. From a weak one, which training brings :data:`FAR_ABOVE` and more, it is the share that scores best; but
+    three quarters in place of all trained weights, unless that costs more than a quarter of the gain, as it would on a
+    straight line between the two.
 
     Args:
-        found: Share to the scores of each collection's queries, the same queries for each share.
+        scores: Share, from 0 to 1, to the mean score on the queries held out.
     """
-    means = {share: _mean(scores) for share, scores in found.items()}
-    best = max(means, key=lambda share: (means[share], -abs(share - 0.5)))
-    alike = tuple(
-        share
-        for share in found
-        if means[best] - means[share] <= _standard_error(found[best], found[share]) and means[share] >= means[0.0]
-    )
-    if means[1.0] - means[0.0] >= FAR_ABOVE:
-        return min(alike, key=lambda share: (abs(share - 0.75), -means[share])), alike
-    above = [share for share in found if means[share] >= means[0.0]]
-    return min(above, key=lambda share: (abs(share - 0.5), -means[share])), alike
-
-
-def _mean(scores: Sequence[np.ndarray]) -> float:
-    """The mean over collections, each of which counts the same."""
-    return float(np.mean([one.mean() for one in scores]))
-
-
-def _standard_error(scores: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> float:
-    """Of the difference of two means over collections, by the paired differences of their queries."""
-    each = [(one - other).var(ddof=1) / len(one) for one, other in zip(scores, others, strict=True) if len(one) > 1]
-    return float(np.sqrt(sum(each))) / len(scores)
+    gains = {share: score - scores[0.0] for share, score in scores.items()}
+    if gains[1.0] < FAR_ABOVE:
+        return min((share for share in gains if gains[share] >= 0), key=lambda share: (abs(share - 0.5), -gains[share]))
+    best = max(gains, key=lambda share: (gains[share], -share))
+    return MOST if best > MOST and gains[MOST] >= MOST * gains[best] else best
 
 
 def evaluators_of(
