@@ -142,7 +142,7 @@ EXTRAS: dict[str, Extra] = {
     "seeds": (int, 3, "The number of seeds that each variant is trained with."),
     "learning_rates": (
         str,
-        "1e-5,3e-5,1e-4",
+        "1e-5,3e-5,1e-4,3e-4",
         "The learning rates that are tried for each variant; a single one is used as it is.",
     ),
     "unseen": (list[str] | None, None, "A collection to evaluate on but not to train on. May be repeated."),

@@ -118,6 +118,24 @@ def test_every_row_is_there_and_a_second_call_trains_nothing(
     assert (folder / "table.json").read_text() == before
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"range_min": 1, "range_max": 31},
+        {"range_min": 40, "range_max": 50, "sampling_strategy": "random"},
+        {"min_score": 0.3},
+        {"min_score": 0.3, "max_score": 0.9, "relative_margin": 0.05},
+        {"on_shortage": "drop", "num_negatives": 0},
+        {"refresh_every": "epoch", "in_batch_negatives": False},
+    ],
+)
+def test_every_row_can_be_trained_with_whatever_a_run_takes(settings: RunSettings, given: dict[str, Any]) -> None:
+    found = {variant.name: variant.settings for variant in default_variants(dataclasses.replace(settings, **given))}
+    assert found["random"].on_shortage == "random"
+    for name in ("ance", "clp", "sentences"):
+        assert {option: getattr(found[name], option) for option in given} == given
+
+
 def two_variants(settings: RunSettings, tmp_path: Path) -> list[Any]:
     path = tmp_path / "variants.yaml"
     path.write_text("ance: {experts: 0, penalty-weight: 0}\nmoe:\n  experts: 2\n  average_with_base: 0.5\n")

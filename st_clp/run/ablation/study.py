@@ -37,7 +37,7 @@ from st_clp.run.splits import in_turn, load_collections, makes_unasked, settle_b
 from st_clp.settings import RunSettings, SettingsError
 from st_clp.terminal import duration, new_console
 
-RATES = (1e-5, 3e-5, 1e-4)
+RATES = (1e-5, 3e-5, 1e-4, 3e-4)  # from what suits all weights of a large model to what suits batches of documents
 RECORD = "ablation.json"
 CELL = "cell.json"
 

@@ -39,7 +39,14 @@ _PLAIN = {**_WHOLE, "penalty_weight": 0.0}
 _DEFAULT: dict[str, dict[str, Any]] = {
     "pairs": {**_PLAIN, "num_negatives": 0},
     # No score is that low, so all candidates are refused and random documents take their places.
-    "random": {**_PLAIN, "range_max": 1, "max_score": -1e9, "on_shortage": "random"},
+    "random": {
+        **_PLAIN,
+        "range_min": 0,
+        "range_max": 1,
+        "min_score": None,
+        "max_score": -1e9,
+        "on_shortage": "random",
+    },
     "ance": _PLAIN,
     "clp": _WHOLE,
     "clp-intermediate": {**_WHOLE, "train": "intermediate"},
