@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean as mean
 from typing import Any
@@ -169,16 +169,20 @@ def choose_share(
         averaging.set(0.5)
         return ChosenShare(0.5, {}, 0)
     scores: dict[float, float] = {}
-    for share in SHARES:
-        averaging.set(share)
-        # Every collection counts the same, however many of its queries were held out.
-        scores[share] = mean(evaluator.evaluate(model)[METRIC] for evaluator in evaluators)
-    share = best_share(scores)
+
+    def score(share: float) -> float:
+        if share not in scores:
+            averaging.set(share)
+            # Every collection counts the same, however many of its queries were held out.
+            scores[share] = mean(evaluator.evaluate(model)[METRIC] for evaluator in evaluators)
+        return scores[share]
+
+    share = best_share(score)
     averaging.set(share)
-    return ChosenShare(share, scores, queries)
+    return ChosenShare(share, dict(sorted(scores.items())), queries)
 
 
-def best_share(scores: Mapping[float, float]) -> float:
+def best_share(score: Callable[[float], float]) -> float:
     """The share to use; never one that scores below the base.
 
     Queries that were held out ask for documents that were trained on, so they overrate the trained weights
@@ -188,13 +192,20 @@ def best_share(scores: Mapping[float, float]) -> float:
     straight line between the two.
 
     Args:
-        scores: Share, from 0 to 1, to the mean score on the queries held out.
+        score: The mean score on the queries held out of a share from 0 to 1. It costs an evaluation, so it is called
+            for no more shares than are needed to choose.
     """
-    gains = {share: score - scores[0.0] for share, score in scores.items()}
-    if gains[1.0] < FAR_ABOVE:
-        return min((share for share in gains if gains[share] >= 0), key=lambda share: (abs(share - 0.5), -gains[share]))
-    best = max(gains, key=lambda share: (gains[share], -share))
-    return MOST if best > MOST and gains[MOST] >= MOST * gains[best] else best
+
+    def gain(share: float) -> float:
+        return score(share) - score(0.0)
+
+    if gain(1.0) >= FAR_ABOVE:
+        best = max(SHARES, key=lambda share: (gain(share), -share))
+        return MOST if best > MOST and gain(MOST) >= MOST * gain(best) else best
+    for alike in ((0.5,), (0.25, 0.75), (1.0,)):  # the nearest to a half first
+        if fit := [share for share in alike if gain(share) >= 0]:
+            return max(fit, key=gain)
+    return 0.0
 
 
 def evaluators_of(
