@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.losses.merged_forward import embed_columns
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.util import cos_sim, similarity_fct_name
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ from st_clp.losses.columns import (
     drop_foreign_features,
     weights_from_labels,
 )
-from st_clp.losses.distinct import distinct_texts
+from st_clp.losses.forward import distinct_texts, embed_by_length
 from st_clp.losses.gradcache import get_batch_size
 from st_clp.losses.guide import Guide
 from st_clp.losses.objective import PENALTIES, objective
@@ -244,8 +243,8 @@ class CLPLoss(nn.Module):
         columns, inputs = self._prepare(sentence_features, labels)
         num_queries = inputs.layout.num_queries
         embeddings = [
-            *embed_columns(self.model, columns[:num_queries], separate_first=False),
-            *embed_columns(self.model, columns[num_queries:], separate_first=False),
+            *embed_by_length(self.model, columns[:num_queries]),
+            *embed_by_length(self.model, columns[num_queries:]),
         ]
         return self._objective(self._assemble(embeddings, inputs))
 

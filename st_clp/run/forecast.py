@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from st_clp.data import Collection, Corpus
 from st_clp.encoding.building import Builder
-from st_clp.encoding.encode import SAMPLE, sample_of, token_counts, tokens_a_second
+from st_clp.encoding.encode import sample_of, token_counts, tokens_a_second
 from st_clp.mining.estimate import search_seconds
 from st_clp.options import Encoding
 from st_clp.queries.own_text import is_made
@@ -139,12 +139,12 @@ class _Forecaster:
         self._encoding = Encoding.of(settings, show_progress_bar=False)
         self._done = {name for name in STAGES if directory.finished(name) is not None}
         self._texts = {corpus.name: _Texts(model, corpus, settings.seed) for corpus in self._corpora()}
-        self._queries = [
-            query
-            for collection in (*collections.train, *collections.evaluate)
-            for query in itertools.islice(collection.queries.values(), SAMPLE)
-        ]
-        self._query_tokens = float(token_counts(model, self._queries, "query").mean())
+        self._queries = _some_queries(collections.train, settings.seed)
+        mined, evaluated = (
+            float(token_counts(model, queries, "query").mean())
+            for queries in (self._queries, _some_queries(collections.evaluate, settings.seed))
+        )
+        self._query_tokens = {MINE: mined, EVALUATE_BEFORE: evaluated, EVALUATE_AFTER: evaluated}
         documents = [text for texts in self._texts.values() for text in texts.sample]
         self._rate = tokens_a_second(model, documents, self._encoding, seconds=TRIAL_SECONDS)
         self._documents = documents
@@ -191,7 +191,7 @@ class _Forecaster:
                 documents += max(0, left)
                 seconds += max(0, left) * texts.tokens / self._rate
             queries += asked
-            seconds += asked * self._query_tokens / self._rate
+            seconds += asked * self._query_tokens[name] / self._rate
             seconds += search_seconds(self._model, self._builder(collection.corpus).dim, texts.number, asked, depth)
         tokens = np.mean([self._texts[collection.corpus_name].tokens for collection in collections])
         encoded = f"{documents:,} documents of {tokens:.0f} tokens to encode, " if documents else ""
@@ -274,6 +274,11 @@ class _Forecaster:
                 yield "ranking by BM25"
         if settings.share_of_trained == "auto" and TRAIN not in self._done:
             yield "choosing the share of the base's weights, some evaluations on a tenth of the training queries"
+
+
+def _some_queries(collections: Iterable[Collection], seed: int) -> list[str]:
+    """Some of their queries, each as likely as any other: those made of sentences are longer than what people ask."""
+    return sample_of((query for collection in collections for query in collection.queries.values()), seed)[0]
 
 
 class _Texts:
