@@ -102,6 +102,13 @@ def _some(features: Features, rows: Tensor, width: int) -> Features:
     return chosen
 
 
+def tokens_to_embed(lengths: np.ndarray, model: nn.Module) -> int:
+    """How many tokens :func:`embed_by_length` has the model embed, padding included, of texts with these lengths."""
+    grouped = _may_group() and next(model.parameters()).device.type == "cpu"
+    groups = length_groups(lengths) if grouped else [np.arange(len(lengths))]
+    return sum(len(rows) * int(lengths[rows].max()) for rows in groups)
+
+
 def length_groups(lengths: np.ndarray) -> list[np.ndarray]:
     """Texts in groups by length, such that their passes take least: padding counts as tokens, and a pass as some more.
 

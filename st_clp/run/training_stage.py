@@ -33,7 +33,7 @@ HAND_BACK_EVERY = 25  # steps
 
 
 class _HandBack(TrainerCallback):
-    """Hands freed memory back now and then.
+    """Hands freed memory back now and then, and when training ends.
 
     What the layers keep for the backward pass has other sizes in every batch, and of what glibc keeps of it only some
     fits the next: in some hundred steps a process comes to hold twice what it uses. New pages cost time, so it is not
@@ -43,6 +43,9 @@ class _HandBack(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.global_step % HAND_BACK_EVERY == 0:
             hand_back_freed_memory()
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        hand_back_freed_memory()
 
 
 class _RemoveCheckpoints(TrainerCallback):

@@ -13,13 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
 
+from st_clp.encoding.encode import token_counts
 from st_clp.losses.document_batches import QUERIES_PER_DOCUMENT
-from st_clp.run.modelling import prepare_model
+from st_clp.losses.forward import tokens_to_embed
+from st_clp.run.modelling import column_kinds, prepare_model
 from st_clp.run.training import make_trainer
 from st_clp.settings import RunSettings
 
@@ -79,33 +82,50 @@ def try_steps(
     trainable = prepare_model(trial, settings)
     rows = _rows(settings, queries, documents)
     weights = {parameter.untyped_storage().data_ptr() for parameter in trial.parameters()}
-    few = min(QUERIES_PER_DOCUMENT, settings.rows_in_batch) if settings.of_documents else 1  # they share one document
+    all_rows = settings.rows_in_batch
+    few = min(QUERIES_PER_DOCUMENT, all_rows) if settings.of_documents else 1  # they share one document
     least = more = _try(trial, settings, rows, few, weights)
     # What a step takes besides its rows, the optimizer's part, counts once: so a larger batch is tried too, unless so
     # few rows take so long that it hardly matters.
     affordable = few * int(seconds / (least.seconds * (STEPS + 1)))
-    if least.seconds <= LONG_ROW * seconds and few < settings.rows_in_batch:
-        more = _try(trial, settings, rows, min(settings.rows_in_batch, max(2 * few, affordable)), weights)
+    if least.seconds <= LONG_ROW * seconds and few < all_rows:
+        more = _try(trial, settings, rows, min(all_rows, max(2 * few, affordable)), weights)
     trained = [parameter for parameter in trial.parameters() if parameter.requires_grad]
-
-    def together(rows: int) -> int:
-        return min(rows, settings.mini_batch_size or rows)
-
+    tokens = {number: _tokens(model, settings, rows, number) for number in {few, more.rows, all_rows}}
+    together = {number: min(number, settings.mini_batch_size or number) for number in tokens}
+    most = {number: max(_tokens(model, settings, rows, together[number])) for number in tokens}
+    mean = {number: float(np.mean(of_batches)) for number, of_batches in tokens.items()}
     return StepCost(
-        _at(settings.rows_in_batch, (least.rows, least.seconds), (more.rows, more.seconds)),
+        _at(mean[all_rows], (mean[few], least.seconds), (mean[more.rows], more.seconds)),
         more.rows,
         sum(parameter.nbytes for parameter in trial.parameters()),
         sum(parameter.nbytes + ADAM_BYTES * parameter.numel() for parameter in trained),
-        round(_at(together(settings.rows_in_batch), (together(few), least.kept), (together(more.rows), more.kept))),
+        round(_at(most[all_rows], (most[few], least.kept), (most[more.rows], more.kept))),
         (trainable.trainable, trainable.total),
     )
 
 
-def _at(rows: int, few: tuple[int, float], more: tuple[int, float]) -> float:
-    """A figure for so many rows, on the line through those for fewer and for more; through 0 where both are one."""
-    if more[0] == few[0]:
-        return few[1] / few[0] * rows
-    return few[1] + max(0.0, more[1] - few[1]) / (more[0] - few[0]) * (rows - few[0])
+def _at(tokens: float, few: tuple[float, float], more: tuple[float, float]) -> float:
+    """A figure for so many tokens, on the line through those for fewer and for more; through 0 where both are one."""
+    if more[0] <= few[0]:
+        return few[1] / few[0] * tokens
+    return few[1] + max(0.0, more[1] - few[1]) / (more[0] - few[0]) * (tokens - few[0])
+
+
+def _tokens(model: SentenceTransformer, settings: RunSettings, rows: Dataset, number: int) -> list[int]:
+    """The tokens of some batches of so many rows, padding included, of which larger batches have more."""
+    found = []
+    for begin in range(0, len(rows) - number + 1, number)[: STEPS + 1]:
+        columns = rows[begin : begin + number]
+        queries: list[str] = []
+        documents: list[str] = []
+        for name, kind in column_kinds([name for name in columns if name != "label"], "query", "document").items():
+            (queries if kind == "query" else documents).extend(columns[name])
+        if settings.of_documents:
+            documents = sorted(set(documents))
+        lengths = token_counts(model, queries, "query"), token_counts(model, documents, "document")
+        found.append(sum(tokens_to_embed(of_texts, model) for of_texts in lengths))
+    return found
 
 
 def _rows(settings: RunSettings, queries: Sequence[str], documents: Sequence[str]) -> Dataset:

@@ -217,4 +217,4 @@ def test_a_training_on_a_processor_hands_back_now_and_then(
     settings = settings_of(tiny_model_path, collection_path, tmp_path / "out", experts=0, epochs=1)
     report = stages.run(settings)
     assert report["training"]["steps"] >= 3
-    assert len(times) == report["training"]["steps"] // 3
+    assert len(times) == report["training"]["steps"] // 3 + 1  # and in the end
