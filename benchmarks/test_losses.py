@@ -39,6 +39,21 @@ MEMORY_BATCH, MINI_BATCH, MEMORY_WORDS = 512, 32, (16, 22)
 Features = list[dict[str, Tensor]]
 
 
+UNLIKE_ROWS, UNLIKE_MEDIAN, UNLIKE_SPREAD, UNLIKE_MOST = 8, 55, 0.6, 250
+
+
+def columns_of_unlike_length(seed: int = 0) -> list[list[str]]:
+    """Anchor, positive and 4 negatives, with lengths as passages of an encyclopedia have them: many short, few long."""
+    draw = random.Random(seed)
+
+    def text(median: float) -> str:
+        length = min(UNLIKE_MOST, max(3, round(median * draw.lognormvariate(0, UNLIKE_SPREAD))))
+        return " ".join(draw.choices(WORDS, k=length))
+
+    medians = [8, *[UNLIKE_MEDIAN] * (1 + NEGATIVES)]
+    return [[text(median) for _ in range(UNLIKE_ROWS)] for median in medians]
+
+
 def make_columns(rows: int, words: tuple[int, int], seed: int = 0) -> list[list[str]]:
     """Anchor, positive, 4 negatives and a query for each; one word is one token."""
     draw = random.Random(seed)
@@ -116,6 +131,17 @@ def test_step_against_multiple_negatives_ranking_loss(
     benchmark.extra_info["token_ratio"] = round(tokens, 3)
     benchmark.extra_info["time_ratio_by_token_ratio"] = round(ratio / tokens, 3)
     report(benchmark, f"CLPLoss ({penalty}) against MultipleNegativesRankingLoss")
+
+
+def test_step_on_texts_of_unlike_length(benchmark: Any, model: SentenceTransformer) -> None:
+    """The same columns for both losses; what differs is how many of the tokens that are encoded are padding."""
+    features = [model.preprocess(column) for column in columns_of_unlike_length()]
+    clp = CLPLoss(model, penalty_weight=0, queries_per_negative=0)
+    peer = MultipleNegativesRankingLoss(model, scale=50.0)
+    ours, other = lambda: step(clp, model, features), lambda: step(peer, model, features)
+    benchmark.extra_info["token_ratio"] = round(tokens_encoded(model, ours) / tokens_encoded(model, other), 3)
+    compare(benchmark, ours, other)
+    report(benchmark, "CLPLoss on texts of unlike length against MultipleNegativesRankingLoss")
 
 
 def test_plain_step_against_multiple_negatives_ranking_loss(

@@ -91,6 +91,7 @@ class Inputs:
         guide: The guide model's embeddings, one ``(batch, guide dim)`` tensor for each column, queries first.
         places: ``(1 + n, batch)``, where a row's documents stand among the different ones, of which alone there are
             embeddings then; None where every row has its own.
+        back: For each column, the places of its texts where they were embedded by length; None where they were not.
     """
 
     layout: Layout
@@ -98,6 +99,7 @@ class Inputs:
     texts: Tensor | None = None
     guide: list[Tensor] | None = None
     places: Tensor | None = None
+    back: list[Tensor | None] | None = None
 
 
 @dataclass(frozen=True)

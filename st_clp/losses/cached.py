@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor
 from st_clp.declaring import with_parameters_of
 from st_clp.losses.batch import Batch, Inputs
 from st_clp.losses.clp import CLPLoss
-from st_clp.losses.gradcache import validate_mini_batch_num_tokens
+from st_clp.losses.forward import shortest_first
+from st_clp.losses.gradcache import get_batch_size, validate_mini_batch_num_tokens
 
 
 class CachedCLPLoss(CachedLossMixin, CLPLoss):
@@ -107,8 +109,15 @@ class CachedCLPLoss(CachedLossMixin, CLPLoss):
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
         columns, inputs = self._prepare(sentence_features, labels)
+        by_length = [self._by_length(column) for column in columns]
+        inputs = replace(inputs, back=[back for _, back in by_length])
         # The cache hands its second argument on to calculate_loss untouched.
-        return self.forward_cached(columns, cast(Tensor, inputs))
+        return self.forward_cached([column for column, _ in by_length], cast(Tensor, inputs))
+
+    def _by_length(self, column: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
+        if self.mini_batch_num_tokens is None and get_batch_size(column) <= self.mini_batch_size:
+            return column, None  # it is one mini-batch, as wide in any order
+        return shortest_first(column)
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | Inputs | None = None, *, with_backward: bool = False
@@ -127,6 +136,9 @@ class CachedCLPLoss(CachedLossMixin, CLPLoss):
         """
         embeddings = [torch.cat(mini_batches) for mini_batches in reps]
         if isinstance(labels, Inputs):
+            if labels.back is not None:
+                pairs = zip(embeddings, labels.back, strict=True)
+                embeddings = [column if back is None else column[back] for column, back in pairs]
             batch = self._assemble(embeddings, labels)
         else:
             batch = self._assemble_embeddings(embeddings, labels)
@@ -139,8 +151,8 @@ class CachedCLPLoss(CachedLossMixin, CLPLoss):
             loss = self._objective(batch.with_vectors(leaves), rows)
             loss.backward()
             total += loss.detach()
-        pairs = zip(batch.vectors.tensors(), leaves.tensors(), strict=True)
-        roots = [(root, leaf.grad) for root, leaf in pairs if root.requires_grad]
+        both = zip(batch.vectors.tensors(), leaves.tensors(), strict=True)
+        roots = [(root, leaf.grad) for root, leaf in both if root.requires_grad]
         # A column that the penalty does not read has the gradient 0.
         gradients = [torch.zeros_like(root) if gradient is None else gradient for root, gradient in roots]
         torch.autograd.backward([root for root, _ in roots], gradients)

@@ -73,33 +73,49 @@ def _may_group() -> bool:
 
 
 def _lengths(features: Features) -> np.ndarray | None:
-    """``(texts,)``: the columns of the mask up to each text's last token, or from its first one where padding is on the
-    left. None where there is no mask, or it is on a GPU."""
+    """``(texts,)``: the columns of the mask up to each text's last token.
+
+    None where there is no mask, it is on a GPU, or padding is on the left, where less of it would change positions.
+    """
     mask = features.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.device.type != "cpu":
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.device.type != "cpu" or bool((mask[:, 0] == 0).any()):
         return None
     tokens = mask.numpy() != 0
-    if _is_left_padded(mask):
-        tokens = tokens[:, ::-1]
-    return np.maximum(1, (tokens * np.arange(1, tokens.shape[1] + 1)).max(axis=1))
+    return (tokens * np.arange(1, tokens.shape[1] + 1)).max(axis=1)
 
 
-def _is_left_padded(mask: Tensor) -> bool:
-    return bool((mask[:, 0] == 0).any())
-
-
-def _some(features: Features, rows: Tensor, width: int) -> Features:
-    """The features of some of the texts, without what is padding in all of them."""
+def _some(features: Features, rows: Tensor, width: int | None = None) -> Features:
+    """The features of some of the texts, up to a token."""
     mask = features["attention_mask"]
-    columns = slice(mask.shape[1] - width, None) if _is_left_padded(mask) else slice(0, width)
     chosen = {}
     for name, value in features.items():
         if isinstance(value, Tensor) and value.ndim and len(value) == len(mask):
             value = value[rows]
             if value.ndim > 1 and value.shape[1] == mask.shape[1]:
-                value = value[:, columns]
+                value = value[:, :width]
         chosen[name] = value
     return chosen
+
+
+def shortest_first(features: Features) -> tuple[Features, Tensor | None]:
+    """A column with its texts by length, for mini-batches of which little is padding.
+
+    Nothing waits for a GPU here.
+
+    Args:
+        features: The column, as the model is given it.
+
+    Returns:
+        The features in that order, and the place in it of each text; the column as it is, and None, where it is not
+        made of padded texts alone.
+    """
+    mask = features.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return features, None
+    if any(isinstance(value, Tensor) and value.ndim > 1 and len(value) != len(mask) for value in features.values()):
+        return features, None
+    order = (mask != 0).sum(dim=1).argsort(stable=True)
+    return _some(features, order), order.argsort()
 
 
 def tokens_to_embed(lengths: np.ndarray, model: nn.Module) -> int:

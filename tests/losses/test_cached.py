@@ -168,16 +168,23 @@ def test_dropout_is_the_same_in_both_passes(
     torch.manual_seed(7)
     value, gradients = run_loss(CachedCLPLoss(model, mini_batch_size=mini_batch_size, **settings), columns[:6])
 
-    # The same mini-batches in the same order with the graph kept: anchors, queries of negatives, then documents.
+    # The same mini-batches in the same order with the graph kept: anchors, queries of negatives, then documents, the
+    # texts of each by length where they are in several.
     model.zero_grad()
     features = [model.preprocess(column) for column in columns[:6]]
+    lengths = [column["attention_mask"].sum(dim=1) * (mini_batch_size < 5) for column in features]
+    orders = [of_column.argsort(stable=True) for of_column in lengths]
+    features = [
+        {name: value[order] if isinstance(value, torch.Tensor) else value for name, value in column.items()}
+        for column, order in zip(features, orders, strict=True)
+    ]
     embeddings: dict[int, torch.Tensor] = {}
     torch.manual_seed(7)
     for index in (0, 4, 5, 1, 2, 3):
         pieces = [
             _create_minibatch(features[index], begin, begin + mini_batch_size) for begin in range(0, 5, mini_batch_size)
         ]
-        embeddings[index] = torch.cat([model(piece)["sentence_embedding"] for piece in pieces])
+        embeddings[index] = torch.cat([model(piece)["sentence_embedding"] for piece in pieces])[orders[index].argsort()]
     expected = CLPLoss(model, **settings).compute_loss_from_embeddings([embeddings[index] for index in range(6)])
     expected.backward()
 

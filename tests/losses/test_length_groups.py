@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,26 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses.merged_forward import column_merging_disabled, embed_columns
-from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
-from sentence_transformers.sentence_transformer.modules import Pooling
 
-from st_clp import CLPLoss
-from st_clp.losses.forward import PASS, embed_by_length, length_groups
+from st_clp import CachedCLPLoss, CLPLoss
+from st_clp.losses.forward import PASS, embed_by_length, length_groups, tokens_to_embed
 
 SHORT, LONG = "which river", "the big river of the north is one lake and two mountain in the west of the old stone " * 3
 COLUMNS = [[SHORT] * 20 + [LONG], ["who was king"] * 10 + [LONG] * 2 + ["the king of war is queen"] * 9]
-
-
-@pytest.fixture(params=["right", "left"])
-def model(request: pytest.FixtureRequest, tiny_model: SentenceTransformer, tiny_t5_path: Path) -> SentenceTransformer:
-    """Padding on either side; that on the left for positions that are relative, as models have that pad there."""
-    if request.param == "right":
-        return tiny_model
-    transformer = Transformer(str(tiny_t5_path))
-    t5 = SentenceTransformer(modules=[transformer, Pooling(transformer.get_embedding_dimension())], device="cpu")
-    t5.tokenizer.padding_side = "left"
-    return t5.eval()
 
 
 def passes_of(model: SentenceTransformer) -> list[tuple[int, int]]:
@@ -46,18 +32,51 @@ def features_of(model: SentenceTransformer) -> list[dict[str, Any]]:
     return [model.preprocess(column) for column in COLUMNS]
 
 
-def test_embeddings_are_the_same_and_fewer_tokens_are_padding(model: SentenceTransformer) -> None:
-    plain = embed_columns(model, features_of(model), separate_first=False)
-    shapes = passes_of(model)
-    grouped = embed_by_length(model, features_of(model))
-    assert [column.shape for column in grouped] == [column.shape for column in plain]
+def tokens_of(shapes: list[tuple[int, int]]) -> int:
+    return sum(rows * width for rows, width in shapes)
+
+
+def test_embeddings_are_the_same_and_fewer_tokens_are_padding(tiny_model: SentenceTransformer) -> None:
+    plain = embed_columns(tiny_model, features_of(tiny_model), separate_first=False)
+    shapes = passes_of(tiny_model)
+    grouped = embed_by_length(tiny_model, features_of(tiny_model))
     for one, other in zip(grouped, plain, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
-    lengths = [int(row.sum()) for features in features_of(model) for row in features["attention_mask"]]
+    lengths = [int(row.sum()) for features in features_of(tiny_model) for row in features["attention_mask"]]
     assert sum(rows for rows, _ in shapes) == len(lengths) == 42
-    padded = sum(rows * width for rows, width in shapes)
     assert len(shapes) > 1
-    assert sum(lengths) <= padded < 42 * max(lengths) / 2
+    assert sum(lengths) <= tokens_of(shapes) < 42 * max(lengths) / 2
+    assert tokens_of(shapes) == tokens_to_embed(np.array(lengths), tiny_model)
+
+
+def test_padding_on_the_left_stays_as_the_positions_depend_on_it(tiny_model: SentenceTransformer) -> None:
+    tiny_model.tokenizer.padding_side = "left"
+    plain = embed_columns(tiny_model, features_of(tiny_model), separate_first=False)
+    shapes = passes_of(tiny_model)
+    for one, other in zip(embed_by_length(tiny_model, features_of(tiny_model)), plain, strict=True):
+        torch.testing.assert_close(one, other)
+    assert len(shapes) == 1
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_the_cached_loss_embeds_by_length_too(tiny_model: SentenceTransformer, side: str) -> None:
+    tiny_model.tokenizer.padding_side = side
+    anchors = [f"{LONG if number % 4 == 3 else 'river'} {number}" for number in range(16)]
+    columns = [anchors, [f"the stone of {text}" for text in anchors]]
+    values, tokens = [], []
+    for options in ({}, {"mini_batch_size": 4}):
+        loss = (CachedCLPLoss if options else CLPLoss)(tiny_model, penalty_weight=0, queries_per_negative=0, **options)
+        tiny_model.zero_grad()
+        shapes = passes_of(tiny_model)
+        value = loss([tiny_model.preprocess(column) for column in columns], None)
+        value.backward()
+        gradients = [one.grad.clone() for one in tiny_model.parameters() if one.grad is not None]
+        values.append((value.detach(), gradients))
+        tokens.append(tokens_of(shapes))
+    torch.testing.assert_close(values[1], values[0], atol=1e-4, rtol=1e-3)
+    widest = max(tiny_model.preprocess(column)["input_ids"].shape[1] for column in columns)
+    # Twice, without and with gradients; a quarter of the mini-batches is wide.
+    assert (tokens[1] < 2 * 32 * widest / 2) == (side == "right")
 
 
 def test_the_loss_and_its_gradients_are_those_of_one_pass(
