@@ -57,29 +57,44 @@ def embed_by_length(model: nn.Module, columns: Sequence[Features]) -> list[Tenso
     Returns:
         ``(batch, dim)`` for each column.
     """
-    merged = merge_feature_batches(list(columns)) if _may_group() else None
-    lengths = None if merged is None else _lengths(merged)
-    if merged is None or lengths is None or len(groups := length_groups(lengths)) == 1:
-        return embed_columns(model, columns, separate_first=False)
-    parts = [model(_some(merged, torch.from_numpy(rows), int(lengths[rows].max()))) for rows in groups]
-    places = torch.from_numpy(np.argsort(np.concatenate(groups)))
-    embeddings = torch.cat([part["sentence_embedding"] for part in parts])[places]
-    return list(embeddings.reshape(len(columns), -1, *embeddings.shape[1:]).unbind(0))
+    if (
+        _one_process()
+        and all(map(_can_be_cut, columns))
+        and (merged := merge_feature_batches(list(columns))) is not None
+    ):
+        lengths = _lengths(merged["attention_mask"])
+        groups = length_groups(lengths)
+        if len(groups) > 1:
+            parts = [model(_some(merged, torch.from_numpy(rows), int(lengths[rows].max()))) for rows in groups]
+            places = torch.from_numpy(np.argsort(np.concatenate(groups)))
+            embeddings = torch.cat([part["sentence_embedding"] for part in parts])[places]
+            return list(embeddings.reshape(len(columns), -1, *embeddings.shape[1:]).unbind(0))
+    return embed_columns(model, columns, separate_first=False)
 
 
-def _may_group() -> bool:
+def _one_process() -> bool:
     distributed = torch.distributed
     return not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1)
 
 
-def _lengths(features: Features) -> np.ndarray | None:
-    """``(texts,)``: the columns of the mask up to each text's last token.
-
-    None where there is no mask, it is on a GPU, or padding is on the left, where less of it would change positions.
-    """
+def _can_be_cut(features: Features) -> bool:
+    """Whether the column is made of padded texts alone, on a processor, with padding on the right: less of it on the
+    left would change the positions of tokens."""
     mask = features.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.device.type != "cpu" or bool((mask[:, 0] == 0).any()):
-        return None
+    return _of_padded_texts(features) and mask.device.type == "cpu" and bool((mask[:, 0] != 0).all())
+
+
+def _of_padded_texts(features: Features) -> bool:
+    mask = features.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return False
+    return all(
+        not isinstance(value, Tensor) or value.ndim < 2 or len(value) == len(mask) for value in features.values()
+    )
+
+
+def _lengths(mask: Tensor) -> np.ndarray:
+    """``(texts,)``: the columns of the mask up to each text's last token."""
     tokens = mask.numpy() != 0
     return (tokens * np.arange(1, tokens.shape[1] + 1)).max(axis=1)
 
@@ -109,18 +124,15 @@ def shortest_first(features: Features) -> tuple[Features, Tensor | None]:
         The features in that order, and the place in it of each text; the column as it is, and None, where it is not
         made of padded texts alone.
     """
-    mask = features.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
+    if not _of_padded_texts(features):
         return features, None
-    if any(isinstance(value, Tensor) and value.ndim > 1 and len(value) != len(mask) for value in features.values()):
-        return features, None
-    order = (mask != 0).sum(dim=1).argsort(stable=True)
+    order = (features["attention_mask"] != 0).sum(dim=1).argsort(stable=True)
     return _some(features, order), order.argsort()
 
 
 def tokens_to_embed(lengths: np.ndarray, model: nn.Module) -> int:
     """How many tokens :func:`embed_by_length` has the model embed, padding included, of texts with these lengths."""
-    grouped = _may_group() and next(model.parameters()).device.type == "cpu"
+    grouped = _one_process() and next(model.parameters()).device.type == "cpu"
     groups = length_groups(lengths) if grouped else [np.arange(len(lengths))]
     return sum(len(rows) * int(lengths[rows].max()) for rows in groups)
 
