@@ -57,11 +57,9 @@ def embed_by_length(model: nn.Module, columns: Sequence[Features]) -> list[Tenso
     Returns:
         ``(batch, dim)`` for each column.
     """
-    if (
-        _one_process()
-        and all(map(_can_be_cut, columns))
-        and (merged := merge_feature_batches(list(columns))) is not None
-    ):
+    can_be_cut = _one_process() and all(map(_can_be_cut, columns))
+    merged = merge_feature_batches(list(columns)) if can_be_cut else None
+    if merged is not None:
         lengths = _lengths(merged["attention_mask"])
         groups = length_groups(lengths)
         if len(groups) > 1:
@@ -78,19 +76,22 @@ def _one_process() -> bool:
 
 
 def _can_be_cut(features: Features) -> bool:
-    """Whether the column is made of padded texts alone, on a processor, with padding on the right: less of it on the
-    left would change the positions of tokens."""
-    mask = features.get("attention_mask")
-    return _of_padded_texts(features) and mask.device.type == "cpu" and bool((mask[:, 0] != 0).all())
+    """Whether the column is made of padded texts alone, on a processor, with padding on the right.
+
+    With less padding on the left, tokens would have other positions.
+    """
+    if not _of_padded_texts(features):
+        return False
+    mask = features["attention_mask"]
+    return mask.device.type == "cpu" and bool((mask[:, 0] != 0).all())
 
 
 def _of_padded_texts(features: Features) -> bool:
     mask = features.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         return False
-    return all(
-        not isinstance(value, Tensor) or value.ndim < 2 or len(value) == len(mask) for value in features.values()
-    )
+    tensors = [value for value in features.values() if isinstance(value, Tensor)]
+    return all(value.ndim < 2 or len(value) == len(mask) for value in tensors)
 
 
 def _lengths(mask: Tensor) -> np.ndarray:
