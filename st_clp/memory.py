@@ -7,6 +7,7 @@ import sys
 
 import torch
 
+HAND_BACK_EVERY = 25  # steps of a training
 LARGEST = 31 << 20  # bytes; glibc learns from blocks of up to 32 MiB
 
 

@@ -18,7 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from st_clp.data import Collection
 from st_clp.losses.document_batches import Near, near_documents
-from st_clp.memory import hand_back_freed_memory
+from st_clp.memory import HAND_BACK_EVERY, hand_back_freed_memory
 from st_clp.mining.rows import TrainingRow, read_rows, to_dataset
 from st_clp.options import HERE, EvaluationOptions
 from st_clp.refresh import AnceCallback, plot_refreshes
@@ -28,8 +28,6 @@ from st_clp.run.modelling import compiled_layers, load_base_model, prepare_model
 from st_clp.run.splits import in_turn, settle_batches
 from st_clp.run.training import make_refresh, make_trainer
 from st_clp.settings import RunSettings
-
-HAND_BACK_EVERY = 25  # steps
 
 
 class _HandBack(TrainerCallback):

@@ -23,6 +23,7 @@ from st_clp import Collection, cli
 from st_clp.mining import TrainingRow, mine, to_dataset
 from st_clp.options import MiningOptions
 from st_clp.run.ablation import ablate, default_variants, read_variants
+from st_clp.run.ablation import loop as loop_module
 from st_clp.run.ablation import study as study_module
 from st_clp.run.ablation.loop import train
 from st_clp.run.ablation.table import _gains
@@ -358,3 +359,15 @@ def test_rows_of_several_collections_do_not_share_a_batch(
     settings = settings_of(tmp_path, tmp_path, tmp_path, experts=0, epochs=1, batch_size=50)
     done = train(model, rows, settings)
     assert done.steps == sum(-(-len(found) // 50) for found in rows.values())
+
+
+def test_freed_memory_is_handed_back(settings: RunSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    times: list[None] = []
+    monkeypatch.setattr(loop_module, "hand_back_freed_memory", lambda: times.append(None))
+    monkeypatch.setattr(loop_module, "HAND_BACK_EVERY", 3)
+    path = tmp_path / "variants.yaml"
+    path.write_text("ance: {experts: 0, penalty-weight: 0}\n")
+    table = ablate(settings, read_variants(path, settings), seeds=1, learning_rates=[1e-3])
+    steps = table.rows[1].cells[0].steps
+    assert steps % 3  # so that its end is another moment
+    assert len(times) == steps // 3 + 1

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from st_clp.encoding import hardware_has_bf16
 from st_clp.files import read_json, whole_folder, write_json
 from st_clp.losses.document_batches import Near, document_batches, near_documents
+from st_clp.memory import HAND_BACK_EVERY, hand_back_freed_memory
 from st_clp.mining import TrainingRow
 from st_clp.mining.rows import columns_of
 from st_clp.run.ablation.variants import Variant
@@ -167,6 +168,8 @@ def train(
             losses.append(_step(model, loss, features, labels, optimizer, settings))
             schedule.step()
             bar.update()
+            if not on_gpu and (len(losses) % HAND_BACK_EVERY == 0 or len(losses) == steps):
+                hand_back_freed_memory()
             if len(losses) == steps:
                 break
         if on_gpu:
