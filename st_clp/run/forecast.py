@@ -274,6 +274,8 @@ class _Forecaster:
                 yield "ranking by BM25"
         if settings.share_of_trained == "auto" and TRAIN not in self._done:
             yield "choosing the share of the base's weights, some evaluations on a tenth of the training queries"
+        if self._model.device.type == "cpu" and TRAIN not in self._done:
+            yield "freed memory that a process on a CPU keeps, one to two times what training takes"
 
 
 def _some_queries(collections: Iterable[Collection], seed: int) -> list[str]:

@@ -64,8 +64,9 @@ def test_the_command_says_it_line_by_line(tiny_model_path: Path, collection_path
     assert result.exit_code == 0, result.output
     lines = [line.split() for line in result.stdout.splitlines()]
     starts = [line[0] for line in lines if line]
-    assert starts == ["What", "evaluate", "mine", "train", "evaluate", "in", "memory", "not"]
+    assert starts == ["What", "evaluate", "mine", "train", "evaluate", "in", "memory", "not", "not"]
     assert "choosing the share of the base's weights" in result.stdout
+    assert "freed memory that a process on a CPU keeps" in result.stdout
     assert not list(tmp_path.iterdir())
     # What cannot be run is refused as a run refuses it.
     result = CliRunner().invoke(cli.app, [*map(str, command), "--dry-run", "--training-arg", "weight_decay=much"])
