@@ -464,7 +464,7 @@ class TrainingOptions(SeedOption):
     average_with_base: str | None = option(
         "auto",
         "Average the trained weights, with this share from 0 to 1, and the base model's; this is often better than "
-        "either. auto holds out a tenth of the training queries. It takes a half, or the best share up to three "
+        "either. auto holds out a tenth of the training queries. It takes a half, or the best share, mostly three "
         "quarters if training gains 0.1 and more on them, but none that scores below the base. 1 turns averaging off.",
     )
     training_arg: dict[str, Any] = option(

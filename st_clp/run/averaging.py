@@ -33,6 +33,8 @@ DOCUMENTS = 4000  # that the queries held out are tried on
 METRIC = "ndcg@10"
 FAR_ABOVE = 0.1  # of nDCG@10: the gain from which on a base counts as weak
 MOST = 0.75  # of the trained weights
+KNOWS = 0.5  # nDCG@10 of a base that knows the language and the field somewhat
+ALL_BUT = 0.95  # of the gain that three quarters of the weights must keep where it does not
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
@@ -187,9 +189,9 @@ def best_share(score: Callable[[float], float]) -> float:
 
     Queries that were held out ask for documents that were trained on, so they overrate the trained weights
     (``benchmarks/recipe.md``). From a good base, the share nearest to a half is used, of those that do not score below
-    the base. From a weak one, which training brings :data:`FAR_ABOVE` and more, it is the share that scores best; but
-    three quarters in place of all trained weights, unless that costs more than a quarter of the gain, as it would on a
-    straight line between the two.
+    the base. Where training gains :data:`FAR_ABOVE` and more, it is the share that scores best; but three quarters in
+    place of all trained weights, unless that costs more than a quarter of the gain, as it would on a straight line
+    between the two, or a twentieth of it from a base that scores below :data:`KNOWS` and so has little to keep.
 
     Args:
         score: The mean score on the queries held out of a share from 0 to 1. It costs an evaluation, so it is called
@@ -201,7 +203,8 @@ def best_share(score: Callable[[float], float]) -> float:
 
     if gain(1.0) >= FAR_ABOVE:
         best = max(SHARES, key=lambda share: (gain(share), -share))
-        return MOST if best > MOST and gain(MOST) >= MOST * gain(best) else best
+        keeps = MOST if score(0.0) >= KNOWS else ALL_BUT
+        return MOST if best > MOST and gain(MOST) >= keeps * gain(best) else best
     for alike in ((0.5,), (0.25, 0.75), (1.0,)):  # the nearest to a half first
         if fit := [share for share in alike if gain(share) >= 0]:
             return max(fit, key=gain)
