@@ -132,6 +132,7 @@ def test_the_share_is_none_below_the_base_on_what_was_held_out(tiny_model: Sente
         ([0.048, 0.265, 0.377, 0.407, 0.409], 0.75),
         # All of them from a base that knows nothing, where three quarters cost more than little.
         ([0.112, 0.236, 0.432, 0.476, 0.504], 1.0),
+        ([0.445, 0.50, 0.55, 0.60, 0.65], 1.0),
         # All of them after all, where a mean of both loses more than a straight line would.
         ([0.40, 0.40, 0.41, 0.54, 0.60], 1.0),
         ([0.40, 0.30, 0.20, 0.30, 0.60], 1.0),
