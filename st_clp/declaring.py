@@ -1,4 +1,4 @@
-"""How options are declared, once, and how settings, command lines and keyword arguments are made of that."""
+"""Declare options once, and derive settings, command lines and keyword arguments from the declarations."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ class Options:
     together, in a method ``_check``.
 
     Raises:
-        SettingsError: A value of another kind, out of range, none of the choices, or at odds with another.
+        SettingsError: A value has the wrong type, is out of range, is not among the choices, or conflicts with another
+            option.
     """
 
     group: ClassVar[str] = ""
@@ -84,7 +85,7 @@ class Options:
 
 
 def declared(cls: type[Options]) -> dict[str, Any]:
-    """What the annotation of each option means."""
+    """The type of each option, resolved from its annotation."""
     if cls not in _DECLARED:
         _DECLARED[cls] = get_type_hints(cls)
     return _DECLARED[cls]
@@ -158,7 +159,7 @@ def shows(**parameters: type[Options]) -> Callable[[type[ResultT]], type[ResultT
 
 
 def _made(cls: type[OptionsT], given: dict[str, Any], keywords: Mapping[str, str]) -> OptionsT:
-    """The options; what is wrong with one is said of the argument that it was given by."""
+    """Make the options; errors name the argument that the value was given by."""
     try:
         return cls(**given)
     except SettingsError as error:

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and JSON that was not necessarily written here."""
+"""Write files and folders atomically, and read JSON and YAML that may be broken."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ def require_field(
     least: float | None = None,
     most: float | None = None,
 ) -> Any:
-    """The value under ``name``, checked for its kind and range. ``True`` is no number, and an int serves as a float.
+    """The value under ``name``, checked for type and range. ``True`` is not accepted as a number; an int is as a float.
 
     Args:
         row: What was read.
@@ -279,7 +279,7 @@ def content_digest(path: str | os.PathLike[str]) -> str:
 
 
 def read_mapping(path: str | os.PathLike[str], kind: str, content: str, error_class: type[Exception]) -> dict[Any, Any]:
-    """What a file of names and values holds.
+    """Read a YAML file that holds a mapping.
 
     Args:
         path: The file.
@@ -304,7 +304,7 @@ def read_mapping(path: str | os.PathLike[str], kind: str, content: str, error_cl
 
 
 def parse(text: str) -> Any:
-    """What YAML text holds, a plain value, list or mapping.
+    """Parse YAML text into plain values, lists and mappings.
 
     Raises:
         ValueError: It is no YAML, names a tag that is no plain value, or is nested too deep.
@@ -316,11 +316,12 @@ def parse(text: str) -> Any:
     except RecursionError:
         raise ValueError("nested too deep to be read") from None
     except (ValueError, TypeError, AttributeError, KeyError) as error:
-        # A value that looks like a date or a number and is none, such as 2026-13-01, or a tag with the wrong content.
+        # Raised for a value that looks like a date or number but is not one, such as 2026-13-01, or a tag with the
+        # wrong content.
         raise ValueError(f"a value that cannot be read ({error})") from error
 
 
-# What figures may depend on.
+# Packages whose versions results may depend on.
 PACKAGES = ("sentence-transformers", "transformers", "torch", "faiss-cpu", "beir", "ir-datasets", "datasets")
 
 
@@ -338,5 +339,5 @@ def versions(*further: str) -> dict[str, str]:
 
 
 def inside(place: str | os.PathLike[str], name: str) -> str:
-    """What is called ``name`` in a folder, or at an address such as ``s3://bucket/folder``."""
+    """Join a name to a folder, or to an address such as ``s3://bucket/folder``."""
     return f"{os.fspath(place).rstrip('/')}/{name}"

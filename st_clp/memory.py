@@ -1,4 +1,4 @@
-"""What glibc does with the memory that a model on a processor frees: kept for the next layer, or handed back."""
+"""Control over whether glibc keeps the memory that a model on a CPU frees, or hands it back to the system."""
 
 from __future__ import annotations
 

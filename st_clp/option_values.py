@@ -69,7 +69,7 @@ def read_value(name: str, declared: Any, value: Any) -> Any:
 
 
 def _check_dict(name: str, value: dict[Any, Any]) -> None:
-    """Refuse what the report, which is JSON, could not repeat after all the work."""
+    """Refuse values that could not be written to the report, which is JSON."""
     for key, item in value.items():
         if not isinstance(key, str):
             raise SettingsError(f"{name} must give names a value each, and {shown(key)} is no name")
@@ -102,7 +102,7 @@ def is_unicode(text: str) -> bool:
 
 
 def read_number(name: str, kind: type, value: Any) -> Any:
-    """A number written as a number or as text, ``1e-2`` among others; what is no number comes back as it is.
+    """Read a number that is given as a number or as text such as ``1e-2``; anything else is returned unchanged.
 
     Args:
         name: What it is for, for the message.
@@ -150,15 +150,15 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-# What a variable that is not set may be called: capitals with an underscore, which keys do not look like.
+# What looks like a variable's name even if it is not set: capitals with an underscore, unlike a key.
 _NAME = re.compile(r"[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+")
 
 
 def require_key_variable(name: str) -> None:
-    """Refuse what is no name of an environment variable, without repeating it: it may be the key itself.
+    """Refuse what is not the name of an environment variable. The message does not repeat it: it may be the key itself.
 
     Raises:
-        ValueError: No variable of this name is set, and it does not look like one's name.
+        ValueError: No variable of this name is set, and it does not look like a variable's name.
     """
     try:
         known = name in os.environ
@@ -176,7 +176,7 @@ def read_key(variable: str) -> str | None:
     """The key in a variable; None where there is none.
 
     Raises:
-        ValueError: It holds what no header can, such as a line break.
+        ValueError: It holds characters that an HTTP header cannot carry, such as a line break.
     """
     key = os.environ.get(variable)
     if key and not re.fullmatch(r"[!-~]+", key):
@@ -191,7 +191,7 @@ def require_address(address: str, key_variable: str) -> str:
     """The host of an endpoint's address.
 
     Raises:
-        ValueError: It is no address of HTTP, or carries a password or key, which the message does not repeat.
+        ValueError: It is not an HTTP address, or it carries a password or key, which the message does not repeat.
     """
     try:
         parts = urllib.parse.urlsplit(address)

@@ -39,7 +39,7 @@ class SeedOption(Options):
 
 @dataclass(frozen=True)
 class DataOptions(Options):
-    """What is trained, on what, and what it is evaluated on."""
+    """The model and the collections to train and evaluate on."""
 
     group = "Data"
 
@@ -81,7 +81,7 @@ class DataOptions(Options):
 
 @dataclass(frozen=True)
 class ClusterOptions(Options):
-    """Whether encoding and search are spread out over several processes and machines, by Ray."""
+    """Whether encoding and search run on a Ray cluster of several processes or machines."""
 
     group = "Several machines"
 
@@ -110,7 +110,7 @@ class ClusterOptions(Options):
             raise SettingsError("workers and gpus_per_worker are for a Ray cluster: name one (ray), or leave them out")
 
     def require_folder(self, folder: object, name: str) -> None:
-        """Refuse to work on a cluster without a folder that its machines share.
+        """Require a folder that all machines of the cluster share.
 
         Raises:
             SettingsError: There is none.
@@ -121,7 +121,7 @@ class ClusterOptions(Options):
 
 @dataclass(frozen=True)
 class TrainingClusterOptions(ClusterOptions):
-    """Whether training is spread out too."""
+    """Whether training runs on the cluster too."""
 
     train_workers: int | None = option(
         None,
@@ -135,7 +135,7 @@ class TrainingClusterOptions(ClusterOptions):
             raise SettingsError("train_workers is for a Ray cluster: name one (ray), or leave it out")
 
 
-# How to take a cluster out of options that are handed on.
+# Overrides that make options run in this process instead of on a cluster.
 HERE = {"ray": None, "workers": None, "gpus_per_worker": None}
 
 
@@ -170,7 +170,7 @@ class Encoding(ClusterOptions, EncodingOptions):
 
 @dataclass(frozen=True)
 class OwnDocumentOption(Options):
-    """Whether a document may be its own answer, which mining and evaluation decide alike."""
+    """Whether a document with the query's id is ignored, in mining as in evaluation."""
 
     group = "Mining"
 
@@ -183,7 +183,7 @@ class OwnDocumentOption(Options):
 
 @dataclass(frozen=True)
 class EvaluationOptions(ClusterOptions, OwnDocumentOption, EncodingOptions):
-    """How retrieval is evaluated, and what is written of it."""
+    """How retrieval is evaluated, and what is written to files."""
 
     group = "Evaluation"
 
@@ -484,7 +484,7 @@ class TrainingOptions(SeedOption):
 
     @property
     def of_documents(self) -> bool:
-        """Whether batches are made of documents; ``auto`` has to be settled before, and counts as rows."""
+        """Whether batches are made of documents. ``auto`` has to be resolved before; until then it counts as rows."""
         return self.batches == "documents"
 
     @property

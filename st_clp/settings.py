@@ -45,7 +45,7 @@ class RunSettings(
     """Everything that a run depends on. What each setting does is in ``st-clp run --help`` and the stages' classes.
 
     Raises:
-        SettingsError: A value that cannot be meant.
+        SettingsError: A value is invalid.
     """
 
     cross_encoder: str | None = option(
@@ -114,7 +114,7 @@ class RunSettings(
 
     @staticmethod
     def as_recorded(values: Mapping[str, Any]) -> dict[str, Any]:
-        """Settings that a run or an ablation has noted, with what was not noted yet in the version that did."""
+        """The settings that a run or an ablation has recorded; what its version did not record yet is filled in."""
         return {"average_with_base": None, "batches": "rows", "sentence_queries": 0, **values}
 
     def require(self, *names: str) -> None:
@@ -138,7 +138,7 @@ class RunSettings(
         """Settings from a mapping.
 
         Raises:
-            SettingsError: A name that is no setting (with the nearest one), or a value that cannot be meant.
+            SettingsError: A name is not a setting (the message suggests the nearest one), or a value is invalid.
         """
         known = [item.name for item in fields(cls)]
         for name in values:
@@ -153,7 +153,7 @@ class RunSettings(
         """The settings that a YAML file gives; dashes in names count as underscores.
 
         Raises:
-            SettingsError: The file is not there or is no YAML mapping.
+            SettingsError: The file does not exist or is not a YAML mapping.
         """
         content = "settings, a line each, such as: model: BAAI/bge-m3"
         values = read_mapping(path, "configuration file", content, SettingsError)

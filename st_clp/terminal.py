@@ -21,7 +21,7 @@ NARROWEST = 12  # columns, of names in a table
 
 SHOW_OTHERWISE = "st-clp-show-otherwise"
 
-# What stands for the signs that we print where the output's encoding has none of them.
+# Replacements for characters that we print, for outputs whose encoding lacks them.
 OTHERWISE = {"→": "->", "…": "...", "−": "-", "–": "-", "×": "x", "“": '"', "”": '"', "≥": ">=", "≤": "<="}
 
 
@@ -35,21 +35,21 @@ codecs.register_error(SHOW_OTHERWISE, _show_otherwise)
 
 
 def show_what_can_be_shown() -> None:
-    """Let no sign that the output's encoding lacks end a command: it is replaced."""
+    """Replace characters that the output's encoding cannot print, so that none of them ends a command with an error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=SHOW_OTHERWISE)
 
 
 class Once(logging.Filter):
-    """Lets each of our own messages through once: one collection is read by several stages, and has the same faults."""
+    """A log filter that shows each message of st_clp once: several stages read a collection and warn of the same."""
 
     def __init__(self) -> None:
         super().__init__()
         self._seen: set[tuple[str, int, str]] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether to show it."""
+        """Whether to show this record."""
         if record.name.partition(".")[0] not in ("st_clp", "evaluators"):
             return True
         message = (record.name, record.levelno, record.getMessage())
@@ -66,7 +66,7 @@ def log_to_terminal() -> None:
 
 
 def print_whole(console: Console, table: Table) -> None:
-    """Print a table with every figure in it, beyond the terminal's width where there is no other way.
+    """Print a table with all of its figures, wider than the terminal if it has to be.
 
     Columns that may be folded are; give those with names ``min_width=NARROWEST``.
     """
@@ -84,7 +84,7 @@ def print_whole(console: Console, table: Table) -> None:
 
 
 def new_console(**options: Any) -> Console:
-    """A console that colours no numbers and takes no ``:name:`` for a picture; other options are rich's.
+    """A console that does not colour numbers or turn ``:name:`` into an emoji; other options are rich's.
 
     Give ``markup=False`` where all of the text comes from outside; elsewhere text from outside goes through
     :func:`rich.markup.escape`.

@@ -1,4 +1,4 @@
-"""``st-clp doctor``: what a bug report needs to say."""
+"""``st-clp doctor``: the facts that a bug report needs."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ SETTINGS = [
         "text_field",
     ),
 ]
-# What the options were called before all commands called them alike.
+# Former names of options.
 ALIASES = {ARGUMENT: "model", "split": "eval_split", "dtype": "encode_dtype", "batch_size": "encode_batch_size"}
 EXTRAS: dict[str, Extra] = {
     "model": (str, "", "The model: a folder or a name on the Hub. Not used with --from-run."),

@@ -1,4 +1,4 @@
-"""What all commands share: their options made of the settings' declarations, and errors said in words."""
+"""What all commands share: options derived from the declared settings, and errors shown as messages."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ from st_clp.terminal import new_console
 
 P = ParamSpec("P")
 
-# These are about the input: trying again with the same would end the same way.
+# Errors in the input: running again with the same input would fail in the same way.
 ENDS_A_RUN = (SettingsError, CollectionError)
 
 ALMOST_NOTHING = 64 * 1024  # bytes
 
-# The output folder of the run that is under way, for the advice after it was stopped.
+# The output folder of the current run, for the advice that is printed when it is stopped.
 under_way: list[str] = []
 
-# What else to do after a stop, for commands that are no runs.
+# Advice after a stop, for commands that are not runs.
 after_a_stop: list[str] = []
 SAME_COMMAND = "What was encoded is kept; the same command goes on from there."
 
 
 def with_error_messages(command: Callable[P, None]) -> Callable[P, None]:
-    """End a command with a message, not a traceback, where it meets an error that its user can mend."""
+    """Show a message instead of a traceback for errors that the user can fix."""
 
     @functools.wraps(command)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
         console = new_console(stderr=True, soft_wrap=True)
-        # The advice is for this command: what another one in the same process has left is no matter.
+        # Advice left by an earlier command in the same process does not apply to this one.
         under_way.clear()
         after_a_stop.clear()
         try:
@@ -71,7 +71,7 @@ def with_error_messages(command: Callable[P, None]) -> Callable[P, None]:
 
 
 def _require_unicode(values: Iterable[Any]) -> None:
-    """Refuse what no file or report could repeat: names with bytes that are not UTF-8, half surrogates."""
+    """Refuse values that cannot be written to files: names with bytes that are not UTF-8, lone surrogates."""
     for value in values:
         if isinstance(value, (list, tuple)):
             _require_unicode(value)
@@ -202,7 +202,7 @@ def _parameter(item: Field[Any], of: type[Options]) -> inspect.Parameter:
 
 
 def _hidden(alias: str, known: inspect.Parameter) -> inspect.Parameter:
-    """A former name of an option, or a place on the command line; it works and is not shown."""
+    """A former name of an option, or a positional argument; it works but is not shown."""
     kind = get_args(known.annotation)[0]
     if alias == ARGUMENT:
         hidden: Any = typer.Argument(hidden=True, metavar=f"[{known.name.upper()}]")

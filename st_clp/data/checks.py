@@ -1,7 +1,7 @@
-"""What ids, texts and grades must be: the one place for it, for every reader and every command.
+"""Checks of ids, texts and grades, shared by every reader and command.
 
-It is what a TREC run file can carry and what pytrec_eval can score, so that nothing is refused after the corpus was
-encoded that could have been refused when it was read.
+The limits are those of TREC run files and pytrec_eval, so that bad input is refused when it is read, not after the
+corpus was encoded.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class CollectionError(ValueError):
     """A collection cannot be read or used as asked; the message names the place and the remedy."""
 
 
-# pytrec_eval counts the documents of each grade from 0 up, for every query, in an array as long as the largest grade.
+# pytrec_eval counts the documents of each grade in an array as long as the largest grade, for every query.
 LARGEST_GRADE = 10_000
 
 _NOT_IN_AN_ID = re.compile(r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -26,7 +26,7 @@ _GRADE = re.compile(r"([+-]?[0-9]{1,18})(?:\.0{0,18})?")
 
 
 def require_id(identifier: Any, what: str, where: str) -> str:
-    """An id that files, runs and pytrec_eval can carry.
+    """Check an id: TREC run files and pytrec_eval must be able to carry it.
 
     Args:
         identifier: What was given.
@@ -34,7 +34,7 @@ def require_id(identifier: Any, what: str, where: str) -> str:
         where: What the message names: a file and line, or a collection.
 
     Raises:
-        CollectionError: It is no text, is empty, or holds white space, a control character or half a character.
+        CollectionError: It is not a string, is empty, or contains white space, a control character or a lone surrogate.
     """
     if not isinstance(identifier, str):
         raise CollectionError(f"{where}: a {what} id must be a text, not {type(identifier).__name__}")
@@ -56,7 +56,7 @@ def _fault(identifier: str) -> tuple[str, str]:
 
 
 def require_ids(identifiers: Iterable[str], what: str, where: str) -> None:
-    """As :func:`require_id`, for very many, most of them right."""
+    """As :func:`require_id`, for many ids at once."""
     known = list(identifiers)
     # One look at all of them together; "/" is a sign that is allowed.
     if all(map(bool, known)) and not _NOT_IN_AN_ID.search("/".join(known)):
@@ -66,7 +66,7 @@ def require_ids(identifiers: Iterable[str], what: str, where: str) -> None:
 
 
 def require_scorable_ids(identifiers: Iterable[str], what: str) -> None:
-    """Refuse ids that end the process within pytrec_eval (half a character) or that it cuts off (a null character).
+    """Refuse ids that crash pytrec_eval (lone surrogates) or that it truncates (null characters).
 
     Raises:
         CollectionError: There is one.
@@ -81,7 +81,7 @@ def require_scorable_ids(identifiers: Iterable[str], what: str) -> None:
 
 
 def require_text(text: Any, what: str, where: str) -> str:
-    """A text that can be encoded.
+    """Check that a text can be encoded.
 
     Args:
         text: What was given.
@@ -89,7 +89,7 @@ def require_text(text: Any, what: str, where: str) -> str:
         where: What the message names: a file and line, or a collection.
 
     Raises:
-        CollectionError: It is no text, or holds half a character.
+        CollectionError: It is not a string, or contains a lone surrogate.
     """
     if not isinstance(text, str):
         raise CollectionError(f"{where}: {what} must be text, not {type(text).__name__}")
@@ -116,8 +116,8 @@ def has_half_character(text: str) -> bool:
 def require_grade(grade: Any, where: str) -> int:
     """A judgment's grade: a whole number, 10,000 at most either way.
 
-    trec_eval takes grades for the gains of nDCG as they are, and needs memory and time in proportion to the largest;
-    of grades beyond its range it makes 0.
+    trec_eval uses grades directly as the gains of nDCG, with memory and time proportional to the largest grade; it
+    turns grades beyond its range into 0.
 
     Raises:
         CollectionError: It is something else.
@@ -137,7 +137,7 @@ def require_grade(grade: Any, where: str) -> int:
 
 
 def read_grade(text: str) -> int | None:
-    """A grade as files have it: a whole number in ASCII digits, also written like ``1.0``; None of anything else."""
+    """Parse a grade from a file: a whole number in ASCII digits, also written like ``1.0``; None for anything else."""
     found = _GRADE.fullmatch(text)
     return int(found[1]) if found else None
 
@@ -145,7 +145,7 @@ def read_grade(text: str) -> int | None:
 def add_judgment(
     judgments: dict[str, dict[str, int]], query_id: str, doc_id: str, grade: int, counts: dict[str, int]
 ) -> None:
-    """Add a judgment; of one that comes again with another grade the last counts, as in BEIR, and it is counted."""
+    """Add a judgment. Where a pair comes again with another grade, the last one wins, as in BEIR, and is counted."""
     grades = judgments.setdefault(query_id, {})
     if grades.get(doc_id, grade) != grade:
         cause = "judgments that came again with another grade (the last one counts)"
@@ -163,5 +163,5 @@ def shown(value: Any) -> str:
 
 
 def readable_path(path: str | os.PathLike[str]) -> str:
-    """A path as text that can be printed and written, also where its name is no UTF-8."""
+    """A path as printable text, even if its name is not valid UTF-8."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")

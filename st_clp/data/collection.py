@@ -36,8 +36,8 @@ class Collection:
         judged_negatives: Whether the source names negatives on purpose (a training row's ``neg``), so that
             documents of grade 0 should be used as negatives before any mined ones.
         left_out: What reading left out, cause to count.
-        absent_documents: Documents that are judged and that the corpus does not have; None where reading did not look.
-            Their judgments stay: they count in trec_eval's figures. What trains leaves them out.
+        absent_documents: Judged documents that are not in the corpus; None if this was not checked when reading. Their
+            judgments stay: they count in trec_eval's figures. What trains leaves them out.
     """
 
     corpus: Corpus
@@ -107,8 +107,8 @@ class Collection:
         a document that is not there stay, as for trec_eval, and are said; see ``absent_documents``.
 
         Raises:
-            CollectionError: There are no documents, something that should be text is not, an id is nothing that a run
-                file can carry, or a grade is no whole number up to 10,000.
+            CollectionError: There are no documents, a text is not a string, an id cannot be written to a run file, or a
+                grade is not a whole number of at most 10,000.
         """
         if not documents:
             raise CollectionError(f"{name}: the corpus is empty; give at least one document")
@@ -143,7 +143,7 @@ class Collection:
         language: str | None = None,
         split: str | None = None,
     ) -> Collection:
-        """A collection with only the judged queries, counting judgments whose query is missing or blank.
+        """Build a collection with only the judged queries, counting judgments whose query is missing or blank.
 
         Raises:
             CollectionError: An id is nothing that a run file can carry, a query's text has half a character, or a grade
@@ -171,12 +171,12 @@ class Collection:
 
     @property
     def corpus_name(self) -> str:
-        """The documents' name: collections that share it share their documents."""
+        """The corpus's name. Collections with the same corpus name share their documents."""
         return self.corpus.name
 
     @cached_property
     def num_documents(self) -> int:
-        """How many documents there are. The first time it may read the corpus through."""
+        """The number of documents. The first call may read the whole corpus."""
         if isinstance(self.corpus, MemoryCorpus):
             return self.corpus.expected_size()
         return sum(1 for _ in self.corpus)
@@ -186,7 +186,7 @@ class Collection:
         return iter(self.corpus)
 
     def get_documents(self, doc_ids: Iterable[str]) -> dict[str, Document]:
-        """The documents with these ids, by id; unknown ids are absent. Ask for many at once."""
+        """Fetch documents by id; unknown ids are left out. Each call may read the whole corpus, so ask for many."""
         return self.corpus.get(doc_ids)
 
     def positives(self) -> dict[str, list[str]]:
@@ -198,7 +198,7 @@ class Collection:
         return {query_id: doc_ids for query_id, doc_ids in found.items() if doc_ids}
 
     def require_positives(self) -> None:
-        """Refuse a collection that cannot train anything.
+        """Require at least one query with a relevant document.
 
         Raises:
             CollectionError: No query has a relevant document.
@@ -212,11 +212,11 @@ class Collection:
             )
 
     def without_missing_documents(self, known_ids: Iterable[str]) -> Collection:
-        """A copy whose judgments name only documents in ``known_ids``; the others are counted in ``left_out``."""
+        """A copy with judgments of documents in ``known_ids`` only; the others are counted in ``left_out``."""
         return self.without_documents(self._missing(known_ids), "judgments of a document that is not there")
 
     def note_absent_documents(self, known_ids: Iterable[str]) -> None:
-        """Set ``absent_documents``: what is judged and not in ``known_ids``."""
+        """Set ``absent_documents`` to the judged documents that are not in ``known_ids``."""
         self.absent_documents = frozenset(self._missing(known_ids))
 
     def _missing(self, known_ids: Iterable[str]) -> set[str]:
@@ -244,7 +244,7 @@ class Collection:
         return replace(self, queries=queries, judgments=judgments, left_out=left_out)
 
     def hold_out(self, share: float, seed: int, *, at_most: int = 1000) -> tuple[Collection, Collection]:
-        """Split the queries at random: (the rest, the held-out share), over the same documents.
+        """Split the queries at random into (the rest, the held-out share), over the same documents.
 
         Args:
             share: Share of the queries to hold out, between 0 and 1.
@@ -285,7 +285,7 @@ class Collection:
             )
 
     def causes(self) -> str:
-        """What was left out or is not there, with counts, in words; empty where there is nothing."""
+        """What was left out or is missing, in words with counts; empty if nothing is."""
         counts = dict(self.left_out)
         if number := self._absent_judgments():
             _count(counts, "judgments of a document that is not there", number)

@@ -26,7 +26,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield (line number from 1, line without its end) of a UTF-8 text file, skipping blank lines.
 
     Raises:
-        CollectionError: The file is not there, is cut off, or holds bytes that are no UTF-8.
+        CollectionError: The file does not exist, is truncated, or is not UTF-8.
     """
     number = 0
     try:
@@ -50,7 +50,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number, object) of a JSON-lines file.
 
     Raises:
-        CollectionError: A line that is no JSON object, named by file and line.
+        CollectionError: A line is not a JSON object; the message names file and line.
     """
     for number, line in read_lines(path):
         where = f"{path}, line {number}"
@@ -61,7 +61,7 @@ def text_field(path: Path, number: int, row: dict[str, Any], name: str, *, defau
     """The string under ``name`` in a row; numbers become strings, since ids are often written as numbers.
 
     Raises:
-        CollectionError: The field is missing (and has no default) or is no text, or holds half a character.
+        CollectionError: The field is missing (and has no default), is not text, or contains a lone surrogate.
     """
     value = row.get(name, default)
     if isinstance(value, int) and not isinstance(value, bool):
@@ -76,10 +76,10 @@ def text_field(path: Path, number: int, row: dict[str, Any], name: str, *, defau
 
 
 def id_field(path: Path, number: int, row: dict[str, Any], what: str) -> str:
-    """The id under ``_id`` of a row that is a ``what``: a query or a document.
+    """The id under ``_id`` of a row; ``what`` says whether it is a query or a document.
 
     Raises:
-        CollectionError: It is missing, or nothing that a run can carry.
+        CollectionError: It is missing, or cannot be written to a run file.
     """
     value = row.get("_id")
     if value is None or (isinstance(value, int) and not isinstance(value, bool)):
@@ -93,7 +93,7 @@ SMALL_CORPUS_BYTES = 64 * 2**20
 
 
 class Document(NamedTuple):
-    """A document's id in its corpus, the text that a model encodes, and its title where the source knows one."""
+    """A document: its id, the text that a model encodes, and its title if the source has one."""
 
     doc_id: str
     text: str
@@ -111,23 +111,23 @@ class Corpus(ABC):
 
     @abstractmethod
     def get(self, doc_ids: Iterable[str]) -> dict[str, Document]:
-        """The documents with these ids; ids that the corpus does not have are absent from the answer."""
+        """Fetch documents by id; unknown ids are left out."""
 
     @abstractmethod
     def fingerprint(self) -> str:
         """A short text that changes when the documents may have changed, without reading them all."""
 
     def expected_size(self) -> int | None:
-        """How many documents to expect, for progress bars; None where that is not known before they are read."""
+        """The number of documents, for progress bars; None if it is not known before they are read."""
         return None
 
     def draw(self, number: int, seed: int, fits: Callable[[Document], bool] = lambda document: True) -> list[Document]:
-        """Documents at random, each as likely as any other, in the order of the corpus.
+        """Draw documents uniformly at random, returned in corpus order.
 
         Args:
-            number: How many; all where there are no more. So many are held in memory.
+            number: How many to draw (at most all of them); so many are held in memory.
             seed: Of the draw.
-            fits: Which documents count.
+            fits: Whether a document may be drawn.
         """
         from tqdm.auto import tqdm  # the command line imports this module to print its help
 
@@ -144,7 +144,7 @@ class Corpus(ABC):
         return [document for _, document in sorted(drawn, key=lambda pair: pair[0])]
 
     def __deepcopy__(self, memo: object) -> Corpus:
-        # Nothing changes a corpus, and a model's card remembers its evaluator: a copy of a model would copy all texts.
+        # A corpus is never changed, and a model's card holds its evaluator: copying a model would copy all texts.
         return self
 
 

@@ -1,4 +1,4 @@
-"""Which kinds of collections there are: each recognises its own names."""
+"""The registry of collection sources; each recognises its own names."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Source(Protocol):
         """The splits with judgments."""
 
     def load(self, source: str, *, split: str | None, text_fields: Sequence[str] | None) -> Collection:
-        """Read the collection."""
+        """Load the collection."""
 
     def documents(self, source: str, *, text_fields: Sequence[str] | None) -> Corpus:
-        """The documents alone, of which no queries need be there."""
+        """Load the documents alone; there need not be any queries."""
 
     def known_names(self) -> list[str]:
         """Names to suggest when one is not known."""
@@ -38,15 +38,15 @@ SOURCES: list[Source] = []
 
 
 def register_source(source: Any) -> None:
-    """Let collections be loaded from ``source``, which has what :class:`Source` says; those before it come first."""
+    """Register an object with the methods of :class:`Source`. Sources are asked in the order of registration."""
     SOURCES.append(source)
 
 
 def find_source(source: str) -> Source:
-    """The kind of collection that ``source`` names.
+    """Find the source that recognises this name.
 
     Raises:
-        CollectionError: No kind knows it; the message gives the nearest known names.
+        CollectionError: No source recognises it; the message suggests the nearest known names.
     """
     for kind in SOURCES:
         if kind.recognises(source):
@@ -55,7 +55,7 @@ def find_source(source: str) -> Source:
 
 
 def open_corpus(source: str, *, text_fields: Sequence[str] | None = None) -> Corpus:
-    """The documents of a collection, which need have no queries or judgments.
+    """Open the documents of a collection, which may have no queries or judgments.
 
     Args:
         source: As for :meth:`st_clp.Collection.load`; a folder may hold ``corpus.jsonl`` alone.

@@ -1,4 +1,4 @@
-"""A Ray cluster as all stages use it: joining it, and workers that are replaced when they are lost."""
+"""Ray for all stages: joining a cluster, and workers that are replaced when they are lost."""
 
 from st_clp.distributed.cluster import address_of, connect, import_ray, keep
 from st_clp.distributed.workers import Failure, Workers, gpus_per_worker, has_room

@@ -27,9 +27,9 @@ def import_ray() -> Any:
 
 
 def connect(options: ClusterOptions) -> Any:
-    """Be part of the cluster that the options name, which this process stays until it ends; return ``ray``.
+    """Join the cluster that the options name, until this process ends; return the module ``ray``.
 
-    A process that is part of a cluster already stays in that one.
+    A process that has joined a cluster already stays in it.
 
     Raises:
         ModuleNotFoundError: Ray is not installed.
@@ -43,7 +43,7 @@ def connect(options: ClusterOptions) -> Any:
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if options.ray == LOCAL:
-            # What the user's shell names is another cluster.
+            # The environment variable of the user's shell may name another cluster.
             ray.init(address="local", include_dashboard=False, **quiet)
         else:
             _require_answer(str(options.ray))
@@ -60,7 +60,7 @@ def connect(options: ClusterOptions) -> Any:
 
 
 def keep(value: Any) -> Any:
-    """A reference to a value that is kept in the cluster's memory, or on its disk where that is full.
+    """Put a value into the cluster's memory (or onto its disk, if memory is full) and return a reference.
 
     Raises:
         OSError: The disk is full too.
@@ -76,12 +76,12 @@ def keep(value: Any) -> Any:
 
 
 def address_of(options: ClusterOptions) -> str:
-    """Where another process finds the cluster that these options name, which this one joins: ``host:port``."""
+    """Join the cluster that these options name, and return its address for other processes: ``host:port``."""
     return str(connect(options).get_runtime_context().gcs_address)
 
 
 def _require_answer(address: str) -> None:
-    """Find in some seconds that nothing is there, which Ray takes minutes for.
+    """Fail within seconds if nothing answers at the address; Ray itself would take minutes.
 
     Raises:
         OSError: Nothing answers at this ``host:port``.

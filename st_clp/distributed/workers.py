@@ -31,19 +31,18 @@ TRIES = 5  # workers that may be lost at one piece, before the piece itself coun
 
 
 class Workers:
-    """Processes that each make something once, such as a model on its device, and then call it with pieces of work.
+    """A pool of processes: each builds a callable once, such as a model on its device, and calls it on pieces of work.
 
     Use them as a context. As many are started as the cluster has room for, more when it grows, and not more than
     ``options.workers``.
 
     Args:
         options: Which cluster, and what each worker takes of it.
-        make: Makes what is called; runs in the worker, which is sent it.
-        arguments: Of ``make``. Each is kept in the cluster once, however many workers there are.
+        make: Builds the callable; it is sent to the worker and runs there.
+        arguments: The arguments of ``make``. Each is stored in the cluster once, however many workers there are.
 
     Attributes:
-        number: How many there are.
-        lost: How many were lost.
+        number: The number of workers. lost: The number of workers that were lost.
     """
 
     def __init__(self, options: ClusterOptions, make: Callable[..., Callable[..., Any]], *arguments: Any) -> None:
@@ -76,7 +75,7 @@ class Workers:
             pieces: The arguments of each call; taken when a worker is free.
 
         Raises:
-            Exception: What a call has raised, with the name of the node that it was on.
+            Exception: An error raised by a call; its message names the node.
             RuntimeError: Five workers were lost at the same piece, or could not be started.
         """
         work = _Queue(pieces)
@@ -139,7 +138,7 @@ class Workers:
             logger.warning("a worker is lost (%s); others go on with its work", kind)
 
     def _start(self) -> dict[Any, Any]:
-        """Start as many as there is room for by now; the reference that each is ready by, to the worker."""
+        """Start as many workers as there is room for; the reference that says when each is ready, to the worker."""
         if time.monotonic() - self._looked < LOOK_SECONDS and self._all:
             return {}
         self._looked = time.monotonic()
@@ -162,7 +161,7 @@ class Workers:
 
 
 def gpus_per_worker(options: ClusterOptions) -> float:
-    """How many GPUs each worker takes: what the options say, or else 1 where the cluster has any."""
+    """The number of GPUs of each worker: as the options say, otherwise 1 if the cluster has any."""
     if options.gpus_per_worker is not None:
         return options.gpus_per_worker
     return 1.0 if connect(options).cluster_resources().get("GPU", 0) >= 1 else 0.0
@@ -175,10 +174,10 @@ def has_room(options: ClusterOptions) -> bool:
 
 
 class _Queue:
-    """Pieces still to do: first those that a lost worker had.
+    """Pieces that are still to be done, first those of lost workers.
 
-    It may have been lost through any of them, so each is given to a worker that has nothing else in hand: where that
-    one is lost too, it is plain at what.
+    Any of its pieces may have killed a worker, so each is given to a worker that has no other piece: if that worker is
+        lost too, it is clear which piece did it.
     """
 
     def __init__(self, pieces: Iterator[Any]) -> None:
@@ -204,7 +203,7 @@ class _Queue:
         return piece, False
 
     def again(self, piece: Any) -> None:
-        """Have a piece done again that a lost worker had in hand.
+        """Put a lost worker's piece back into the queue.
 
         Raises:
             RuntimeError: Too many were lost that had it.
@@ -219,7 +218,7 @@ class _Queue:
 
 
 def _why_not_started(error: Exception) -> str:
-    """Ray's traceback of a worker that could not be made, as one sentence with its machine."""
+    """Ray's traceback of a worker that could not be started, as one sentence with the name of its machine."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
     machine = re.search(r"\bip=([^,\s)]+)", text)
     where = f"on the machine {machine[1]}" if machine else "on the cluster"
@@ -228,12 +227,12 @@ def _why_not_started(error: Exception) -> str:
 
 
 def _named(piece: tuple[Any, ...]) -> str:
-    """What tells a piece from others: its numbers and texts, not what it holds."""
+    """A readable name of a piece: its numbers and texts, without its large contents."""
     return ", ".join(str(part) for part in piece if isinstance(part, (int, str)))
 
 
 class Failure:
-    """An error that a call has raised, on its way to the driver."""
+    """An error raised by a call, as it is sent to the driver."""
 
     def __init__(self, error: Exception, node: str) -> None:
         self._kind: type[Exception] = type(error)
@@ -241,7 +240,7 @@ class Failure:
         self._text = f"on node {node}: {error}{hint}"
 
     def as_error(self) -> Exception:
-        """The error, of its kind where a text alone makes one."""
+        """The error, of its original type if that can be made from a message alone."""
         try:
             return self._kind(self._text)
         except TypeError:
@@ -256,7 +255,7 @@ def _is_of_absence(error: BaseException | None) -> bool:
 
 
 class _Worker:
-    """What runs on the cluster."""
+    """The Ray actor."""
 
     def __init__(self) -> None:
         self._made: Callable[..., Any] | None = None

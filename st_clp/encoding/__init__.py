@@ -1,4 +1,4 @@
-"""From texts to embeddings: encoding in a stream, and the store that keeps a corpus's embeddings."""
+"""Encoding texts as a stream, and stores of a corpus's embeddings."""
 
 from st_clp.encoding.encode import encode_documents, encode_queries
 from st_clp.encoding.store import EmbeddingStore

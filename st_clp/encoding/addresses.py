@@ -1,4 +1,4 @@
-"""Files at an address that fsspec knows (``s3://bucket/folder``, ``gs://…``), read and written whole.
+"""Read and write files at addresses that fsspec knows (``s3://bucket/folder``, ``gs://…``).
 
 Credentials come from the environment or the provider's own files, as its fsspec library reads them.
 """
@@ -21,7 +21,7 @@ _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
 def is_address(path: str | os.PathLike[str]) -> bool:
-    """Whether this is an address and not a folder of the machine's."""
+    """Whether a path is such an address and not a local folder."""
     return _ADDRESS.match(os.fspath(path)) is not None
 
 
@@ -35,8 +35,8 @@ class Place:
         address: Such as ``s3://bucket/embeddings/ko``.
 
     Raises:
-        ModuleNotFoundError: What knows such addresses is not installed.
-        ValueError: Nothing knows them.
+        ModuleNotFoundError: The package for such addresses is not installed.
+        ValueError: fsspec does not know such addresses.
     """
 
     def __init__(self, address: str) -> None:
@@ -57,7 +57,7 @@ class Place:
         return {name.removeprefix(self._root).lstrip("/"): about["size"] for name, about in found.items()}
 
     def read(self, names: Sequence[str]) -> dict[str, bytes]:
-        """The contents of these files; those that are not there are absent."""
+        """The contents of these files; missing files are left out."""
         if not names:
             return {}
         paths = {self._path(name): name for name in names}
@@ -77,12 +77,12 @@ class Place:
             return self._files.cat_ranges([self._path(name) for name in names], list(begins), list(ends))
 
     def write(self, name: str, content: bytes) -> None:
-        """Make a file of this content, in place of one that is there."""
+        """Write a file, replacing an existing one."""
         with self._said():
             self._files.pipe_file(self._path(name), content)
 
     def put(self, folder: Path, name: str) -> None:
-        """Copy a folder's files to a folder of this name: its manifest last, which says that the others are there."""
+        """Copy a folder's files to a folder of this name, the manifest last: it says that the others are there."""
         with self._said():
             self._files.makedirs(self._path(name), exist_ok=True)  # where there are folders
             for file in sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST):

@@ -1,4 +1,4 @@
-"""What keeps an accelerator busy: windows that are tokenised before it asks for them, and batches that fill it."""
+"""Keep an accelerator busy: tokenise windows ahead of time, and fill batches to the size that its memory allows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHARE = 70
 
 
 class TokenBudget:
-    """How many tokens a batch has, found by what the batches so far took of the device's memory."""
+    """The number of tokens in a batch, found from the memory that the batches so far have taken."""
 
     def __init__(self, device: torch.device) -> None:
         self.tokens = LEAST_TOKENS
@@ -32,32 +32,33 @@ class TokenBudget:
         self._learns = device.type == "cuda"
 
     def allocated(self) -> int:
-        """Bytes that are taken now."""
+        """Bytes allocated now."""
         return torch.cuda.memory_allocated(self._device) if self._learns else 0
 
     def learn(self, tokens: int, before: int) -> None:
-        """Take more tokens from now on if the memory allows it.
+        """Raise the budget if the memory allows it.
 
         Args:
-            tokens: Those of a batch that has been given to the device.
-            before: Bytes that were taken before it.
+            tokens: The tokens of a batch that was given to the device.
+            before: Bytes allocated before it.
         """
         if not self._learns or tokens < LEAST_TOKENS // 2 or self.tokens == MOST_TOKENS:
             return
-        # The peak may be of something earlier, and is too high then, never too low; no user's counter is reset.
+        # The peak may be from something earlier, so this may overestimate but never underestimate; the user's counter
+        # is not reset.
         taken = torch.cuda.max_memory_allocated(self._device) - before
         unused = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
         free = torch.cuda.mem_get_info(self._device)[0] + unused
         self.tokens = max(self.tokens, tokens_that_fit(free, taken, tokens))
 
     def shrink(self, tokens: int) -> None:
-        """After a batch of so many tokens was too much: half of them, and no more from now on."""
+        """Halve the budget after a batch of so many tokens ran out of memory, and stop raising it."""
         self.tokens = max(1, tokens // 2)
         self._learns = False
 
 
 def tokens_that_fit(free: int, taken: int, tokens: int) -> int:
-    """Tokens for which a share of the ``free`` bytes suffices, where ``tokens`` took so many bytes; within bounds."""
+    """The tokens that fit into a share of the ``free`` bytes, if ``tokens`` took ``taken`` bytes; within bounds."""
     fitting = SHARE * free * tokens // (100 * max(1, taken))
     return min(MOST_TOKENS, max(LEAST_TOKENS, fitting))
 
@@ -67,14 +68,14 @@ def tokenised_ahead(
     token_lists: Callable[[list[str]], TokenLists | None],
     preprocess: Callable[[list[str]], Features],
 ) -> Iterator[Window | ListWindow | None]:
-    """Tokenise windows on all cores while those before them are in the model; None for an empty one.
+    """Tokenise windows on all cores while earlier ones are in the model; yields None for an empty window.
 
     Args:
         windows: Their texts.
-        token_lists: Gives what tokenises into lists, if the model's features allow it; asked once, with some texts.
-        preprocess: The model's own way, otherwise.
+        token_lists: Returns a tokeniser into lists if the model's features allow it; called once, with some texts.
+        preprocess: The model's own preprocessing, used otherwise.
 
-    An error in reading the texts comes after the windows that were read before it.
+    An error in reading the texts is raised after the windows that were read before it.
     """
     waiting: deque[Future[Window | ListWindow | None]] = deque()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -100,7 +101,7 @@ def tokenised_ahead(
                 try:
                     texts = next(windows, None)
                 except Exception as error:
-                    # What was read before is encoded first: an error in the texts must not cost a window.
+                    # Encode what was read before: an error in the texts must not cost a window.
                     failed: Future[Window | ListWindow | None] = Future()
                     failed.set_exception(error)
                     waiting.append(failed)

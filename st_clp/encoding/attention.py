@@ -1,8 +1,8 @@
-"""How an encoder of one's own attends: by another function, and told whether a batch has padding rather than looking.
+"""Change the attention of our copy of an encoder: another function, and a flag that tells whether a batch has padding.
 
-transformers looks at the mask on the device, for which the host has to wait until the device has done everything before
-it; whoever has put the batch together knows. Without padding there is no mask at all, and attention runs in its fastest
-kernel; with padding the mask is a row of keys for each text and not a square.
+transformers inspects the mask on the device, so the host has to wait for all work queued before it; the code that built
+the batch knows the answer. Without padding there is no mask, so attention runs in its fastest kernel; with padding the
+mask has one row of keys for each text instead of a square.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _state = threading.local()
 
 @contextmanager
 def known_padding(padded: bool) -> Iterator[None]:
-    """Say for a while whether this thread's batches have any padding."""
+    """Declare whether this thread's batches have padding, within the context."""
     before = getattr(_state, "padded", True)
     _state.padded = padded
     try:
@@ -36,13 +36,13 @@ def known_padding(padded: bool) -> Iterator[None]:
 def attend_by(
     model: PreTrainedModel, name: str, attend: Callable[..., Any], make_mask: Callable[..., Tensor | None]
 ) -> bool:
-    """Let a model that attends by PyTorch's own function attend by another one; whether it does.
+    """Replace the attention function of a model that uses PyTorch's own; returns whether it was replaced.
 
     Args:
-        model: A transformers model of one's own.
-        name: What to call it in transformers' registry.
-        attend: The attention, as transformers calls it.
-        make_mask: What makes the mask for it.
+        model: A transformers model; it is changed.
+        name: The name in transformers' registry.
+        attend: The attention function, with the signature that transformers expects.
+        make_mask: Makes the mask for it.
     """
     if getattr(model.config, "_attn_implementation", None) != REPLACED:
         return False
@@ -56,12 +56,12 @@ def attend_by(
 
 
 def use_known_padding(model: PreTrainedModel) -> bool:
-    """Let a model that attends by PyTorch's own function go by :func:`known_padding`; whether it does."""
+    """Let a model that uses PyTorch's attention go by :func:`known_padding`; returns whether it does."""
     return attend_by(model, NAME, sdpa_attention_forward, make_mask)
 
 
 def make_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """The mask as transformers asks for it: boolean, True where to attend; None where everything may be attended to."""
+    """The mask for transformers: boolean, True where to attend; None to attend everywhere."""
     padding, function = kwargs.get("attention_mask"), kwargs.get("mask_function")
     if function is bidirectional_mask_function and padding is not None and padding.ndim == 2:
         return padding.bool()[:, None, None, :] if getattr(_state, "padded", True) else None

@@ -1,4 +1,4 @@
-"""Tokenised texts, longest first, and batches of them that are filled by tokens."""
+"""Tokenised texts sorted by length, and batches filled by number of tokens."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ class Batch:
     """Texts for one forward pass.
 
     Args:
-        rows: Their places in the window.
-        features: The model's.
-        tokens: Their number of tokens, padding included.
+        rows: Their positions in the window.
+        features: The model's inputs. tokens: Their number of tokens, padding included.
         padded: Whether there is any padding.
     """
 
@@ -36,7 +35,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class _Part:
-    """Some of a window's texts as the tokenizer gave them, longest first."""
+    """Some of a window's tokenised texts, longest first."""
 
     rows: np.ndarray
     lengths: np.ndarray
@@ -55,15 +54,15 @@ class Window:
 
     @property
     def lengths(self) -> np.ndarray:
-        """(texts,): how many tokens each has, padding aside; in no order that means anything."""
+        """(texts,): the tokens of each text without padding, in arbitrary order."""
         return np.concatenate([part.lengths for part in self._parts])
 
     def batch(self, position: int, tokens: int, batch_size: int | None) -> Batch:
-        """The batch that begins at this place in the order by length.
+        """The batch that begins at this position in the order by length.
 
         Args:
-            position: How many texts went before.
-            tokens: As many texts as come to so many tokens are taken, padding included, and at least one.
+            position: How many texts precede it.
+            tokens: The batch takes as many texts as fit into so many tokens, padding included, and at least one.
             batch_size: No more texts than this; None for any number.
         """
         index = int(np.searchsorted(self._ends, position, side="right"))
@@ -93,7 +92,7 @@ def tokenise(preprocess: Callable[[list[str]], Features], texts: list[str]) -> W
 
 
 def _take(features: Features, rows: Any) -> Features:
-    """The features of some of the texts; what is not a row for each text stays as it is."""
+    """The features of some of the texts; values that are not one row a text are kept."""
     number = len(features["attention_mask"])
     return {
         name: value[rows] if isinstance(value, torch.Tensor) and value.ndim and len(value) == number else value
@@ -102,7 +101,7 @@ def _take(features: Features, rows: Any) -> Features:
 
 
 def _trim(features: Features, width: int) -> Features:
-    """Without columns that are padding in every row, on whichever side the tokenizer pads."""
+    """Remove columns that are padding in every row, on whichever side the tokenizer pads."""
     mask = features["attention_mask"]
     left = not bool(mask[:, 0].all())
     columns = slice(mask.shape[1] - width, None) if left else slice(0, width)

@@ -1,4 +1,4 @@
-"""Making an embedding store: going on where it was stopped, and encoding no text a second time."""
+"""Build an embedding store: resume where it was stopped, and never encode a text twice."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ from st_clp.options import ComputeDtype, Encoding
 logger = logging.getLogger(__name__)
 
 LARGEST = {"float16": 65_504.0, "float32": float(np.finfo(np.float32).max)}
-# What the names of the folders beside a store end in: the one that is being built, the one that it is to replace, and
-# what was begun of another collection before it.
+# Suffixes of the folders beside a store: the one being built, the one to be replaced, and an unfinished one of another
+# collection.
 UNFINISHED, REPLACED, BEGUN = ".partial", ".replaced", ".begun"
-# And the one that workers of a cluster write parts of the store to, each itself a small store.
+# The folder that workers of a cluster write parts to, each itself a small store.
 PARTS = UNFINISHED + ".parts"
 LOCK_NAME = "lock-"  # what the names of files begin with that keep a second worker from a part
 
@@ -55,7 +55,7 @@ class Builder:
     """Encodes a corpus into memory or a folder; the arguments are those of ``EmbeddingStore.build``.
 
     Attributes:
-        computed_in: What ``dtype`` comes to for this model on its device.
+        computed_in: What ``dtype`` resolves to for this model on its device.
     """
 
     def __init__(
@@ -108,17 +108,17 @@ class Builder:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with _alone(folder):
-                # The process that held the lock until now may have made this very store.
+                # The process that held the lock may have built this very store.
                 if not _is_whole(folder, manifest):
                     self._make(folder, manifest)
         except OSError as error:
             if error.filename is not None or error.errno is None:
                 raise
-            # A write that fails does not say where.
+            # A failed write does not say which file.
             raise OSError(error.errno, error.strerror, str(folder)) from error
 
     def _seal_if_need_be(self, folder: Path) -> None:
-        """Bring a whole store of version 0.1.0 into today's format, where it may be written to."""
+        """Convert a finished store of version 0.1.0 into the present format, if it is writable."""
         found = usable_manifest(folder)
         if found is None or found["format"] == FORMAT:
             return
@@ -131,12 +131,12 @@ class Builder:
         beside, replaced, begun = _beside(folder), *(_named(folder, ending) for ending in (REPLACED, BEGUN))
         found = usable_manifest(beside)
         if found is not None and not _agree(found, manifest):
-            # The beginning of another store. The texts that they share need not be encoded again.
+            # An unfinished store of something else: texts that both have need not be encoded again.
             remove_files(begun)
             beside.rename(begun)
         known = self._known([folder, replaced, begun, *parts_of(folder)], manifest)
         self._finish(beside, manifest, known)
-        # Written beside and renamed: a folder of this name is always a whole store.
+        # It was written beside and is renamed: a folder of this name is always a finished store.
         remove_files(replaced)
         if folder.exists():
             folder.rename(replaced)
@@ -146,7 +146,7 @@ class Builder:
         _remove_parts(folder)
 
     def _known(self, folders: list[Path], manifest: dict[str, Any]) -> KnownEmbeddings | None:
-        """What of these folders can be used again."""
+        """The embeddings in these folders that can be used again."""
         of_use = []
         for folder in folders:
             found = usable_manifest(folder)
@@ -174,11 +174,11 @@ class Builder:
 
     @property
     def stored_bytes(self) -> int:
-        """What an embedding takes on disk, with its key, its id and their line."""
+        """Bytes of an embedding on disk, with its key and id."""
         return self.dim * np.dtype(self._stored_as).itemsize + KEY_BYTES + 24
 
     def already_encoded(self, place: str | Path) -> int:
-        """How many of the texts in this folder, finished or not, would not be encoded again; checksums aside."""
+        """How many texts in this folder, finished or not, need not be encoded again; checksums are not verified."""
         folder, manifest = Path(place), self._manifest()
 
         def rows_in(place: Path) -> int:
@@ -187,12 +187,12 @@ class Builder:
                 return 0
             return sum(shard.rows for shard in read_shards(place))
 
-        # Parts are of what is not in the unfinished store yet.
+        # Parts hold documents that are not in the unfinished store yet.
         unfinished = rows_in(_beside(folder)) + sum(map(rows_in, parts_of(folder)))
         return max(rows_in(folder), unfinished, rows_in(_named(folder, BEGUN)))
 
     def _finish(self, folder: Path, manifest: dict[str, Any], known: KnownEmbeddings | None) -> None:
-        """Encode what is not in ``folder`` yet, which may hold the beginning of this store."""
+        """Encode what is missing in ``folder``, which may hold the beginning of this store."""
         files = self._begin(folder, manifest)
         with self._progress() as progress:
             self._fill(files, iter(self._corpus), known, progress)
@@ -200,7 +200,7 @@ class Builder:
             raise self._empty()
 
     def _begin(self, folder: Path, manifest: dict[str, Any]) -> ShardFiles:
-        """The files in ``folder``, which are made where there are none."""
+        """Open the files in ``folder``, or make them."""
         begun = usable_manifest(folder)
         if begun is None:
             remove_files(folder)
@@ -212,7 +212,7 @@ class Builder:
     def _fill(
         self, files: ShardFiles, stream: Iterator[Document], known: KnownEmbeddings | None, progress: Any = None
     ) -> None:
-        """Encode what is not in the files yet of the documents that they are to hold."""
+        """Encode those of the documents that are not in the files yet."""
         first = self._skip_finished(files, stream, progress)
         for shard, embeddings in self._encode(itertools.chain(first, stream), known):
             files.add([d.doc_id for d in shard], [text_key(d.text) for d in shard], embeddings)
@@ -220,7 +220,7 @@ class Builder:
                 progress.update(len(shard))
 
     def _conclude(self, folder: Path, manifest: dict[str, Any]) -> int:
-        """Note that all documents are in ``folder``, and how many there are; without any nothing is left of it."""
+        """Record that ``folder`` is complete, and how many documents it has; an empty one is removed."""
         total = sum(shard.rows for shard in read_shards(folder))
         if total:
             write_manifest(folder, {**manifest, "documents": total})
@@ -229,10 +229,10 @@ class Builder:
         return total
 
     def _skip_finished(self, files: ShardFiles, stream: Iterator[Document], progress: Any) -> list[Document]:
-        """Pass over the documents whose shards are there and right; what was read further comes back."""
+        """Skip the documents of valid shards; return those that were read beyond them."""
         kept, read_further = 0, []
         for shard, ids, keys, _, right in files.read():
-            # Shards are windows, but for the last: a short one in the middle would shift the others.
+            # Shards are whole windows, except the last: a short one in the middle would shift the others.
             if not right or shard.rows != self._window:
                 break
             documents = list(itertools.islice(stream, shard.rows))
@@ -248,10 +248,10 @@ class Builder:
     def _encode(
         self, documents: Iterator[Document], known: KnownEmbeddings | None = None
     ) -> Iterator[tuple[list[Document], np.ndarray]]:
-        """Yield (a window's documents, their embeddings), encoding only texts that are not known.
+        """Yield (a window's documents, their embeddings), encoding only texts without known embeddings.
 
         Args:
-            documents: What is left of the corpus.
+            documents: The rest of the corpus.
             known: Embeddings to use again.
         """
         waiting: deque[tuple[list[Document], np.ndarray]] = deque()
@@ -329,7 +329,7 @@ class Builder:
 
 
 def parts_of(folder: Path) -> list[Path]:
-    """Parts that workers of a cluster have written and that are not in the store yet, in the corpus's order."""
+    """Parts written by workers of a cluster that are not in the store yet, in corpus order."""
     return sorted(_named(folder, PARTS).glob("part-*"))
 
 
@@ -355,7 +355,7 @@ def _agree(found: dict[str, Any], manifest: dict[str, Any]) -> bool:
 
 
 def _is_whole(folder: Path, manifest: dict[str, Any]) -> bool:
-    """Whether this is the finished store of this manifest, and every byte of it right."""
+    """Whether this is the finished store of this manifest, with correct checksums."""
     found = usable_manifest(folder)
     if found is None or "documents" not in found or not _agree(found, manifest):
         return False
@@ -363,7 +363,7 @@ def _is_whole(folder: Path, manifest: dict[str, Any]) -> bool:
 
 
 def _require_own(folder: Path) -> None:
-    """Refuse a folder with other files, which the store would replace."""
+    """Refuse a folder with other files in it, which the store would replace."""
     for place in (folder, _beside(folder)):
         if foreign := foreign_files(place):
             raise ValueError(
@@ -374,7 +374,7 @@ def _require_own(folder: Path) -> None:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Wait until no other process is making this folder's store. A killed process releases the lock."""
+    """Wait until no other process is building this store. A killed process releases the lock."""
     lock = FileLock(_named(folder, LOCK))
     try:
         lock.acquire(timeout=0)

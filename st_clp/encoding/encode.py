@@ -1,10 +1,10 @@
-"""Texts to embeddings in a stream: the embeddings of ``model.encode_query`` and ``encode_document``, sooner.
+"""Encode texts as a stream: the embeddings of ``model.encode_query`` and ``encode_document``, faster.
 
-A transformer's time is spent on tokens, padding included, so texts are sorted by length within a window and batches
-are filled by tokens. The next windows are tokenised while an accelerator has this one, and its batches are as large as
-its memory allows. Where the hardware multiplies
-bfloat16 the transformer runs in it, and what comes after it (pooling, dense layers) in float32: a mean over hundreds of
-tokens in bfloat16 costs more accuracy than the transformer does.
+A transformer's time is spent on tokens, padding included, so texts are sorted by length within a window and batches are
+filled by number of tokens. On an accelerator the next windows are tokenised while this one is in the model, and batches
+are as large as memory allows. Where the hardware multiplies bfloat16, the transformer runs in it, and the later modules
+(pooling, dense layers) in float32: a mean over hundreds of tokens in bfloat16 costs more accuracy than the transformer
+does.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from st_clp.options import Encoding, EncodingOptions
 
 logger = logging.getLogger(__name__)
 
-# Texts that are sorted by length together. A processor's batches are small, and a store's shards are windows: what a
-# killed run loses is at most one. An accelerator's batches are larger.
+# Texts that are sorted by length together. A store's shards are windows, and a killed run loses at most one. A CPU's
+# batches are small, an accelerator's larger.
 CPU_WINDOW, ACCELERATOR_WINDOW = 512, 8192
 CPU_TOKENS = 2048
 CPU_BLOCK = 12 << 20  # bytes of a batch's widest states: several of them have to fit into what stays when it is freed
@@ -49,8 +49,7 @@ def encode_queries(model: SentenceTransformer, texts: Sequence[str], *, encoding
         float32 embeddings, (number of texts, dim), in the order of the texts.
 
     Raises:
-        TypeError: Something among the texts is no text.
-        ValueError: An option is not known or out of range.
+        TypeError: A text is not a string. ValueError: An option is not known or out of range.
     """
     _require_several(texts)
     if not len(texts):
@@ -66,7 +65,7 @@ def encode_documents(
 
     Args:
         model: Any SentenceTransformer.
-        texts: The documents' texts; read as they are needed.
+        texts: The documents' texts; read as needed.
         window: Texts that are read and sorted by length together. None: 512 on a processor, 8,192 otherwise.
         encoding
 
@@ -76,7 +75,7 @@ def encode_documents(
         float32 embeddings, (at most ``window``, dim), in the order of the texts.
 
     Raises:
-        TypeError: Something among the texts is no text; the windows before it come first.
+        TypeError: A text is not a string; raised after the windows before it.
         ValueError: An option is not known or out of range.
     """
     return encode(model, texts, "document", window=window, encoding=encoding)
@@ -90,7 +89,7 @@ def encode(
     window: int | None = None,
     encoding: EncodingOptions,
 ) -> Iterator[np.ndarray]:
-    """As :func:`encode_documents`, for the texts of either task."""
+    """As :func:`encode_documents`, for either task."""
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
     _require_several(texts)
@@ -99,15 +98,15 @@ def encode(
 
 
 def window_size(model: SentenceTransformer) -> int:
-    """Texts that are sorted by length together, by default, on the model's device."""
+    """The default number of texts that are sorted by length together, on the model's device."""
     return CPU_WINDOW if model.device.type == "cpu" else ACCELERATOR_WINDOW
 
 
 def reads_ahead(device: torch.device) -> bool:
-    """Whether to tokenise a window while the one before it is in the model.
+    """Whether to tokenise a window while the previous one is in the model.
 
-    Not on a processor: the model has all of its cores, and where a tokenizer takes one of them, the others wait for it
-    at the end of every operation.
+    Not on a CPU: the model uses all cores, and if a tokenizer takes one of them, the others wait for it at the end of
+        every operation.
     """
     return device.type != "cpu"
 
@@ -128,7 +127,7 @@ def _windows(texts: Iterator[str], size: int) -> Iterator[list[str]]:
 
 
 class Encoder:
-    """Encodes windows of texts, one after the other.
+    """Encodes one window of texts after the other.
 
     Args:
         model, task: As in :func:`encode_documents`.
@@ -162,7 +161,7 @@ class Encoder:
 
     @torch.inference_mode()
     def _run(self, window: Window | ListWindow | None) -> np.ndarray:
-        """The embeddings of a window's texts, in their order; batches shrink when memory runs out."""
+        """Encode a window's texts; batches shrink when memory runs out."""
         if window is None:
             return self._nothing()
         embeddings = np.empty((len(window), self._dim), dtype=np.float32)
@@ -178,7 +177,7 @@ class Encoder:
                     raise
                 embedded = None
             if embedded is None:
-                # Not within the except clause, where the error's frames still hold what the batch had taken.
+                # Not within the except clause: there the error's frames still hold the batch's memory.
                 self._budget.shrink(batch.tokens)
                 logger.warning("out of memory: going on with batches of %d tokens", self._budget.tokens)
                 self._working.free_memory()
@@ -194,7 +193,7 @@ class Encoder:
         return embeddings
 
     def _run_whole(self, texts: list[str]) -> np.ndarray:
-        """The same by the model's own encode."""
+        """Encode a window's texts by the model's own method."""
         while True:
             try:
                 return self._working.encode_whole(texts, self._whole_batch)
@@ -217,7 +216,7 @@ WARM_UP = 16
 
 
 def sample_of(texts: Iterable[str], seed: int) -> tuple[list[str], int]:
-    """(up to 512 of the texts, each as likely as any other; how many there are), in one pass."""
+    """(a uniform random sample of up to 512 texts, the number of all texts), in one pass."""
     generator = random.Random(seed)
     stream = iter(texts)
     sample = list(itertools.islice(stream, SAMPLE))
@@ -232,7 +231,7 @@ def sample_of(texts: Iterable[str], seed: int) -> tuple[list[str], int]:
 
 
 def token_counts(model: SentenceTransformer, texts: Sequence[str], task: Task) -> np.ndarray:
-    """(texts,): tokens after cutting to the model's length, in no order; words, of a model that has no tokens."""
+    """(texts,): tokens after truncation, in arbitrary order; words if the model has no tokens."""
     working = WorkingModel(model, task, "model")
     if not working.by_tokens:
         return np.array([len(text.split()) for text in texts])
@@ -242,13 +241,13 @@ def token_counts(model: SentenceTransformer, texts: Sequence[str], task: Task) -
 def tokens_a_second(
     model: SentenceTransformer, texts: Sequence[str], encoding: Encoding, *, seconds: float = 10.0
 ) -> float:
-    """The rate at which the model encodes documents like these.
+    """Measure how many tokens a second the model encodes.
 
     Args:
         model: The model.
-        texts: A sample of them, in any order.
+        texts: A sample of documents, in any order.
         encoding: How to encode them.
-        seconds: How long the trial may take, about; a warm-up comes on top.
+        seconds: About how long the measurement may take, without its warm-up.
     """
 
     def taken(chosen: Sequence[str]) -> float:

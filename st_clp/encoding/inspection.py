@@ -1,4 +1,4 @@
-"""Looking at the embedding stores on a disk: what there is, whether it is whole, and removing it."""
+"""List, verify and remove embedding stores on disk."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class StoreInfo:
 
     Attributes:
         path: The folder.
-        manifest: What its embeddings are of; None where that cannot be read.
+        manifest: Its manifest; None if it cannot be read.
         documents: How many texts it holds.
         finished: Whether all of the corpus is in it.
-        bytes_on_disk: What the folder takes.
+        bytes_on_disk: The size of the folder.
     """
 
     path: Path
@@ -41,15 +41,15 @@ class StoreInfo:
 
 @dataclass(frozen=True)
 class Verification:
-    """What a look at every byte of a store found.
+    """The result of verifying a store.
 
     Attributes:
         path: The folder.
         documents: How many texts are recorded.
-        damaged: Of each shard that does not match its checksum, the first row and the number of rows.
+        damaged: The first row and number of rows of each shard with a wrong checksum.
         missing: How many texts the manifest names that no shard holds.
         unnamed: How many texts the shards hold beside those that the manifest names.
-        wrong: What cannot be read of the manifest; empty where it can.
+        wrong: Why the manifest cannot be read; empty if it can.
     """
 
     path: Path
@@ -61,12 +61,12 @@ class Verification:
 
     @property
     def whole(self) -> bool:
-        """Whether everything is there and right."""
+        """Whether the store is complete and correct."""
         return not (self.damaged or self.missing or self.unnamed or self.wrong)
 
 
 def find_stores(root: str | os.PathLike[str]) -> Iterator[StoreInfo]:
-    """Yield the stores in a folder and below it, finished or not, by path."""
+    """Yield all stores below a folder, finished or not, sorted by path."""
     for folder in sorted(path.parent for path in Path(root).rglob(MANIFEST)):
         manifest: dict[str, Any] | None = None
         try:
@@ -81,7 +81,7 @@ def find_stores(root: str | os.PathLike[str]) -> Iterator[StoreInfo]:
 
 
 def verify(folder: str | os.PathLike[str]) -> Verification:
-    """Compare every shard of a store with its checksum. Building the store again mends what is damaged.
+    """Compare every shard of a store with its checksum. Building the store again repairs damaged shards.
 
     Raises:
         FileNotFoundError: There is no store in the folder.
@@ -104,10 +104,10 @@ def verify(folder: str | os.PathLike[str]) -> Verification:
 
 
 def remove(folder: str | os.PathLike[str]) -> int:
-    """Remove a store, but nothing else that lies in its folder; how many bytes that gives back.
+    """Remove a store, but no other files in its folder; return the number of bytes freed.
 
     Raises:
-        FileNotFoundError: There is no store in the folder, so nothing is removed.
+        FileNotFoundError: There is no store in the folder; nothing is removed.
     """
     path = Path(folder)
     if path not in [info.path for info in find_stores(path)]:

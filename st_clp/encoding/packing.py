@@ -1,9 +1,9 @@
-"""Faster layers for bfloat16 on a processor: packed weights, and attention by batched products.
+"""Faster bfloat16 layers on a CPU: packed weights, and attention by batched matrix products.
 
 Attention is two batched matrix products and powers of two between them. PyTorch's fused kernel, with AVX512-BF16, runs
 its products far below the rate of the hardware; as batched products the same attention takes from half to two thirds of
-the time. What the fused kernel saves, the memory of the score matrix, a few heads at a time save too. With AMX the
-fused kernel has its own code path, which is left alone.
+the time. Computing a few heads at a time keeps the score matrix small, as the fused kernel does. With AMX the fused
+kernel has its own code path, which is left alone.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class PackedLinear(nn.Linear):
 
 
 def pack_linear_layers(encoder: nn.Module) -> int:
-    """Pack the linear layers of an encoder of one's own, for inference on a processor; return how many.
+    """Pack the linear layers of an encoder for inference on a CPU; return how many. The encoder is changed.
 
-    Only plain ``nn.Linear`` layers are, and none inside a module that says ``multiplies_by_weights``: it would not
-    call them. Where PyTorch has no such product, the encoder stays as it is.
+    Only plain ``nn.Linear`` layers are packed, and none inside a module that sets ``multiplies_by_weights``, which
+    would not call them. Where PyTorch lacks the operation, the encoder stays as it is.
     """
     layers = list(dict.fromkeys(_linear_layers(encoder)))  # an encoder may use one layer in several places
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
@@ -74,16 +74,16 @@ SCORES = 1 << 22  # of the score matrix that are computed together: 8 MiB, with 
 
 
 def use_batched_products(model: PreTrainedModel) -> bool:
-    """Let a model attend by batched products, if it is one whose attention can be chosen; whether it does."""
+    """Let a model use batched products for attention, if its attention can be replaced; returns whether it does."""
     return attend_by(model, NAME, attend, make_mask)
 
 
 def make_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """The mask as transformers asks for it: boolean, True where to attend; None where everything may be attended to."""
+    """The mask for transformers: boolean, True where to attend; None to attend everywhere."""
     padding, function = kwargs.get("attention_mask"), kwargs.get("mask_function")
     if function is bidirectional_mask_function and padding is not None and padding.ndim == 2:
         padding = padding.bool()
-        # Which keys are padding is the same for every query, so a row will do where others make a square.
+        # The padded keys are the same for every query, so one row is enough.
         if bool(padding.all()):
             return None
         return padding[:, None, None, :]
@@ -100,7 +100,7 @@ def attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention as transformers calls it.
+    """Attention with the signature that transformers expects.
 
     Args:
         module: The attention layer.
@@ -127,7 +127,7 @@ def attend(
 
 
 def attend_in_parts(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """Some heads at a time, of one text or of several, so that long texts take no memory for all their scores."""
+    """Compute some heads at a time, of one text or several, so that long texts do not need memory for all scores."""
     batch, heads, queries, width = query.shape
     keys = key.shape[2]
     found = query.new_empty(batch * heads, queries, width)
@@ -151,11 +151,10 @@ def _scores(bias: Tensor | None, query: Tensor, key: Tensor, scaling: float) -> 
 
 
 def _by_powers(bias: Tensor | None, query: Tensor, key: Tensor, value: Tensor, scaling: float, into: Tensor) -> bool:
-    """Attend without taking the greatest score off, and by powers of two; whether the numbers allowed it.
+    """Attention without subtracting the maximum, and by powers of two; returns whether the numbers allowed it.
 
-    PyTorch's softmax of bfloat16 takes as long as both products. A power of every score, the sum of a row and a
-    division after the second product take half of that. Where a row's powers are too great or too small for bfloat16,
-    softmax has to do it.
+    PyTorch's softmax of bfloat16 takes as long as both products; powers, row sums and a division after the second
+    product take half of that. Where a row's powers are too large or too small for bfloat16, softmax is needed.
     """
     powers = _scores(bias, query, key, scaling * LOG2_E).exp2_()
     sums = powers.sum(dim=-1, keepdim=True)
@@ -168,5 +167,5 @@ def _by_powers(bias: Tensor | None, query: Tensor, key: Tensor, value: Tensor, s
 
 
 def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to the scores, of the mask's shape: nothing, or the least number where masked."""
+    """What is added to the scores, of the mask's shape: 0, or the lowest number where masked."""
     return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)

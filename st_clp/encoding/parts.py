@@ -1,6 +1,6 @@
-"""Parts of a corpus's embeddings: each a small store, which any process that can read the documents can write.
+"""Parts of a corpus's embeddings. Each is a small store that any process with access to the documents can write.
 
-Parts are what the workers of a cluster make, and what a store at an address consists of.
+The workers of a cluster write parts, and a store at an address consists of them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PART_DOCUMENTS = 4096  # of a part, about: some minutes of a processor's work, s
 
 
 def part_size(window: int) -> int:
-    """Documents of a part: whole windows."""
+    """The number of documents in a part: whole windows."""
     return max(1, PART_DOCUMENTS // window) * window
 
 
@@ -41,12 +41,11 @@ class PartEncoder(Builder):
         model: The model.
         corpus: The corpus, which is read here.
         task, encoding: As in :class:`Builder`.
-        manifest: Of the store that the parts are of.
-        known: Folders with embeddings that need not be computed again.
-        progress: A bar to move by each document.
+        manifest: Of the whole store. known: Folders with embeddings that can be used again. progress: A bar to advance
+            by each document.
 
     Raises:
-        ValueError: This machine would compute in another precision than the manifest says.
+        ValueError: This machine would compute in another precision than the manifest's.
     """
 
     def __init__(
@@ -71,19 +70,19 @@ class PartEncoder(Builder):
         self._at: int | None = None
 
     def __call__(self, begin: int, number: int, folder: str) -> int:
-        """Encode ``number`` documents from the ``begin``-th on; how many there were, fewer at the corpus's end."""
+        """Encode ``number`` documents from the ``begin``-th on; return how many there were (fewer at the end)."""
         if is_address(folder):
             with tempfile.TemporaryDirectory() as scratch:
                 written = self(begin, number, scratch)
                 if written:
                     Place(folder).put(part_path(Path(scratch), begin), part_name(begin, self._whole))
                 return written
-        # A worker taken for lost may still be alive, and two that append to the same files would spoil them.
+        # A worker that was given up may still be alive, and two that append to the same files would corrupt them.
         with FileLock(Path(folder, f"{LOCK_NAME}{begin:012d}")):
             return self._write(begin, number, part_path(Path(folder), begin))
 
     def _write(self, begin: int, number: int, path: Path) -> int:
-        """Make the part's folder whole; how many documents it has."""
+        """Complete the part's folder; return how many documents it has."""
         manifest = {**self._whole, "part": [begin, number]}
         found = usable_manifest(path)
         if found is not None and {name: found.get(name) for name in manifest} != manifest:
@@ -94,7 +93,7 @@ class PartEncoder(Builder):
         return self._conclude(path, manifest)
 
     def _stretch(self, begin: int, number: int) -> Iterator[Document]:
-        """The documents from ``begin`` on; parts come in order, so the corpus is mostly read on from where it was."""
+        """The documents from ``begin`` on. Parts come in order, so reading mostly continues where it was."""
         if self._at is None or begin < self._at:
             self._stream, self._at = iter(self._corpus), 0
         for _ in itertools.islice(self._stream, begin - self._at):
@@ -108,7 +107,7 @@ Piece = tuple[int, int, str]  # the first document, how many documents, and wher
 
 
 def pieces(begin: int, size: int, place: str, end: list[bool]) -> Iterator[Piece]:
-    """The parts from document ``begin`` on, until ``end`` holds True: the writer of a part notices the corpus's end."""
+    """The parts from document ``begin`` on, until ``end`` holds True: a part has met the corpus's end."""
     while not end[0]:
         number = size - begin % size
         yield begin, number, place
@@ -126,7 +125,7 @@ def write_parts(
     known: Sequence[str],
     progress: tqdm,
 ) -> Iterator[tuple[Piece, int]]:
-    """Have parts written, here or on the cluster that the encoding names; yield (part, its documents) as they are.
+    """Write parts, here or on a cluster; yield (part, its number of documents) as each is finished.
 
     Args:
         model, corpus, task, encoding: As in :class:`Builder`.
@@ -149,7 +148,7 @@ def write_parts(
 
 
 def _in_worker(threads: int, model: SentenceTransformer, *rest: Any) -> PartEncoder:
-    """The model came on the processor; it goes to the worker's GPU, if it has one."""
+    """Move the model, which was sent on the CPU, to the worker's GPU if it has one."""
     if torch.cuda.is_available():
         model = model.to("cuda")
     else:
@@ -158,18 +157,18 @@ def _in_worker(threads: int, model: SentenceTransformer, *rest: Any) -> PartEnco
 
 
 def part_name(begin: int, manifest: dict[str, Any]) -> str:
-    """The name at an address of the part that begins with this document, of a store with this manifest."""
+    """The name of a part at an address, from its first document and the store's manifest."""
     content = json.dumps(manifest, sort_keys=True).encode()
     return f"part-{hashlib.blake2b(content, digest_size=6).hexdigest()}-{begin:012d}"
 
 
 def part_path(folder: Path, begin: int) -> Path:
-    """The folder of the part that begins with this document."""
+    """The folder of a part, from its first document."""
     return folder / f"part-{begin:012d}"
 
 
 def _sendable(model: SentenceTransformer) -> SentenceTransformer:
-    """A model as it is sent to a worker: a copy on the processor, without the data that its card remembers."""
+    """A copy of the model on the CPU, without the data in its card, to be sent to a worker."""
     copied = copy_modules(model).cpu()
     copied.model_card_data = type(model.model_card_data)()
     return copied

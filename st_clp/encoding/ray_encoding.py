@@ -1,4 +1,4 @@
-"""Encoding a corpus on a Ray cluster: the same shards as in one process, written by the workers.
+"""Encode a corpus on a Ray cluster: the workers write the same shards as one process would.
 
 The corpus is cut into parts of some windows each. A worker reads the documents of a part itself, encodes them, and
 writes them as a small store of its own beside the one that is made, a shard at a time. What goes through the process
@@ -27,14 +27,14 @@ from st_clp.encoding.shards import (
 
 
 class ClusterBuilder(Builder):
-    """Encodes on the cluster that the encoding names; the arguments are those of :class:`Builder`."""
+    """Encodes on a cluster; the arguments are those of :class:`Builder`."""
 
     def _finish(self, folder: Path, manifest: dict[str, Any], known: KnownEmbeddings | None) -> None:
         expected = self._corpus.expected_size()
         if expected is not None and expected <= part_size(self._window):
             super()._finish(folder, manifest, known)  # done before a worker is there
             return
-        # Shards are windows, and windows are those of what encodes.
+        # Shards are windows, and the workers' device decides their size.
         self._window = ACCELERATOR_WINDOW if gpus_per_worker(self._encoding) else CPU_WINDOW
         files = self._begin(folder, manifest)
         parts = folder.with_name(folder.name.removesuffix(UNFINISHED) + PARTS)
@@ -46,7 +46,7 @@ class ClusterBuilder(Builder):
             raise self._empty()
 
     def _append_parts(self, files: ShardFiles, parts: Path, manifest: dict[str, Any], done: int, progress: Any) -> None:
-        """Have the parts encoded from document ``done`` on, and append each when those before it are there."""
+        """Encode the parts from document ``done`` on, and append each when those before it are complete."""
         parts.mkdir(parents=True, exist_ok=True)
         end = [False]
         finished: dict[int, tuple[int, int]] = {}
@@ -63,13 +63,13 @@ class ClusterBuilder(Builder):
                 done += number
 
     def _reusable_folders(self, unfinished: Path) -> list[str]:
-        """Where embeddings of the same texts may lie."""
+        """Folders that may hold embeddings of the same texts."""
         folder = str(unfinished.absolute()).removesuffix(UNFINISHED)
         return [folder, folder + REPLACED, folder + BEGUN]
 
 
 def _append(files: ShardFiles, part: Path, manifest: dict[str, Any], documents: int) -> None:
-    """Append a part's shards to the store's, and remove the part."""
+    """Append a part's shards to the store, and remove the part."""
     found = usable_manifest(part)
     if found is None or found.get("documents") != documents:
         raise StoreError(

@@ -44,10 +44,10 @@ NEAR_BYTES = 1 << 16  # rows that lie nearer to each other are read with what is
 
 
 class AddressBuilder(Builder):
-    """Encodes a corpus to an address, in this process or on a cluster; the arguments are those of :class:`Builder`."""
+    """Encodes to an address, in this process or on a cluster; the arguments are those of :class:`Builder`."""
 
     def write(self, place: str) -> None:
-        """Make the store at an address that of this model and corpus.
+        """Make the store of this model and corpus at an address.
 
         Raises:
             CollectionError, ValueError, OSError: As in ``EmbeddingStore.build``.
@@ -82,12 +82,12 @@ class AddressBuilder(Builder):
             there.remove(name)
 
     def already_encoded(self, place: str | Path) -> int:
-        """How many of the texts at this address would not be encoded again."""
+        """How many texts at this address need not be encoded again."""
         there, manifest = Place(str(place)), self._manifest()
         return sum(rows for _, (_, rows) in self._finished(there, manifest, there.sizes()))
 
     def _is_whole(self, place: Place, manifest: dict[str, Any], sizes: dict[str, int]) -> bool:
-        """Whether the finished store of this manifest is there, every file as long as it must be."""
+        """Whether the finished store of this manifest exists, every file with its full length."""
         try:
             found = _read_manifest(place)
         except StoreError:
@@ -104,7 +104,7 @@ class AddressBuilder(Builder):
     def _finished(
         self, place: Place, manifest: dict[str, Any], sizes: dict[str, int]
     ) -> Iterator[tuple[int, tuple[int, int]]]:
-        """(first document, (how many were asked for, rows)) of the parts of this store that are there."""
+        """(first document, (documents asked for, rows)) of the existing parts of this store."""
         begins = part_name(0, manifest).removesuffix(f"{0:012d}")
         names = [name for name in sizes if name.startswith(begins) and name.endswith(f"/{MANIFEST}")]
         for name, content in place.read(names).items():
@@ -121,17 +121,15 @@ class AddressBuilder(Builder):
 def _missing(
     done: dict[int, tuple[int, int]], size: int, place: str, end: list[bool], used: dict[int, int], progress: tqdm
 ) -> Iterator[Piece]:
-    """The parts that are not there, until ``end`` holds True or one is met that the corpus ends in.
+    """The missing parts, until ``end`` holds True or an existing part contains the corpus's end.
 
-    Those that are there may be of another size, where another kind of device has begun.
+    Existing parts may have another size, if another kind of device wrote them.
 
     Args:
-        done: (documents asked for, rows) of the parts that are there, by their first documents.
+        done: (documents asked for, rows) of the existing parts, by their first documents.
         size: Documents of a part.
-        place: The store's.
-        end: Whether the corpus's end was met.
-        used: Gets the rows of the parts that are there and of use.
-        progress: A bar to move by them.
+        place: The store's address. end: Whether the corpus's end was met. used: Filled with the rows of the existing
+            parts. progress: A bar to advance by them.
     """
     begins = sorted(done)
     begin = 0
@@ -150,10 +148,10 @@ def _missing(
 
 
 def _read_manifest(place: Place) -> dict[str, Any] | None:
-    """The manifest of the finished store at an address; None where there is none.
+    """The manifest of the finished store at an address; None if there is none.
 
     Raises:
-        StoreError: It cannot be read, or says what cannot be.
+        StoreError: It cannot be read, or is invalid.
     """
     content = place.read([MANIFEST]).get(MANIFEST)
     if content is None:
@@ -171,11 +169,11 @@ def _read_manifest(place: Place) -> dict[str, Any] | None:
 
 
 def open_at(address: str) -> tuple[RemoteIds, RemoteRows]:
-    """(ids, embeddings) of the store at an address; they are read when they are needed.
+    """(ids, embeddings) of the store at an address, which are read when needed.
 
     Raises:
         FileNotFoundError: There is no finished store.
-        StoreError: Its manifest says what cannot be.
+        StoreError: Its manifest is invalid.
     """
     place = Place(address)
     manifest = _read_manifest(place)
@@ -187,7 +185,7 @@ def open_at(address: str) -> tuple[RemoteIds, RemoteRows]:
 
 
 class RemoteIds(Sequence[str]):
-    """The ids of a store at an address: copied to a temporary file when one is first asked for.
+    """The ids of a store at an address, copied to a temporary file when first needed.
 
     Args:
         place: The store's.
@@ -206,7 +204,7 @@ class RemoteIds(Sequence[str]):
                 found = self._place.read(names)
                 file.writelines(found.get(name, b"") for name in names)
             file.flush()
-            # The map stays when the file's name is gone.
+            # The memory map stays valid after the file is removed.
             return ids_in(Path(file.name), self._number, self._place.address)
 
     def __len__(self) -> int:
@@ -248,7 +246,7 @@ class RemoteRows:
         return self.shape[0]
 
     def __getitem__(self, index: slice | np.ndarray) -> np.ndarray:
-        """The rows of a slice without steps, or in these places."""
+        """The rows of a slice without a step, or with these numbers."""
         if isinstance(index, slice):
             begin, end, _ = index.indices(len(self))
             return self._read(self._stretches(begin, end))

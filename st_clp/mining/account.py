@@ -1,4 +1,4 @@
-"""The account of a mining run: what became of every query and every negative."""
+"""The statistics of a mining run: what became of every query and every negative."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ BINS = 40
 
 @dataclass(frozen=True)
 class Distribution:
-    """How some scores lie.
+    """The distribution of some scores.
 
     Attributes:
         count: How many.
         mean: Their mean.
-        quantiles: 5, 25, 50, 75 and 95 of a hundred of them are below these.
-        edges: The bounds of the bins, one more than there are bins.
+        quantiles: The 5th, 25th, 50th, 75th and 95th percentile.
+        edges: The edges of the bins, one more than there are bins.
         counts: How many fall in each bin.
     """
 
@@ -70,16 +70,17 @@ class MiningAccount:
         left_out: What reading the collection left out, cause to count.
         with_query: Negatives for which a query is known.
         query_sources: Those negatives by where their first query comes from, source to count.
-        documents_without_query: Documents that a source that generates was asked for and left without one, by
-            ``"source: cause"``.
-        queries_barred: Negatives for which a source knew only the row's own query, or one that its positive answers.
-        query_round_trip: Generated queries that were checked, that found their document, and what became of the others.
-        query_usage: What generating has cost this time: tokens, money, requests.
+        documents_without_query: Documents for which a generating source found no query, by ``"source: cause"``.
+        queries_barred: Negatives whose only known queries are the row's own query or ones that its positive answers.
+        query_round_trip: How many generated queries were checked, how many found their document, and what became of the
+            others.
+        query_usage: What generating has cost in this call: tokens, money, requests.
         mean_positive_score: Mean similarity of queries and positives.
         mean_negative_score: Mean similarity of queries and ranked negatives; None without any.
         mean_rank: Mean rank of the ranked negatives, from 0; None without any.
-        scores: How the similarities of queries lie: to their ``"positives"``, and to their negatives by source.
-        search: Of an approximate search, the index, its recall and over how many queries that was measured.
+        scores: The distributions of the queries' similarities to their ``"positives"``, and to their negatives by
+            source.
+        search: For an approximate search, the index, its recall and the number of queries that it was measured on.
         seconds: Time spent, stage to seconds.
     """
 
@@ -207,7 +208,7 @@ class MiningAccount:
         return lines
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw how the similarities of positives and negatives lie, and write the picture to ``path``.
+        """Plot the distributions of the similarities of positives and negatives to a file.
 
         Args:
             path: Where to; its ending (``.png``, ``.svg``, ``.pdf``) says what kind of picture.

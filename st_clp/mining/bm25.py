@@ -1,4 +1,4 @@
-"""BM25 as a source of candidates: documents that share the query's words, independent of the model."""
+"""BM25 as a source of candidates that is independent of the model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}
 
 
 class Words:
-    """Cuts texts of any language into lower-case words for BM25."""
+    """A tokenizer for BM25: lower-case words of any language."""
 
     def __init__(self) -> None:
         regex = _import("regex")
@@ -43,7 +43,7 @@ class Words:
 
 
 def require_bm25() -> None:
-    """Refuse what needs BM25 where it is not installed.
+    """Check that what BM25 needs is installed.
 
     Raises:
         ModuleNotFoundError: bm25s or regex is not installed; the message says how to.
@@ -96,7 +96,7 @@ class BM25:
             self._index.index((documents, numbers), show_progress=show_progress_bar)
 
     def search(self, queries: list[str], k: int) -> np.ndarray:
-        """The places of the k best documents of every query, int64, (queries, k); -1 where fewer share a word."""
+        """Row numbers of the k best documents of every query, int64, (queries, k); -1 where fewer share a word."""
         k = min(k, self._size)
         found = np.full((len(queries), k), -1, dtype=np.int64)
         for row, query in enumerate(queries):
@@ -112,7 +112,7 @@ class BM25:
 
 
 def fuse(*rankings: np.ndarray, k: int, constant: int = 60) -> np.ndarray:
-    """One ranking of several by reciprocal rank: a document's score is the sum of 1 / (constant + rank), from 1.
+    """Merge rankings by reciprocal rank fusion: a document's score is the sum of 1 / (constant + rank), ranks from 1.
 
     Cormack, Clarke and Büttcher (2009), Reciprocal Rank Fusion outperforms Condorcet and individual Rank Learning
     Methods.
@@ -120,7 +120,7 @@ def fuse(*rankings: np.ndarray, k: int, constant: int = 60) -> np.ndarray:
     Args:
         rankings: The documents' places, int64, (queries, any width) each; -1 is no document.
         k: How many to return.
-        constant: How little the very first ranks stand out.
+        constant: The larger, the less the very first ranks stand out.
 
     Returns:
         int64, (queries, k), best first, -1 where there are fewer; equal scores by place.

@@ -1,4 +1,4 @@
-"""Choosing a query's negatives among what is ranked for it."""
+"""Choose a query's negatives from its ranking."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Chooser:
         collection: The judgments.
         corpus_ids: All documents, for random ones.
         options: What to choose, as in :func:`st_clp.mining.mine_hard_negatives`.
-        prefer: Knows the documents that are taken first; None where there is no preference.
+        prefer: Says which documents are taken first; None for no preference.
 
     Attributes:
         options: What to choose.
@@ -68,8 +68,8 @@ class Chooser:
     def choose(self, query_id: str, ranking: Ranking) -> list[Choice]:
         """A query's negatives: ``num_negatives`` of them, unless ``on_shortage`` allows fewer.
 
-        In this order: those judged not relevant (where they come first), candidates that pass the filters, and
-        then what ``on_shortage`` says.
+        They are taken in this order: documents judged not relevant (where they come first), candidates that pass the
+            filters, and then what ``on_shortage`` says.
 
         Raises:
             CollectionError: The corpus has too few other documents.
@@ -104,7 +104,7 @@ class Chooser:
         ranking: Ranking,
         generator: random.Random,
     ) -> list[Choice]:
-        """What becomes of a query with too few negatives."""
+        """Apply ``on_shortage`` to a query with too few negatives."""
         if self.options.on_shortage in ("fewer", "drop"):
             return chosen
         relaxed = [Choice.of(candidate, "relaxed") for candidate in refused]
@@ -129,12 +129,12 @@ class Chooser:
     def _sift(
         self, query_id: str, candidates: list[Candidate], judged: set[str], positive_score: float, *, by_score: bool
     ) -> tuple[list[Candidate], list[Candidate]]:
-        """(candidates that may be negatives, best first; those within range that were refused, nearest miss first)."""
+        """Split into (candidates that may be negatives, best first; refused ones within range, nearest miss first)."""
         options = self.options
         passed: list[Candidate] = []
         refused: list[tuple[float, Candidate]] = []
         reasons: Counter[str] = Counter()
-        # A margin guards against unjudged answers; a document that was judged needs no guard.
+        # A margin guards against unjudged answers; judged documents do not need it.
         trusted = judged if self._judged_negatives != "ignore" else set()
         for candidate in candidates:
             if candidate.rank >= options.range_max:
@@ -152,7 +152,7 @@ class Chooser:
             reasons["among the best range_min"] = min(options.range_min, len(passed))
         self.skipped[query_id] = {candidate.doc_id for candidate in passed[: options.range_min]}
         self.refused[query_id] = reasons
-        # The nearest miss is the least likely to be what the filter guards against; of equals, the deepest.
+        # The nearest miss is least likely to be what the filter guards against; among equals take the deepest.
         refused.sort(key=lambda pair: (pair[0], -pair[1].rank))
         return passed[options.range_min :], [candidate for _, candidate in refused]
 
@@ -165,7 +165,7 @@ class Chooser:
         ranking: Ranking,
         generator: random.Random,
     ) -> list[Choice]:
-        """Random documents for the places that are left; other candidates where the corpus has nothing else."""
+        """Fill up with random documents, or with other candidates if the corpus has nothing else."""
         missing = self._number - len(chosen)
         taken = {choice.doc_id for choice in chosen}
         taboo = taken | ranking.excluded(query_id) | {candidate.doc_id for candidate in candidates}
@@ -186,7 +186,7 @@ class Chooser:
 
 
 def _draw(candidates: list[Candidate], number: int, generator: random.Random) -> list[Candidate]:
-    """So many of the candidates at random, best first; all of them where there are no more."""
+    """Draw so many of the candidates at random (at most all), best first."""
     if len(candidates) <= number:
         return candidates
     return sorted(generator.sample(candidates, number), key=lambda candidate: candidate.rank)

@@ -1,4 +1,4 @@
-"""What mining would cost, from a sample and a short trial, before it is begun."""
+"""Estimate the cost of mining from a sample and a short trial."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SEARCH_DOCUMENTS, SEARCH_QUERIES = 16_384, 256
 
 @dataclass(frozen=True)
 class TextCost:
-    """What encoding some texts would cost.
+    """The cost of encoding some texts.
 
     Attributes:
         number: How many texts.
@@ -52,17 +52,10 @@ class TextCost:
 
 @dataclass(frozen=True)
 class MiningEstimate:
-    """What mining would cost.
-
-    Attributes:
-        collection: The collection's name.
-        documents: Of encoding the documents.
-        queries: Of encoding the training queries.
-        search_seconds: Of an exact search.
-        computed_in: What the model would compute in.
-        rescored: Pairs of a query and a document that a cross-encoder would score, at most.
-        rescoring_seconds: Of that.
-        left_out: What would be done besides and was not tried.
+    """The cost of mining. Attributes: collection: The collection's name. documents: Of encoding the documents. queries:
+    Of encoding the training queries. search_seconds: Of an exact search. computed_in: What the model would compute
+    in. rescored: Pairs of a query and a document that a cross-encoder would score, at most. rescoring_seconds: Of
+    that. left_out: Work that was not tried and so is not in the estimate.
     """
 
     collection: str
@@ -181,7 +174,7 @@ def _seconds_a_pair(
 
 
 def search_seconds(model: SentenceTransformer, dim: int, documents: int, queries: int, depth: int) -> float:
-    """What an exact search takes: measured on a small one with random embeddings, and multiplied up."""
+    """The time of an exact search, extrapolated from a small one with random embeddings."""
     generator = np.random.default_rng(0)
     few_documents, few_queries = min(documents, SEARCH_DOCUMENTS), min(queries, SEARCH_QUERIES)
     matrix = generator.normal(size=(few_documents, dim)).astype(np.float16)

@@ -1,4 +1,4 @@
-"""Which of the documents that a model ranks for a query may be its negatives, and why the others may not."""
+"""Filters: which ranked documents may be negatives of a query, and why the others may not."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class Candidate:
 
 
 class Refusal(NamedTuple):
-    """Why a candidate may not be a negative, and by how much its score is on the wrong side of a limit."""
+    """The reason why a candidate may not be a negative, and by how much its score exceeds the limit."""
 
     reason: str
     excess: float
 
 
 def refusal(candidate: Candidate, positive_score: float, options: MiningOptions) -> Refusal | None:
-    """Why this candidate may not be a negative for its score; None where it may.
+    """The reason to refuse a candidate for its score; None if it may be a negative.
 
     The limits have the meanings of ``sentence_transformers.util.mine_hard_negatives``.
     """
@@ -41,7 +41,7 @@ def refusal(candidate: Candidate, positive_score: float, options: MiningOptions)
     if options.absolute_margin is not None:
         limits.append(("within absolute_margin of the positive", positive_score - options.absolute_margin))
     if options.relative_margin is not None:
-        # The margin is a share of the positive's size, so that it points downwards for negative scores too.
+        # The margin is a share of the positive's absolute score, so that it lowers the limit for negative scores too.
         margin = options.relative_margin * abs(positive_score)
         limits.append(("within relative_margin of the positive", positive_score - margin))
     if options.max_score is not None:
@@ -56,7 +56,7 @@ def refusal(candidate: Candidate, positive_score: float, options: MiningOptions)
 
 @dataclass(frozen=True)
 class RowTexts:
-    """What a candidate's text is looked at beside, as :func:`st_clp.search.normalised_text` has it.
+    """The normalised texts (:func:`st_clp.search.normalised_text`) that a candidate's text is compared with.
 
     Attributes:
         query: The query.
@@ -68,9 +68,9 @@ class RowTexts:
 
 
 def text_refusal(text: str, row: RowTexts, options: MiningOptions) -> str | None:
-    """Why a candidate may not be a negative for its text; None where it may.
+    """The reason to refuse a candidate for its text; None if it may be a negative.
 
-    Texts are looked at of those alone that would be taken, so a filter that reads them may cost something.
+    Only the texts of candidates that would be taken are read, so a filter of texts may be expensive.
     """
     found = normalised_text(text)
     if found == row.query:

@@ -1,4 +1,4 @@
-"""ANCE mining: the model that is about to be trained ranks the corpus, and what it wrongly ranks high is a negative.
+"""ANCE mining: the model to be trained ranks the corpus, and documents that it wrongly ranks high become negatives.
 
 Xiong et al. (2021), Approximate Nearest Neighbor Negative Contrastive Learning for Dense Text Retrieval,
 arXiv:2007.00808. Here the search is exact, unless an approximate index is asked for.
@@ -42,11 +42,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MinedNegatives:
-    """Training rows and the account of how they came about.
+    """Training rows and the statistics of how they were mined.
 
     Attributes:
         rows: One for each query and relevant document.
-        account: What became of every query and every negative.
+        account: The statistics: what became of every query and every negative.
     """
 
     rows: list[TrainingRow]
@@ -71,24 +71,24 @@ def mine_hard_negatives(
 ) -> Dataset:
     """Mine hard negatives with the model itself, and the queries that they answer, ready for CLPLoss.
 
-    Every query with a relevant document comes back, unless ``on_shortage`` says otherwise, and the account says what
-    became of each. Negatives that ``on_shortage`` has found are marked in the rows; where a query is left with fewer,
-    their columns hold the positive, which CLPLoss never takes for the row's negative.
+    Every query with a relevant document gets a row, unless ``on_shortage`` says otherwise, and the account says what
+    became of each. Negatives that come from ``on_shortage`` are marked in the rows. Where a query has fewer negatives
+    than columns, the others hold the positive, which CLPLoss never uses as the row's negative.
 
     Args:
         model: The model that is about to be trained; its own similarity function ranks.
         collection: Documents, training queries and judgments.
         options
-        cross_encoder: Scores the candidates anew; margins and the order of the negatives go by its scores, ranks by
-            the ranking's.
+        cross_encoder: Rescores the candidates. Margins and the order of the negatives then use its scores; ranks stay
+            those of the ranking.
         negative_queries: Where the queries of negatives come from, in order: ``"judgments"``, ``"local:MODEL"``,
-            ``"openai:MODEL"``, ``"title"``, with commas between; the first that knows one for a negative, wins. Or a
+            ``"openai:MODEL"``, ``"title"``, with commas between; the first that knows one for a negative wins. Or a
             :class:`st_clp.queries.QueryChain` of sources.
-        query_options: How queries are made and checked; None has the defaults.
+        query_options: How queries are made and checked; None takes the defaults.
         query_store: A SQLite file that keeps what is generated, so that nothing is paid for twice; None keeps it in
             memory. A chain has its own.
-        store_dir: A folder to keep the documents' embeddings in, and the queries' in one beside it, so that mining can
-            be stopped and gone on with, and mining again with other options encodes nothing; None keeps them in memory.
+        store_dir: A folder to keep the documents' embeddings in, and the queries' in one beside it, so that stopped
+            mining can be resumed, and mining again with other options encodes nothing; None keeps them in memory.
         output_file: Write the rows here too, as JSON lines in the format of the paper's code.
         output_details: Add columns with ids, ranks, scores and how each negative was chosen
             (``st_clp.mining.DETAIL_COLUMNS``); take them out before training.
@@ -151,7 +151,7 @@ def mine(
     _require_possible(model, collection, options, cross_encoder)
     encoding.require_folder(store_dir, "store_dir")
     query_options = (query_options or QueryOptions(seed=options.seed)).with_samples(options.queries_per_negative)
-    # What is wrong with a source is said before anything is encoded.
+    # Errors in a source are reported before anything is encoded.
     sources = (
         make_chain(
             negative_queries,
@@ -189,7 +189,7 @@ def _mine(
     if cross_encoder is not None:
         rescore(ranking, drawn, cross_encoder, encoding)
         clock.lap("rescoring")
-    # Whether a document answers another query is known from all judgments, drawn or not.
+    # All judgments say whether a document answers another query, not only those of drawn queries.
     known = JudgedQueries(usable, seed=options.seed)
     prefer = known if options.prefer_known_queries and chain.has_judgments else None
     chooser = Chooser(drawn, store.ids, options, prefer=prefer)
@@ -229,7 +229,7 @@ def _mine(
 def _require_possible(
     model: SentenceTransformer, collection: Collection, options: MiningOptions, cross_encoder: CrossEncoder | None
 ) -> None:
-    """Refuse before hours of encoding what would be refused after them."""
+    """Check before encoding what would otherwise fail after it."""
     for name, value, kind in (("model", model, SentenceTransformer), ("collection", collection, Collection)):
         if not isinstance(value, kind):
             raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
@@ -243,7 +243,7 @@ def _require_possible(
 
 
 class _Clock:
-    """Seconds between laps, by name."""
+    """Measures the seconds of each stage."""
 
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
@@ -255,7 +255,7 @@ class _Clock:
 
 
 def _draw_queries(collection: Collection, number: int, seed: int) -> Collection:
-    """The collection with so many of the queries that have a relevant document."""
+    """Draw so many of the queries that have a relevant document."""
     return collection.with_queries(collection.positives()).sample(number, seed)
 
 

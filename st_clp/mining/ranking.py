@@ -1,4 +1,4 @@
-"""What is ranked for the training queries: by the model, by BM25, or by both."""
+"""Rank the corpus for the training queries: by the model, by BM25, or by both."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sentence_transformers import CrossEncoder
 
 
-# Whose candidates are scored in one call: enough for batches of like length, few enough to hold their texts.
+# Queries whose candidates are scored in one call: enough for batches of similar length, few enough to hold their texts.
 RESCORED_TOGETHER = 1024
 PAIRS_A_BATCH = 32
 
@@ -33,7 +33,7 @@ def rescore(
     cross_encoder: CrossEncoder,
     encoding: Encoding,
 ) -> None:
-    """Let a cross-encoder score every candidate and every relevant document of each query.
+    """Score every candidate and relevant document of each query by a cross-encoder.
 
     Args:
         ranking: Its scores are replaced; its ranks stay.
@@ -55,7 +55,7 @@ def rescore(
 
 
 def require_one_score(cross_encoder: CrossEncoder) -> None:
-    """Refuse a cross-encoder that classifies.
+    """Require a cross-encoder with a single output.
 
     Raises:
         ValueError: It gives more than one number for a pair.
@@ -92,7 +92,7 @@ PAIRS_TOGETHER = 65_536  # of queries and positives, whose embeddings are
 
 @dataclass(frozen=True)
 class SearchNote:
-    """How an approximate search went: the index's factory, and its recall over so many queries."""
+    """The quality of an approximate search: the index's factory, and its recall over so many queries."""
 
     index: str
     recall: float
@@ -100,27 +100,27 @@ class SearchNote:
 
 
 def queries_of(collection: Collection) -> MemoryCorpus:
-    """The queries that have an answer, as texts to encode."""
+    """The queries with a relevant document, as texts to encode."""
     return MemoryCorpus(
         f"{collection.name} queries", {name: collection.queries[name] for name in collection.positives()}
     )
 
 
 def query_store_dir(store_dir: str | os.PathLike[str]) -> str:
-    """Where the queries' embeddings are kept: beside the documents'."""
+    """The folder of the queries' embeddings: beside the documents'."""
     return f"{os.fspath(store_dir)}.queries"
 
 
 class Ranking:
-    """The corpus as it is ranked for every training query, the relevant documents left out.
+    """The ranking of the corpus for every training query, without the relevant documents.
 
     Attributes:
         query_ids: The queries that are ranked for.
         positive_scores: Query id to {relevant document's id: its similarity to the query}.
-        near_duplicates: How many candidates were left out for being too like a relevant document.
+        near_duplicates: How many candidates were left out as near-duplicates of a relevant document.
         own_documents: How many documents were left out for having their query's own id.
-        note: How the approximate search went; None after an exact one.
-        by_score: Whether candidates are taken by score and not by rank.
+        note: The quality of an approximate search; None after an exact one.
+        by_score: Whether candidates are taken by score instead of by rank.
     """
 
     def __init__(
@@ -156,19 +156,19 @@ class Ranking:
         return [Candidate(doc_id, rank, score) for rank, (doc_id, score) in enumerate(kept)]
 
     def excluded(self, query_id: str) -> set[str]:
-        """Documents that are no candidates: the relevant ones, and those that were excluded since."""
+        """Documents that are not candidates: the relevant ones and those that were excluded."""
         return self._excluded[query_id] | self._excluded_everywhere
 
     def exclude(self, query_id: str, doc_ids: set[str]) -> None:
-        """Leave these documents out of the query's candidates too."""
+        """Exclude documents from a query's candidates."""
         self._excluded[query_id] |= doc_ids
 
     def exclude_everywhere(self, doc_ids: set[str]) -> None:
-        """Leave these documents out of every query's candidates."""
+        """Exclude documents from every query's candidates."""
         self._excluded_everywhere |= doc_ids
 
     def replace_scores(self, query_id: str, positives: dict[str, float], candidates: dict[str, float]) -> None:
-        """Put a cross-encoder's scores in place of the model's; ranks stay, but negatives are taken by score."""
+        """Replace the model's scores by a cross-encoder's; ranks stay, but negatives are taken by score."""
         self.by_score = True
         self.positive_scores[query_id] = positives
         place = self._place[query_id]
@@ -225,7 +225,7 @@ class Ranker:
         self._depth = min(len(store), options.range_max + max(map(len, self._positives.values())) + bool(self._own) + 1)
 
     def rank(self) -> Ranking:
-        """Rank, by what the options name.
+        """Rank by the method that the options name.
 
         Raises:
             ModuleNotFoundError: BM25 is asked for and not installed.
@@ -269,7 +269,7 @@ class Ranker:
             show_progress_bar=self._show_progress_bar,
         )
         found = index.search(self._queries, self._depth)
-        # Codes only come near the embeddings; margins are to compare true scores.
+        # An index may hold approximate codes; margins must compare true scores.
         scores = self._score(found.rows)
         order = np.argsort(-scores, axis=1, kind="stable")
         rows, scores = np.take_along_axis(found.rows, order, axis=1), np.take_along_axis(scores, order, axis=1)
@@ -280,7 +280,7 @@ class Ranker:
         return bm25.search(self._texts, self._depth)
 
     def _score(self, rows: np.ndarray) -> np.ndarray:
-        """The model's similarity of each query to the documents in these places; -inf where there is none."""
+        """The model's similarity of each query to the documents in these rows; -inf where the row is -1."""
         scores = np.full(rows.shape, -np.inf, dtype=np.float32)
         for begin in range(0, len(rows), QUERIES_TOGETHER):
             block = rows[begin : begin + QUERIES_TOGETHER]
@@ -290,7 +290,7 @@ class Ranker:
         return scores
 
     def _near_duplicates(self, rows: np.ndarray) -> Iterator[tuple[str, set[str]]]:
-        """Yield (query id, its candidates that are too like one of its relevant documents)."""
+        """Yield (query id, its candidates that are near-duplicates of a relevant document)."""
         threshold = self._options.duplicate_threshold
         if threshold is None:
             return

@@ -1,4 +1,4 @@
-"""From a ranking to training rows: what can be used, which negatives are taken, and the texts that they stand for."""
+"""From a ranking to training rows: which judgments are usable, which negatives are taken, and their texts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from st_clp.search import normalised_text
 
 
 def usable_part(collection: Collection, store: EmbeddingStore) -> Collection:
-    """The collection without judgments that cannot be used: of documents that are not there, or have no text.
+    """The collection without judgments of documents that are missing or have no text.
 
     Raises:
         CollectionError: No query with a relevant document is left.
@@ -34,7 +34,7 @@ def usable_part(collection: Collection, store: EmbeddingStore) -> Collection:
 def choose_negatives(
     collection: Collection, ranking: Ranking, chooser: Chooser
 ) -> tuple[dict[str, list[Choice]], dict[str, Document], Counter[str]]:
-    """Every query's negatives, all documents in the rows by id, and what was passed over for its text.
+    """Choose every query's negatives; return them, all documents of the rows by id, and counts of refused texts.
 
     A document with the same text as a relevant one is an answer too, even under another id; one with the query's own
     text is the query; and one without text teaches nothing. Texts are only known once documents are chosen, so such a
@@ -78,7 +78,7 @@ def choose_negatives(
 
 
 def needs_of(chosen: dict[str, list[Choice]], positives: dict[str, list[tuple[str, float]]]) -> Iterator[Need]:
-    """Every row's negatives."""
+    """The negatives of every row, as requests for queries."""
     for query_id, choices in chosen.items():
         for positive_id, _ in positives[query_id]:
             yield from (Need(query_id, positive_id, choice.doc_id) for choice in choices)

@@ -41,12 +41,12 @@ class Negative:
         text: Its text.
         rank: Its place in the ranking without the relevant documents, from 0; None if it was not ranked.
         score: Its similarity to the row's query, or a cross-encoder's score; None if it was not ranked.
-        source: How it came to be chosen: ``"ranking"``, ``"judged"``, ``"relaxed"`` (it was refused by a filter,
-            and there was no other) or ``"random"``.
+        source: How it was chosen: ``"ranking"``, ``"judged"``, ``"relaxed"`` (a filter refused it, but there was no
+            other) or ``"random"``.
         queries: Queries that it answers, none of them the row's own.
         query_sources: Where each of those comes from: ``"judgments"``, ``"local"``, ``"openai"``, ``"title"``,
             ``"lead"``; ``"given"`` in a file that does not say.
-        query_weights: The weight of each in the loss's penalty; 1 where nothing else is said.
+        query_weights: The weight of each in the loss's penalty; 1 by default.
 
     Raises:
         ValueError: There is not one source and one weight for each query.
@@ -132,7 +132,7 @@ def to_dataset(
 def columns_of(
     rows: Iterable[TrainingRow], *, num_negatives: int, queries_per_negative: int = 1
 ) -> dict[str, list[Any]]:
-    """The columns of :func:`to_dataset`, name to values, without its details."""
+    """The columns of :func:`to_dataset` without the details, name to values."""
     columns: dict[str, list[Any]] = {"anchor": [], "positive": []}
     for n in range(1, num_negatives + 1):
         columns[f"negative_{n}"] = []
@@ -172,21 +172,21 @@ def _details(row: TrainingRow) -> dict[str, Any]:
 
 
 def query_column(negative: int, query: int, queries_per_negative: int) -> str:
-    """The column of a negative's query, both counted from 1."""
+    """The name of the column of a negative's query, both counted from 1."""
     return f"negative_query_{negative}" if queries_per_negative == 1 else f"negative_query_{negative}_{query}"
 
 
 def require_writable(path: str | os.PathLike[str]) -> None:
-    """Make the folder of a file that is to be written.
+    """Make the folder of an output file, and check that it can be written.
 
     Raises:
-        OSError: The folder cannot be made or written, or there is a folder in the file's place.
+        OSError: The folder cannot be made or written, or the path of the file is a folder.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
-    # What is begun and left at once says whether there may be a file; killed writers' files go with it.
+    # Opening and leaving a file shows whether it can be written, and removes what killed writers left.
     with suppress(_OnlyTried), whole_file(target):
         raise _OnlyTried
 
@@ -212,7 +212,7 @@ def write_rows(path: str | os.PathLike[str], rows: Iterable[TrainingRow]) -> int
                 file.write(json.dumps(_to_json(row), ensure_ascii=False) + "\n")
                 number += 1
     except OSError as error:
-        # A write that fails does not say where.
+        # A failed write does not say which file.
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
     return number
 
@@ -221,7 +221,7 @@ def read_rows(path: str | os.PathLike[str]) -> list[TrainingRow]:
     """Read what :func:`write_rows` wrote.
 
     Raises:
-        CollectionError: A line is none of such a file, named by file and line.
+        CollectionError: A line does not belong to such a file; the message names file and line.
     """
     found = []
     for number, row in read_jsonl(Path(path)):

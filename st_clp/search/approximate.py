@@ -21,13 +21,13 @@ TRAINING_VECTORS_PER_CENTROID = 64  # FAISS itself warns below 39 and makes no u
 
 @dataclass(frozen=True)
 class ApproximateResult:
-    """What an approximate search found.
+    """The result of an approximate search.
 
     Attributes:
-        scores: (number of queries, k), best first; -inf in places for which the index found nothing.
+        scores: (number of queries, k), best first; -inf where the index found fewer than k.
         rows: The documents' places in the store, of the same shape; -1 in those places.
-        recall: The share of the exact k best that it found, over ``recall_queries`` of the queries.
-        recall_queries: On how many queries the recall was measured.
+        recall: The share of the exact top k that it found, over ``recall_queries`` of the queries.
+        recall_queries: The number of queries that the recall was measured on.
     """
 
     scores: np.ndarray
@@ -39,16 +39,15 @@ class ApproximateResult:
 class ApproximateIndex:
     """A FAISS index over a store's embeddings.
 
-    What it takes in memory is up to the kind: ``IVF4096,PQ64`` 64 bytes a document, ``IVF4096,Flat`` and ``HNSW32``
-    all of the embeddings as float32. Where they fit, exact search over a store is the better choice up to some
-    hundred thousand documents.
+    Its memory depends on the kind: ``IVF4096,PQ64`` takes 64 bytes a document, ``IVF4096,Flat`` and ``HNSW32`` hold all
+        embeddings as float32. Exact search over a store is the better choice up to some hundred thousand documents.
 
     Args:
         model: Says which similarity function is used; cosine or dot product.
         store: The documents' embeddings.
         factory: What FAISS's ``index_factory`` understands: ``"IVF4096,PQ64"``, ``"HNSW32"``, ``"SQfp16"`` …
-        nprobe: How many of its lists an IVF index looks through for a query (for HNSW, ``efSearch``). None: one in 16
-            lists, and at least 16; for HNSW what FAISS takes.
+        nprobe: How many lists an IVF index scans for a query (for HNSW, ``efSearch``). None: one in 16 lists, and at
+            least 16; for HNSW FAISS's default.
         training_documents: How many documents, drawn at random, the index learns its lists and codes from. None:
             64 for each list, and at least 16,384.
         seed: Of that draw.
@@ -88,12 +87,12 @@ class ApproximateIndex:
         self._look_through(nprobe)
 
     def search(self, query_embeddings: np.ndarray, k: int, *, recall_queries: int = 100) -> ApproximateResult:
-        """The k best documents that the index finds for every query, and how many of the true ones they are.
+        """Search the k best documents of every query, and measure the recall against exact search.
 
         Args:
             query_embeddings: (number of queries, dim), float32.
             k: How many documents; fewer where the store holds fewer.
-            recall_queries: For so many queries, spread evenly, exact search says what should have been found.
+            recall_queries: Measure the recall on so many queries, spread evenly.
 
         Raises:
             ValueError: k is below 1, the widths differ, or an embedding is not finite.
@@ -135,7 +134,7 @@ class ApproximateIndex:
             return 1
 
     def _look_through(self, nprobe: int | None) -> None:
-        # Not every kind knows both parameters, and FAISS says so only by an error.
+        # Not every kind of index has both parameters; FAISS reports that by an error.
         lists = self._lists()
         values = {"nprobe": nprobe or min(lists, max(16, lists // 16))}
         if nprobe is not None:
@@ -148,7 +147,7 @@ class ApproximateIndex:
 
 
 def require_index(model: SentenceTransformer, factory: str, dim: int | None = None) -> None:
-    """Refuse an index that cannot be made for this model's embeddings.
+    """Check that an index can be made for this model's embeddings.
 
     Args:
         model: Says which similarity function is used.

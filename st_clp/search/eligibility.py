@@ -1,8 +1,8 @@
-"""What can be a candidate for a query: the one place for what a run holds and for what may become a negative.
+"""Which documents can be candidates for a query, in a run file and as negatives.
 
 A document that has the query's own id is the query itself in collections where queries are documents too (ArguAna,
-Quora): it is no answer and no negative, as in BEIR. A document that has the query's own text may well be an answer, so
-that it stays in a run, but it must never be pushed away from the query, which it is.
+Quora): it is neither an answer nor a negative, as in BEIR. A document that has the query's own text may be an answer,
+so it stays in a run, but it must never be a negative.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import unicodedata
 
 
 def is_own_document(query_id: str, doc_id: str, *, ignore_identical_ids: bool = True) -> bool:
-    """Whether a document is the query itself by its id, and so neither retrieved nor a negative.
+    """Whether a document has the query's own id, so that it is neither retrieved nor a negative.
 
     Args:
         query_id: The query's id.
@@ -23,7 +23,7 @@ def is_own_document(query_id: str, doc_id: str, *, ignore_identical_ids: bool = 
 
 
 def is_own_text(query: str, text: str) -> bool:
-    """Whether a document's text is the query's, and so no negative of it; see :func:`normalised_text`."""
+    """Whether a document has the query's own text, so that it is no negative; see :func:`normalised_text`."""
     return normalised_text(query) == normalised_text(text)
 
 
@@ -43,10 +43,10 @@ def may_be_negative(query_id: str, query: str, doc_id: str, text: str, *, ignore
 
 
 def normalised_text(text: str) -> str:
-    """A form that two texts share where they are the same text.
+    """A normal form that is equal for equal texts.
 
     Unicode's compatibility forms are unified (NFKC: composed and decomposed letters, half and full width), every run of
-    white space is one space, and none stands at the ends. Capitals and punctuation make another text.
+    white space becomes one space, and the ends are stripped. Case and punctuation are kept.
     """
     # White space first and last: compatibility forms can bring some of their own.
     return " ".join(unicodedata.normalize("NFKC", " ".join(text.split())).split())

@@ -1,7 +1,7 @@
 """Exact top-k over a stream of shards, by the model's own similarity function.
 
-The memory is that of one shard and of the best k so far, independent of the corpus's size. On a Ray cluster the workers
-search a run of shards each, with the same result.
+Memory is that of one shard and of the best k so far, independent of the corpus's size. On a Ray cluster each worker
+searches some of the shards, with the same result.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def search(
     *,
     cluster: ClusterOptions | None = None,
 ) -> tuple[np.ndarray, list[list[str]]]:
-    """The k best documents of every query.
+    """Find the k best documents of every query.
 
     Args:
         model: Says which similarity function is used (``model.similarity_fn_name``, cosine by default).
@@ -54,7 +54,7 @@ def search_rows(
     show_progress_bar: bool = False,
     cluster: ClusterOptions | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """As :func:`search`, but in place of ids the documents' places in the store, int64, of the scores' shape."""
+    """As :func:`search`, but with row numbers in the store (int64, the shape of the scores) in place of ids."""
     require_fitting(query_embeddings, store, k)
     queries = prepare(model, query_embeddings, "queries")
     with tqdm(total=len(store), desc="Searching", unit=" documents", disable=not show_progress_bar) as progress:
@@ -75,7 +75,7 @@ def search_rows(
 
 
 def require_fitting(query_embeddings: np.ndarray, store: EmbeddingStore, k: int) -> None:
-    """Refuse a search that cannot be meant.
+    """Check the arguments of a search.
 
     Raises:
         ValueError: k is below 1, or the widths differ.

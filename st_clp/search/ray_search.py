@@ -1,4 +1,4 @@
-"""Searching a store on a Ray cluster: each worker some shards, their best k merged, as in one process.
+"""Search a store on a Ray cluster: each worker searches some shards, and their best k are merged.
 
 Each worker holds one shard, the queries, and its best k. The process that asked holds the queries, the best k so far,
 and those of the workers that have just finished; which come first does not matter, as equal scores are ordered by row.
@@ -74,7 +74,7 @@ def _pieces(documents: int, cluster: ClusterOptions) -> Iterator[tuple[int, int]
 
 
 class ShardSearcher:
-    """What a worker does: it searches some shards.
+    """Searches shards in a worker.
 
     Args:
         similarity: The name of the similarity function.
@@ -104,7 +104,7 @@ class ShardSearcher:
 
 
 class _Similarity:
-    """What a search needs of a model, without the model."""
+    """The part of a model that a search needs, without the model."""
 
     def __init__(self, name: str) -> None:
         self.similarity_fn_name = name

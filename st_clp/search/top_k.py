@@ -1,4 +1,4 @@
-"""The best k of a block of documents for every query, and of two such lists: what a search is made of.
+"""The best k of a block of documents for every query, and the merging of such lists.
 
 Cosine and dot product go through FAISS's brute-force search, the fastest of its kind on a CPU; other functions through
 the model's own.
@@ -19,7 +19,7 @@ TIED_BLOCK = 64  # queries with equal scores, whose scores to all of a shard are
 
 
 class Similar(Protocol):
-    """What a search needs of a model: a SentenceTransformer has it."""
+    """The attributes of a SentenceTransformer that a search uses."""
 
     @property
     def similarity_fn_name(self) -> Any: ...
@@ -50,10 +50,10 @@ def prepare(model: Similar, embeddings: np.ndarray, what: str) -> np.ndarray:
 
 
 def top_k(model: Similar, queries: np.ndarray, documents: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k best documents of every query; where more are as good as the last of them, the first of these."""
+    """The k best documents of every query; of equal scores the documents that come first."""
     scores, rows = _some_top_k(model, queries, documents, min(k + 1, len(documents)))
     if k < len(documents):
-        # Of equal scores a search returns any, and one look further shows where that matters.
+        # Of equal scores FAISS returns any; asking for one more shows where that matters.
         tied = np.flatnonzero(scores[:, k - 1] == scores[:, k])
         scores, rows = np.ascontiguousarray(scores[:, :k]), np.ascontiguousarray(rows[:, :k])
         for begin in range(0, len(tied), TIED_BLOCK):
@@ -99,7 +99,7 @@ def merge(
     """The best k of two candidate lists for each query, best first as each list is, equal scores by corpus order."""
     if scores.shape[1] < k or not new_scores.shape[1]:
         return _merge(scores, rows, new_scores, new_rows, k)
-    # After n lists one more has something to add for about k in n queries.
+    # After n lists, one more adds something for about k in n queries.
     some = np.flatnonzero(new_scores[:, 0] >= scores[:, -1])
     scores, rows = scores.copy(), rows.copy()
     scores[some], rows[some] = _merge(scores[some], rows[some], new_scores[some], new_rows[some], k)

@@ -44,7 +44,7 @@ def load(source: str, *, split: str | None, text_fields: Sequence[str] | None) -
     split, judgments_file = _choose_split(folder, split)
     corpus = _corpus(folder, corpus_file, text_fields)
     name = corpus.name
-    # The user's own files are read through once, so that everything wrong in them is said before any work is done.
+    # Read the user's files through once, so that all errors in them are reported before any work is done.
     known_ids = {document.doc_id for document in corpus}
     _require_documents(known_ids, corpus_file)
     queries = _read_queries(queries_file)
@@ -157,7 +157,7 @@ def _read_judgments(
 
 
 def _columns(line: str) -> list[str]:
-    """Query id, document id and grade; TREC's qrels have a column between the first two that says nothing."""
+    """Split a line into query id, document id and grade; TREC's qrels have an unused column between the first two."""
     parts = [part.strip() for part in line.split("\t")]
     if len(parts) == 1:
         parts = line.split()
@@ -165,7 +165,7 @@ def _columns(line: str) -> list[str]:
 
 
 def _is_header(parts: list[str], queries: Container[str], documents: Container[str]) -> bool:
-    """Whether a first line names its columns; one with a query or document of ours is a judgment."""
+    """Whether the first line is a header; it is not if it names a known query or document."""
     if parts[0] in queries or parts[1] in documents:
         return False
     return len(parts[2]) > 1 and not any(letter.isnumeric() for letter in parts[2])

@@ -41,7 +41,7 @@ class IrdsCorpus(Corpus):
             )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # What ir_datasets makes of a dataset cannot be pickled; its id says all there is to know.
+        # A dataset of ir_datasets cannot be pickled, but its id is enough to load it again.
         return _reopen, (self._dataset.dataset_id(), self._fields)
 
     def _text(self, document: Any) -> str:
@@ -85,7 +85,7 @@ class IrdsCorpus(Corpus):
         return str(ir_datasets.util.home_path())
 
     def expected_size(self) -> int | None:
-        """What is really there, where that can be counted in some seconds; else what the catalogue says of the whole.
+        """The number of documents present, if they can be counted in a few seconds; otherwise the catalogue's number.
 
         The home may hold only a part of a corpus; a bar over the whole would then never end.
         """

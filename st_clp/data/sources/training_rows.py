@@ -59,7 +59,7 @@ def load(source: str, *, split: str | None, text_fields: Sequence[str] | None) -
         marks = _marks(path, number, row, entries)
         for text, negative_queries, marked in zip(negatives, entries, marks, strict=True):
             documents[text_id(text)] = text
-            # What is relevant in one row stays so, though another row gives it as a negative.
+            # A document that is relevant in one row stays relevant even if another row lists it as a negative.
             contradictions += grades.setdefault(text_id(text), 0) > 0
             known = known_queries.setdefault(text_id(text), [])
             known += [negative_query for negative_query in negative_queries if negative_query not in known]
@@ -81,7 +81,7 @@ def documents(source: str, *, text_fields: Sequence[str] | None) -> Corpus:
 
 
 def text_id(text: str) -> str:
-    """The id that stands for a text that has none: 16 hexadecimal digits of its hash."""
+    """An id for a text that has none: 16 hexadecimal digits of its hash."""
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
