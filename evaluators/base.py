@@ -1,4 +1,4 @@
-"""What all evaluators here share: how metrics are named, stored in the model card and written to files."""
+"""The base of all evaluators: names of metrics, entries in the model card, and files."""
 
 from __future__ import annotations
 
@@ -27,20 +27,19 @@ if TYPE_CHECKING:
 
 
 class EvaluationCall:
-    """One call of an evaluator; use it as a context.
+    """One call of an evaluator, used as a context manager.
 
     Args:
-        model: The model that is evaluated; it must not change until the call is over.
+        model: The model; it must not change during the call.
         corpora: The corpus of each collection, in the order in which they are evaluated.
-        show_progress_bar: Show one bar over the documents of all of them, with its rate and the time that remains.
+        show_progress_bar: Show one progress bar over the documents of all collections.
 
     Attributes:
-        bar: The bar.
-    """
+        bar: The progress bar."""
 
     def __init__(self, model: SentenceTransformer, corpora: Iterable[Corpus], *, show_progress_bar: bool) -> None:
         self.model = model
-        # Where one size is not known before the corpus is read, there is a rate but no estimate.
+        # If a size is not known before its corpus is read, the bar shows a rate but no estimate.
         sizes = [corpus.expected_size() for corpus in corpora] if show_progress_bar else []
         total = None if None in sizes else sum(size for size in sizes if size)
         self.bar = tqdm(total=total, desc="Evaluating", unit=" documents", disable=not show_progress_bar)
@@ -54,15 +53,15 @@ class EvaluationCall:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The model's, computed once: where all embeddings are there, this is most of the work."""
+        """The model's fingerprint, computed once: if all embeddings are stored, this is most of the work."""
         return model_fingerprint(self.model)
 
     def begin(self, name: str) -> None:
-        """Say which collection is being evaluated."""
+        """Show which collection is being evaluated."""
         self.bar.set_description(f"Evaluating {name}")
 
     def finish(self, documents: int) -> None:
-        """A collection of so many documents is done, however few of them had to be encoded."""
+        """Advance the bar to the end of a collection, however few documents had to be encoded."""
         self._done += documents
         if not self.bar.disable:
             self.bar.update(self._done - self.bar.n)
@@ -76,11 +75,11 @@ def save_parts(
     model: SentenceTransformer | None = None,
     **settings: Any,
 ) -> Evaluation:
-    """Save what evaluators of single collections found in their last calls as one evaluation.
+    """Save the last calls of several collections' evaluators as one evaluation.
 
     Args:
         folder: Where to; it is made if it is not there.
-        parts: What to call each collection, and its evaluator.
+        parts: The name of each collection to its evaluator.
         model_name: What to call the model.
         model: The model, for a fingerprint of its weights; None where only runs were scored.
         **settings: Anything else that the figures depend on.
@@ -132,12 +131,12 @@ logger = logging.getLogger(__name__)
 
 
 class RetrievalEvaluator(BaseEvaluator):
-    """Evaluates retrieval: calls :meth:`evaluate`, then names, keeps and writes what comes back.
+    """The base class of evaluators: calls :meth:`evaluate`, then names, stores and writes the metrics.
 
     Args:
-        name: Goes before every metric, with an underscore; with ``""`` nothing does.
+        name: The prefix of every metric, followed by an underscore; ``""`` for none.
         metrics: Names such as ``"ndcg@10"``. The first one is the primary metric.
-        options: How to evaluate, and what to write.
+        options: How to evaluate, and what to write to files.
 
     Raises:
         ValueError: A metric is unknown, or its cut-off is missing or below 1.
@@ -155,16 +154,16 @@ class RetrievalEvaluator(BaseEvaluator):
 
     @abstractmethod
     def evaluate(self, model: SentenceTransformer) -> dict[str, float]:
-        """Evaluate the model: {metric: value}, the primary metric first, without ``name`` before them."""
+        """Evaluate the model: {metric: value}, the primary metric first, without the prefix ``name``."""
 
     @abstractmethod
     def keys(self) -> list[str]:
-        """The metrics of :meth:`evaluate`, in its order."""
+        """The metrics of :meth:`evaluate`, in order."""
 
     @property
     @abstractmethod
     def runs(self) -> dict[str, Run]:
-        """What the last call retrieved: {collection: {query id: {document id: score}}}."""
+        """The last call's runs: {collection: {query id: {document id: score}}}."""
 
     @property
     @abstractmethod
@@ -174,7 +173,7 @@ class RetrievalEvaluator(BaseEvaluator):
     @property
     @abstractmethod
     def counts(self) -> dict[str, dict[str, int]]:
-        """For each collection: how many queries there are, which of them nothing can answer, what is left out."""
+        """For each collection, how many queries it has, how many without an answer, and what was left out."""
 
     @property
     def description(self) -> str:
@@ -215,7 +214,7 @@ class RetrievalEvaluator(BaseEvaluator):
 
         Args:
             folder: Where to; it is made if it is not there.
-            suffix: Goes behind the collection in the file's name.
+            suffix: Appended to the collection's name in the file name.
 
         Returns:
             The files.

@@ -1,4 +1,4 @@
-"""Searching for beir: its ``EvaluateRetrieval`` over the streaming encoder and the exact search of this project."""
+"""Search for beir's ``EvaluateRetrieval`` with this project's encoder and exact search."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SCORE_FUNCTIONS = {"cos_sim": "cosine", "dot": "dot"}
 
 @shows(encoding=Encoding)
 class BEIRSearch(BaseSearch):
-    """What beir's ``EvaluateRetrieval`` searches with, in place of its ``DenseRetrievalExactSearch``.
+    """A search for beir's ``EvaluateRetrieval``, in place of its ``DenseRetrievalExactSearch``.
 
     Documents are encoded with ``model.encode_document`` and queries with ``model.encode_query``, both into folders; a
     search reads these a part at a time, so that its memory is that of one part, independent of the corpus's size. Every

@@ -27,8 +27,8 @@ ReferenceRun = str | os.PathLike[str] | Mapping[str, Mapping[str, float]]
 def pooled_collection(collection: Collection, reference: ReferenceRun | None, depth: int) -> tuple[Collection, str]:
     """The collection over its judged documents and, for each query, the best ``depth`` of a reference run.
 
-    It is there for evaluation in the middle of training, at a small share of the cost. Figures over a pool come out
-    higher than over the corpus and are never to be compared with those.
+    Use it to evaluate during training at a small share of the cost. Figures over a pool are higher than over the corpus
+    and must not be compared with those.
 
     Args:
         collection: Its judged documents are always in the pool.
@@ -58,7 +58,7 @@ def pooled_collection(collection: Collection, reference: ReferenceRun | None, de
     found = collection.get_documents(wanted)
     if not found:
         raise CollectionError(f"{collection.name}: none of the {len(wanted)} documents of the pool is in the corpus")
-    # In an order that does not depend on the run's, so that equal pools have equal embeddings on disk.
+    # The order does not depend on the run's, so that equal pools have equal embeddings on disk.
     texts = {doc_id: found[doc_id].text for doc_id in sorted(found)}
     digest = hashlib.blake2b("\n".join(texts).encode(), digest_size=4).hexdigest()
     corpus = MemoryCorpus(f"{collection.corpus_name} (pooled {digest})", texts)
@@ -81,7 +81,7 @@ class CollectionEvaluator(RetrievalEvaluator):
 
     Args:
         collection: Documents, queries and judgments.
-        name: Goes before every metric, with an underscore. None: the collection's name, as in ``miracl_ko_dev``.
+        name: The prefix of every metric. None: the collection's name, as in ``miracl_ko_dev``.
         metrics: ``ndcg``, ``recall``, ``map``, ``precision`` (or ``p``) or ``mrr``, each cut at any rank, as in
             ``"ndcg@10"``. The first one is the primary metric, by which the Trainer may choose the best model.
         store_dir: The folder to keep the documents' embeddings in, and beside it the queries'. It is reused while model
@@ -93,7 +93,7 @@ class CollectionEvaluator(RetrievalEvaluator):
     In bfloat16 a figure may differ in the third digit. The default is the miner's, so that both use one store.
 
     Attributes:
-        run: What the last call retrieved, {query id: {document id: score}}, best first.
+        run: The last call's run, {query id: {document id: score}}, best first.
         query_scores: The metrics of each query in the last call, {query id: {metric: value}}.
         computed_in: The precision that the last call's embeddings were computed in, such as ``"float32"``; None of a
             run that was only scored.
@@ -135,7 +135,7 @@ class CollectionEvaluator(RetrievalEvaluator):
         if options.corpus == "pooled":
             collection, self.pooled = pooled_collection(collection, reference_run, options.pool_depth)
             name = "_".join(filter(None, [name, "pooled"]))
-            # Beside the whole corpus's embeddings, not in their place.
+            # Beside the whole corpus's embeddings, without replacing them.
             store_dir = None if store_dir is None else f"{os.fspath(store_dir)}.pooled"
         super().__init__(name, metrics, options)
         deepest = max(metric.k for metric in self.metrics)
@@ -163,7 +163,7 @@ class CollectionEvaluator(RetrievalEvaluator):
             return self.evaluate_in(call)
 
     def evaluate_in(self, call: EvaluationCall) -> dict[str, float]:
-        """As :meth:`evaluate`, as a part of a call that evaluators of other collections share."""
+        """As :meth:`evaluate`, within a call that evaluators of other collections share."""
         call.begin(self.name or default_name(self.collection))
         store = self._store(call, self.collection.corpus, self.store_dir, "document")
         self.num_documents = len(store)
@@ -175,7 +175,7 @@ class CollectionEvaluator(RetrievalEvaluator):
         folder = f"{os.fspath(self.store_dir)}.{default_name(self.collection)}.queries" if self.store_dir else None
         queries = self._store(call, MemoryCorpus(f"{self.collection.name} queries", asked), folder, "query")
         ignored = self.options.ignore_identical_ids and not set(query_ids).isdisjoint(store.ids)
-        # One document more makes up for the query's own.
+        # One more document, in case the query's own is among them.
         found = search(
             call.model, queries.rows(range(len(queries))), store, self.run_depth + ignored, cluster=self.options
         )
@@ -201,10 +201,10 @@ class CollectionEvaluator(RetrievalEvaluator):
         )
 
     def score(self, run: Run) -> dict[str, float]:
-        """The metrics of a run that another system retrieved, kept as the last call's.
+        """Score a run of another system; it is kept like that of a call.
 
         Raises:
-            CollectionError: It answers none of the judged queries.
+            CollectionError: The run answers none of the judged queries.
         """
         answered = {query_id: run[query_id] for query_id in self.judgments if query_id in run}
         if not answered:
@@ -291,7 +291,7 @@ class CollectionEvaluator(RetrievalEvaluator):
         return counts | {what: number for what, number in further.items() if number}
 
     def _warn_of_low_figures(self) -> None:
-        """Say what makes a figure lower than the model deserves."""
+        """Warn of anything that makes figures lower than they should be."""
         name = self.collection.name
         if number := self._counts["queries without a relevant document"]:
             unanswerable = (
@@ -317,17 +317,17 @@ class CollectionEvaluator(RetrievalEvaluator):
 
 
 def default_name(collection: Collection) -> str:
-    """The collection's name as a metric's prefix: ``miracl/ko/dev`` becomes ``miracl_ko_dev``; of a path, its end."""
+    """The collection's name as a metric's prefix: ``miracl/ko/dev`` becomes ``miracl_ko_dev``; for a path, its end."""
     parts = collection.name.replace("\\", "/").strip("/").split("/")
     is_path = collection.name.startswith(("/", "\\", ".", "~"))
     return file_part("_".join(parts[-2:] if is_path else parts))
 
 
 def distinct_names(collections: Sequence[Collection]) -> list[str]:
-    """A name for each of these collections: the default one, and where two would have the same, more of their paths.
+    """A name for each collection: the default one, or more of the path where two would be equal.
 
     Raises:
-        ValueError: A collection stands there twice.
+        ValueError: A collection is given twice.
     """
     sources = [collection.name for collection in collections]
     if repeated := [source for source in sources if sources.count(source) > 1]:
@@ -337,14 +337,14 @@ def distinct_names(collections: Sequence[Collection]) -> list[str]:
     longer = {source: file_part(source.replace("\\", "/").strip("/.~")) for source in alike}
     taken = [*longer.values(), *(name for name in names if names.count(name) == 1)]
     for source in alike:
-        # What cannot stand in a file's name, or is too long for one, may have been all that told them apart.
+        # Characters that file names cannot have, or that were cut off, may have been the only difference.
         if taken.count(longer[source]) > 1:
             longer[source] = f"{longer[source][-90:]}_{hashlib.blake2b(source.encode(), digest_size=4).hexdigest()}"
     return [longer.get(source, name) for source, name in zip(sources, names, strict=True)]
 
 
 def _judged_queries(collection: Collection) -> dict[str, dict[str, int]]:
-    """The judgments of the queries that have both judgments and a text.
+    """The judgments of queries that have a text.
 
     Raises:
         CollectionError: There are none.

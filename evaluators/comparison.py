@@ -1,4 +1,4 @@
-"""Is one evaluation better than another, and by more than luck?
+"""Compare evaluations, with tests of significance.
 
 Differences are paired by query. The p-value is that of a randomisation test, which swaps the two scores of each query
 at random (Smucker, Allan and Carterette, 2007, A Comparison of Statistical Significance Tests for Information Retrieval
@@ -38,22 +38,22 @@ class QueryChange:
 
     @property
     def difference(self) -> float:
-        """How much it gained."""
+        """The gain."""
         return self.after - self.before
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How two evaluations differ on one collection, or overall.
+    """The difference of two evaluations on one collection, or overall.
 
     Attributes:
         key: The collection, or ``"mean"``.
-        queries: How many queries were compared.
+        queries: The number of compared queries.
         before, after: The mean scores.
         low, high: The 95 % interval of the difference.
         p: Of the randomisation test, two-sided.
         p_adjusted: The same by Holm's method over the collections; for the mean, ``p``.
-        wins, ties, losses: Queries that gained, stayed and lost.
+        wins, ties, losses: The number of queries that gained, stayed and lost.
     """
 
     key: str
@@ -70,7 +70,7 @@ class Difference:
 
     @property
     def difference(self) -> float:
-        """How much was gained on average."""
+        """The mean gain."""
         return self.after - self.before
 
     @property
@@ -84,11 +84,11 @@ class Comparison:
     """Two evaluations side by side.
 
     Attributes:
-        before, after: What the models are called.
-        metric: The metric that is compared.
+        before, after: The names of the models.
+        metric: The compared metric.
         pooled: Whether the figures are over pools, not whole corpora.
-        precisions: What either model computed in; see :attr:`Evaluation.precision`.
-        differences: For each collection, and last, of several, their mean.
+        precisions: The precisions of both models; see :attr:`Evaluation.precision`.
+        differences: One for each collection, and last, if there are several, their mean.
         changes: Collection key to every query's change, most gained first.
     """
 
@@ -102,7 +102,7 @@ class Comparison:
 
     @property
     def precision_note(self) -> str | None:
-        """What to say of a comparison across precisions; None where both are known to be the same."""
+        """A note on a comparison across precisions; None if both are known to be the same."""
         before, after = self.precisions
         if before is None or after is None or (before == after and UNKNOWN_PRECISION not in before):
             return None
@@ -112,7 +112,7 @@ class Comparison:
         )
 
     def to_dict(self, *, queries: int | None = None) -> dict[str, Any]:
-        """For JSON; with at most so many of the queries that gained and that lost most of each collection."""
+        """For JSON; with at most so many of each collection's queries that gained most and that lost most."""
         return {
             "before": self.before,
             "after": self.after,
@@ -128,7 +128,7 @@ class Comparison:
 
 
 def most_changed(changes: Sequence[QueryChange], number: int | None) -> list[QueryChange]:
-    """At most so many that gained most, then at most so many that lost most; all for None."""
+    """The queries that gained most and then those that lost most, at most ``number`` each; None for all."""
     if number is None:
         return list(changes)
     gained = [change for change in changes[:number] if change.difference > 0]
@@ -140,15 +140,15 @@ def compare(before: Evaluation, after: Evaluation, metric: str | None = None, *,
     """Compare two evaluations of the same queries.
 
     Args:
-        before: The one to compare with.
+        before: The evaluation to compare with.
         after: The other one.
-        metric: What to compare, such as ``"ndcg@10"``. None: the first evaluation's primary metric.
-        seed: Of the resampling.
+        metric: The metric, such as ``"ndcg@10"``. None: the first evaluation's primary metric.
+        seed: The seed of the resampling.
 
     Raises:
-        EvaluationError: They are of other collections, queries or judgments, one is over a pool and the other is
-            not, or one does not have the metric; the message says in what they differ.
-        ValueError: There is no such metric.
+        EvaluationError: Collections, queries or judgments differ, only one of them is over a pool, or one lacks the
+            metric; the message says what differs.
+        ValueError: The metric is unknown.
     """
     metric = before.metrics[0] if metric is None else Metric.parse(metric).name
     require_same(before, after, metric)
@@ -170,11 +170,11 @@ def compare(before: Evaluation, after: Evaluation, metric: str | None = None, *,
 
 
 def p_value(samples: Sequence[np.ndarray], seed: int) -> float:
-    """The chance of so large a mean difference, either way, if each query's two scores were swapped at random.
+    """The two-sided p-value of the mean difference under random swaps of each query's two scores.
 
     Args:
-        samples: For each collection the differences of its queries. Each collection counts the same.
-        seed: Of the swaps; with few queries all of them are tried.
+        samples: The differences of each collection's queries. Each collection has the same weight.
+        seed: The seed of the swaps; with few queries all of them are tried.
     """
     from scipy.stats import permutation_test
 
@@ -184,7 +184,7 @@ def p_value(samples: Sequence[np.ndarray], seed: int) -> float:
         return 1.0  # one difference is as large either way
     found = permutation_test(
         (weighted,),
-        # Sums that are equal but for rounding are as large; of a difference of next to nothing scipy would not see it.
+        # Sums that differ only by rounding count as equal; for tiny differences scipy's tolerance is too small.
         lambda values, axis: np.round(np.sum(values, axis=axis), 12),
         permutation_type="samples",
         n_resamples=RESAMPLES - 1,
@@ -199,8 +199,8 @@ def interval(samples: Sequence[np.ndarray], seed: int) -> tuple[float, float]:
     """The 95 % bootstrap interval of the mean over collections of their mean over queries.
 
     Args:
-        samples: For each collection its queries' values, which are drawn again within it.
-        seed: Of the draws.
+        samples: The values of each collection's queries, which are resampled within it.
+        seed: The random seed.
     """
     generator = np.random.default_rng(seed)
     means = np.zeros(RESAMPLES)
@@ -215,7 +215,7 @@ def interval(samples: Sequence[np.ndarray], seed: int) -> tuple[float, float]:
 
 
 def _resampled_means(sample: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """The means of so many draws with replacement, by scipy."""
+    """Means of bootstrap samples, by scipy."""
     from scipy.stats import bootstrap
 
     found = bootstrap(
@@ -231,7 +231,7 @@ def _resampled_means(sample: np.ndarray, generator: np.random.Generator) -> np.n
 
 
 def holm(ps: dict[str, float]) -> dict[str, float]:
-    """Holm's adjustment (1979): the chance of one false finding among all of them stays below each figure."""
+    """Holm's adjustment (1979) of p-values, which controls the family-wise error rate."""
     adjusted: dict[str, float] = {}
     largest = 0.0
     for rank, key in enumerate(sorted(ps, key=lambda key: ps[key])):
@@ -266,10 +266,10 @@ def _difference(
 
 
 def require_same(before: Evaluation, after: Evaluation, metric: str) -> None:
-    """Refuse to compare evaluations that are not of the same.
+    """Require evaluations of the same collections, queries and judgments.
 
     Raises:
-        EvaluationError: Of other collections, queries, judgments or documents, or without the metric.
+        EvaluationError: Collections, queries, judgments or documents differ, or one lacks the metric.
     """
     for evaluation in (before, after):
         if metric not in evaluation.metrics:
@@ -364,7 +364,7 @@ def to_latex(frame: pandas.DataFrame, *, index: bool) -> str:
 
 
 def comparisons_text(comparisons: Sequence[Comparison], kind: Format) -> str:
-    """Comparisons as LaTeX, CSV or JSON; in JSON with the queries that changed most."""
+    """Comparisons as LaTeX, CSV or JSON (with the queries that changed most)."""
     if kind == "json":
         content = [comparison.to_dict(queries=QUERIES_SHOWN) for comparison in comparisons]
         return json.dumps(content, indent=1, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""Evaluations on disk: the runs, every query's scores, and a manifest of what they are of."""
+"""Evaluations on disk: runs, every query's scores, and a manifest."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ class EvaluationError(ValueError):
 
 @dataclass(frozen=True)
 class CollectionResult:
-    """What was found on one collection.
+    """The result on one collection.
 
     Attributes:
-        key: What the collection is called in metrics and file names.
-        source: What it was loaded as.
+        key: The collection's name in metrics and file names.
+        source: What it was loaded from.
         split: Its split, or None.
         language: ISO 639 code, or None.
-        pooled: None for a figure over the whole corpus; otherwise how the pool was made.
+        pooled: How the pool was made; None for figures over the whole corpus.
         judgments: A fingerprint of the judgments.
-        documents: How many documents were searched; None where only a run was given.
+        documents: How many documents were searched; None if only a run was given.
         scores: The mean of each metric.
         counts: Queries, those without a relevant document, and what was left out.
-        computed_in: The precision of the model's computation, such as ``"bfloat16"``; None where only a run was given,
-            and in evaluations of version 0.1.0, which did not note it.
+        computed_in: The precision of the model's computation, such as ``"bfloat16"``; None if only a run was given, and
+            in evaluations of version 0.1.0.
     """
 
     key: str
@@ -60,17 +60,17 @@ class CollectionResult:
 
     @property
     def label(self) -> str:
-        """The key, marked where the figures are over a pool."""
+        """The key, marked if the figures are over a pool."""
         return pooled_label(self.key) if self.pooled else self.key
 
     @property
     def file_part(self) -> str:
-        """What its files are called."""
+        """The base of its file names."""
         return file_part(self.key) + (".pooled" if self.pooled else "")
 
 
 def pooled_label(key: str) -> str:
-    """What a collection or a mean is called wherever its figures are over a pool."""
+    """The name of a collection or mean whose figures are over a pool."""
     return f"{key} (pooled)"
 
 
@@ -80,13 +80,13 @@ class Evaluation:
 
     Attributes:
         path: Its folder.
-        model: What the model is called.
-        fingerprint: Of the model's weights and settings; None where only runs were given.
-        results: Collection key to what was found there.
+        model: The model's name.
+        fingerprint: A hash of the model's weights and settings; None if only runs were given.
+        results: Collection key to its result.
         metrics: The metrics, the primary one first.
         created: When it was made, ISO 8601, UTC.
-        versions: Of everything that the figures depend on.
-        settings: What the figures depend on besides.
+        versions: The versions of packages that figures depend on.
+        settings: Other settings that figures depend on.
     """
 
     path: Path
@@ -112,19 +112,19 @@ class Evaluation:
 
     @property
     def pooled(self) -> bool:
-        """Whether the figures are over pools, not over whole corpora."""
+        """Whether the figures are over pools instead of whole corpora."""
         return any(result.pooled for result in self.results.values())
 
     @property
     def precision(self) -> str | None:
-        """What the model computed in, such as ``"bfloat16"``.
+        """The precision that the model computed in, such as ``"bfloat16"``.
 
-        ``"unknown"`` where that was not noted; None where only runs were scored, whose models are unknown.
+        ``"unknown"`` if it was not recorded; None if only runs were scored.
         """
         if self.fingerprint is None:
             return None
         asked = self.settings.get("dtype")
-        # What "auto" and "model" came to is not known of an evaluation that does not say it.
+        # An evaluation without a record does not tell what "auto" and "model" were resolved to.
         noted = [
             result.computed_in or ("bfloat16" if asked == "bfloat16" else UNKNOWN_PRECISION)
             for result in self.results.values()
@@ -132,17 +132,17 @@ class Evaluation:
         return " and ".join(dict.fromkeys(noted))
 
     def run(self, key: str) -> Run:
-        """What was retrieved on a collection.
+        """Read the run of a collection.
 
         Raises:
             ValueError: A line of the run file is broken.
-            FileNotFoundError: The run file is not there.
+            FileNotFoundError: The run file is missing.
         """
         return read_run(self.path / "runs" / f"{self.results[key].file_part}.trec")
 
 
 def with_distinct_names(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
-    """The same evaluations; models of one name are told apart by their folders."""
+    """The same evaluations, with their folders added to models of the same name."""
     times = Counter(evaluation.model for evaluation in evaluations)
     return [
         replace(evaluation, model=f"{evaluation.model} ({evaluation.path})")
@@ -153,7 +153,7 @@ def with_distinct_names(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
 
 
 def judgments_fingerprint(judgments: Judgments) -> str:
-    """A short text that is the same for the same judgments in any order."""
+    """A hash of judgments that does not depend on their order."""
     digest = hashlib.blake2b(digest_size=16)
     for query_id in sorted(judgments):
         for doc_id, grade in sorted(judgments[query_id].items()):
@@ -171,7 +171,7 @@ def write_evaluation(
     query_scores: Mapping[str, QueryScores],
     settings: Mapping[str, Any],
 ) -> Evaluation:
-    """Write an evaluation to a folder; the manifest comes last, so a folder with one is whole.
+    """Write an evaluation to a folder. The manifest comes last: a folder with one is complete.
 
     Raises:
         ValueError: An id holds white space, which a run file cannot carry, or some of the figures are over pools and
@@ -181,7 +181,7 @@ def write_evaluation(
     if len({result.pooled is None for result in results.values()}) > 1:
         raise ValueError("figures over pools and over whole corpora do not go into one evaluation; save them apart")
     path = Path(folder)
-    # What an evaluation that was here before left must not stand beside the new manifest's files.
+    # Files of an earlier evaluation must not remain beside the new ones.
     (path / MANIFEST).unlink(missing_ok=True)
     for key, result in results.items():
         write_run(runs[key], path / "runs" / f"{result.file_part}.trec")

@@ -16,7 +16,7 @@ from st_clp.data.checks import require_scorable_ids
 from st_clp.extras import import_package
 from st_clp.options import DEFAULT_METRICS
 
-# What a metric is called here -> trec_eval's measure. All but the last are cut at k by trec_eval itself.
+# Our names to trec_eval's measures. All but the last are cut at k by trec_eval itself.
 TREC_MEASURES = {"ndcg": "ndcg_cut", "recall": "recall", "map": "map_cut", "precision": "P", "mrr": "recip_rank"}
 ALIASES = {"p": "precision"}
 
@@ -43,7 +43,7 @@ class Metric(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Such as ``"ndcg@10"``."""
+        """The name, such as ``"ndcg@10"``."""
         return f"{self.family}@{self.k}"
 
     @classmethod
@@ -68,19 +68,19 @@ class Metric(NamedTuple):
 
     @property
     def trec_measure(self) -> str:
-        """What pytrec_eval is asked for."""
+        """The name of pytrec_eval's measure."""
         measure = TREC_MEASURES[self.family]
         return measure if self.family == "mrr" else f"{measure}.{self.k}"
 
     def read(self, scores: Mapping[str, float]) -> float:
-        """This metric's value among one query's scores by pytrec_eval."""
+        """Read this metric from pytrec_eval's scores of one query."""
         value = scores[self.trec_measure.replace(".", "_")]
         # recip_rank is 1 / rank exactly as the division gives it, so the comparison is one of ranks.
         return 0.0 if self.family == "mrr" and value < 1 / self.k else value
 
 
 def parse_metrics(names: Iterable[str]) -> tuple[Metric, ...]:
-    """Read metric names, without repetitions, in their order.
+    """Parse metric names, in order, without duplicates.
 
     Raises:
         ValueError: No metric, or one that :meth:`Metric.parse` refuses.
@@ -96,7 +96,7 @@ def parse_metrics(names: Iterable[str]) -> tuple[Metric, ...]:
 def score_queries(
     judgments: Judgments, run: Mapping[str, Mapping[str, float]], metrics: Sequence[Metric]
 ) -> QueryScores:
-    """The metrics of every judged query.
+    """Compute the metrics of every judged query.
 
     Args:
         judgments: Query id to {document id: grade}.

@@ -17,15 +17,15 @@ from st_clp.search import is_own_document
 
 
 def file_part(name: str) -> str:
-    """A name as part of a file name: at most its last 100 characters, letters, digits and a few signs only."""
+    """Make a name safe for file names: its last 100 characters, only letters, digits and a few others."""
     return re.sub(r"[^\w.@+-]+", "_", name)[-100:].strip("_.")
 
 
 def require_columns(path: Path, columns: Sequence[str]) -> None:
-    """Refuse a CSV file of other columns: lines added to it would stand under the wrong headings.
+    """Refuse to append to a CSV file with other columns.
 
     Raises:
-        ValueError: The file is there and its first line is not ``columns``.
+        ValueError: The file exists and its first line is not ``columns``.
     """
     try:
         with open(path, encoding="utf-8", newline="") as file:
@@ -40,7 +40,7 @@ def require_columns(path: Path, columns: Sequence[str]) -> None:
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Add a line to a CSV file, with the headings first if it is new."""
+    """Append a line to a CSV file, with a header if it is new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
@@ -53,7 +53,7 @@ Run = dict[str, dict[str, float]]  # query id -> {document id: score}
 
 
 def make_run(query_ids: Sequence[str], scores: np.ndarray, doc_ids: Sequence[Sequence[str]]) -> Run:
-    """A run from search results.
+    """Make a run from search results.
 
     Args:
         query_ids: (queries,).
@@ -67,7 +67,7 @@ def make_run(query_ids: Sequence[str], scores: np.ndarray, doc_ids: Sequence[Seq
 
 
 def cut_run(run: Run, depth: int) -> Run:
-    """The first ``depth`` documents of each query; its own id, where it is there, is not counted.
+    """The first ``depth`` documents of each query, not counting its own id.
 
     The documents of each query must be best first.
     """
@@ -78,7 +78,7 @@ def cut_run(run: Run, depth: int) -> Run:
 
 
 def without_identical_ids(run: Run) -> tuple[Run, int]:
-    """The run without each query's own id, and how many documents that left out."""
+    """Remove each query's own id from the run; also return how many documents that removed."""
     kept = {
         query_id: {doc_id: score for doc_id, score in documents.items() if not is_own_document(query_id, doc_id)}
         for query_id, documents in run.items()
@@ -104,10 +104,10 @@ def write_run(run: Mapping[str, Mapping[str, float]], path: str | os.PathLike[st
     Args:
         run: Query id to {document id: score}.
         path: The file; missing folders are made, and an existing file is replaced once the new one is whole.
-        tag: What the last column calls the run.
+        tag: The name of the run in the last column.
 
     Raises:
-        ValueError: An id or the tag is empty or holds white space, which separates the columns of such a file.
+        ValueError: An id or the tag is empty or contains white space, which separates the columns.
     """
     _require_word(tag, "the tag")
     with whole_file(path) as file:

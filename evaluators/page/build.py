@@ -1,4 +1,4 @@
-"""What the report page shows, gathered from evaluations and runs."""
+"""Gather the contents of the report page from evaluations and runs."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Summary:
     """The first lines.
 
     Attributes:
-        sentences: The sentence to quote, and the notes beside it.
-        search: A query whose first answer was wrong before and is right after, with its language; None where there is
+        sentences: The sentence to quote, and notes.
+        search: A query whose first answer was wrong before and is right after, with its language; None if there is
             none.
     """
 
@@ -46,7 +46,7 @@ class Summary:
 
 
 def names_of_collections(evaluation: Evaluation) -> dict[str, str]:
-    """Key to what people call the collection: its language, where no other has the same; else the key."""
+    """Display names of collections: the language if no other has the same, otherwise the key."""
     languages = [result.language for result in evaluation.results.values()]
     return {
         key: LANGUAGES[result.language]
@@ -57,13 +57,13 @@ def names_of_collections(evaluation: Evaluation) -> dict[str, str]:
 
 
 def sentence_of_scores(evaluation: Evaluation, metric: str, mean: float, names: Mapping[str, str]) -> str:
-    """What one evaluation found."""
+    """A sentence on one evaluation."""
     where = f"on {next(iter(names.values()))}" if len(names) == 1 else f"in the mean of {_listed(names.values())}"
     return f"{evaluation.model} reaches {_written(metric)} {mean:.3f} {where}."
 
 
 def sentences_of_comparison(found: Comparison, names: Mapping[str, str]) -> list[str]:
-    """What a comparison found: the whole of it, then who gained least and who lost."""
+    """Sentences on a comparison: overall, then which collections gained least or lost."""
     whole = found.differences[-1]
     parts = [difference for difference in found.differences if not difference.is_mean]
     where = f"on {names[parts[0].key]}" if len(parts) == 1 else f"in the mean of {_listed(names[p.key] for p in parts)}"
@@ -93,7 +93,7 @@ def _extremes(parts: Sequence[Difference], names: Mapping[str, str]) -> str:
 
 
 def best_search(changes: Sequence[ShownChange]) -> ShownChange | None:
-    """The first of these whose best answer was not judged relevant before, and is after; with both texts at hand."""
+    """The first change whose best answer was not relevant before and is after, and whose texts are known."""
     for item in changes:
         first, now = item.first_before, item.first_after
         if item.query is None or first is None or now is None or first.text is None or now.text is None:
@@ -147,8 +147,8 @@ def write_page(
         evaluations: One or more.
         metric: What to show, such as ``"ndcg@10"``. None: the first evaluation's primary metric.
         runs: The reports (``report.json``) of training runs, by name: their mining, curves and experts are shown.
-        texts: Show the queries and documents that changed most, read from the collections that the evaluations name.
-            Where one cannot be read, ids stand in their place, and the page says so.
+        texts: Show the texts of queries and documents that changed most, read from the collections. If one cannot be
+            read, ids are shown instead, and the page says so.
         title: The page's title.
 
     Raises:
@@ -193,14 +193,14 @@ def write_page(
 def _summary(
     evaluations: Sequence[Evaluation], metric: str, scores: dict[str, Any], shown: Sequence[dict[str, Any]]
 ) -> Summary:
-    """What is said first: of the last comparison, which is that with the newest model; else of the only evaluation."""
+    """The summary of the last comparison (that with the newest model), or of the only evaluation."""
     names = names_of_collections(evaluations[0])
     if not shown:
         value = next((row["cells"][0].value for row in reversed(scores["rows"]) if row["cells"][0]), 0.0)
         return Summary([sentence_of_scores(evaluations[0], metric, value, names)], None)
     last = shown[-1]
     searches = [(found, part["language"]) for part in last["parts"] if (found := best_search(part["gained"]))]
-    # The clearest case among the collections.
+    # The clearest example among the collections.
     search = max(searches, key=lambda pair: pair[0].change.difference, default=None)
     return Summary(sentences_of_comparison(last["found"], names), search)
 
@@ -290,7 +290,7 @@ def _comparison(found: Comparison, before: Evaluation, after: Evaluation, reader
 
 
 def _distribution(key: str, differences: np.ndarray) -> charts.Chart | None:
-    """How many of the queries that changed gained or lost how much; None where none did."""
+    """A histogram of the queries' gains and losses; None if no query changed."""
     changed = differences[differences != 0]
     if not len(changed):
         return None

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from markupsafe import Markup, escape
 
-# About as wide as a phone, so that the text in a chart is never made small.
+# About as wide as a phone, so that text is never scaled down.
 WIDTH = 420
 LEFT, RIGHT, BOTTOM = 52, 14, 36
 SERIES = 6  # as many colours as the page has; more begin again
@@ -30,12 +30,12 @@ class Interval:
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture, what it is called, and its numbers as a table (none where the page has them beside it).
+    """A chart: picture, label, and its numbers as a table (empty if the page shows them anyway).
 
     Attributes:
         picture: SVG.
-        label: What it shows.
-        names: Its series, where there are several.
+        label: Describes it.
+        names: Its series, if there are several.
         header: The table's column headings.
         rows: The table's cells; the first of each row is its heading.
         dashed: Whether series differ in dashes, not in marks.

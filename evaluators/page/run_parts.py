@@ -1,4 +1,4 @@
-"""What the page shows of a training run: its mining, its curves and its experts, from ``report.json``."""
+"""The page's parts on a training run: mining, curves and experts, from ``report.json``."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ ACCOUNT = {
 
 
 def show_run(name: str, report: Mapping[str, Any]) -> dict[str, Any]:
-    """What the template needs of a run; what the report lacks is left out.
+    """The template's data of a run; parts that the report lacks are left out.
 
     Args:
-        name: What to call the run.
+        name: The run's name.
         report: Its ``report.json``.
 
     Raises:
-        EvaluationError: The report says what no run writes.
+        EvaluationError: The report is invalid.
     """
     try:
         return _show_run(name, report)
@@ -73,7 +73,7 @@ def _show_run(name: str, report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _cost(report: Mapping[str, Any]) -> str:
-    """What the run took, in a sentence; empty where the report does not say it."""
+    """A sentence on the run's cost; empty if the report does not have it."""
     training, seconds = report.get("training") or {}, report.get("seconds") or {}
     if not seconds or "steps" not in training:
         return ""

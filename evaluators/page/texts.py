@@ -16,7 +16,7 @@ JUDGED = 3  # relevant documents of a query
 
 @dataclass(frozen=True)
 class ShownDocument:
-    """A document as the page shows it; ``text`` is None where the collection could not be read."""
+    """A document on the page; ``text`` is None if the collection could not be read."""
 
     doc_id: str
     text: str | None
@@ -25,7 +25,7 @@ class ShownDocument:
 
 @dataclass(frozen=True)
 class ShownChange:
-    """A query that changed: its text, what is relevant, and what either model ranked first."""
+    """A changed query: its text, relevant documents, and each model's first documents."""
 
     change: QueryChange
     query: str | None
@@ -35,10 +35,10 @@ class ShownChange:
 
 
 class TextReader:
-    """Reads collections when their texts are asked for.
+    """Reads collections when their texts are needed.
 
     Args:
-        read: Whether to read anything; otherwise ids stand in place of texts.
+        read: Whether to read anything; otherwise ids are shown instead of texts.
 
     Attributes:
         unread: Collection to why it could not be read.
@@ -102,7 +102,7 @@ class TextReader:
 
 
 def _load(source: str, split: str | None) -> Collection:
-    """A collection by the name that it gave itself, which may or may not end in its split."""
+    """Load a collection by its name, which may or may not end in its split."""
     base, _, last = source.rpartition("/")
     if last and last in Collection.splits(base):
         return Collection.load(base, split=last)

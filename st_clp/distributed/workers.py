@@ -42,7 +42,8 @@ class Workers:
         arguments: The arguments of ``make``. Each is stored in the cluster once, however many workers there are.
 
     Attributes:
-        number: The number of workers. lost: The number of workers that were lost.
+        number: The number of workers.
+        lost: The number of workers that were lost.
     """
 
     def __init__(self, options: ClusterOptions, make: Callable[..., Callable[..., Any]], *arguments: Any) -> None:
@@ -177,7 +178,7 @@ class _Queue:
     """Pieces that are still to be done, first those of lost workers.
 
     Any of its pieces may have killed a worker, so each is given to a worker that has no other piece: if that worker is
-        lost too, it is clear which piece did it.
+    lost too, it is clear which piece did it.
     """
 
     def __init__(self, pieces: Iterator[Any]) -> None:

@@ -20,7 +20,8 @@ class Batch:
 
     Args:
         rows: Their positions in the window.
-        features: The model's inputs. tokens: Their number of tokens, padding included.
+        features: The model's inputs.
+        tokens: Their number of tokens, padding included.
         padded: Whether there is any padding.
     """
 

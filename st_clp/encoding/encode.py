@@ -49,7 +49,8 @@ def encode_queries(model: SentenceTransformer, texts: Sequence[str], *, encoding
         float32 embeddings, (number of texts, dim), in the order of the texts.
 
     Raises:
-        TypeError: A text is not a string. ValueError: An option is not known or out of range.
+        TypeError: A text is not a string.
+        ValueError: An option is not known or out of range.
     """
     _require_several(texts)
     if not len(texts):
@@ -106,7 +107,7 @@ def reads_ahead(device: torch.device) -> bool:
     """Whether to tokenise a window while the previous one is in the model.
 
     Not on a CPU: the model uses all cores, and if a tokenizer takes one of them, the others wait for it at the end of
-        every operation.
+    every operation.
     """
     return device.type != "cpu"
 

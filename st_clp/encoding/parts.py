@@ -41,8 +41,9 @@ class PartEncoder(Builder):
         model: The model.
         corpus: The corpus, which is read here.
         task, encoding: As in :class:`Builder`.
-        manifest: Of the whole store. known: Folders with embeddings that can be used again. progress: A bar to advance
-            by each document.
+        manifest: Of the whole store.
+        known: Folders with embeddings that can be used again.
+        progress: A bar to advance by each document.
 
     Raises:
         ValueError: This machine would compute in another precision than the manifest's.

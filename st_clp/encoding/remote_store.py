@@ -128,8 +128,10 @@ def _missing(
     Args:
         done: (documents asked for, rows) of the existing parts, by their first documents.
         size: Documents of a part.
-        place: The store's address. end: Whether the corpus's end was met. used: Filled with the rows of the existing
-            parts. progress: A bar to advance by them.
+        place: The store's address.
+        end: Whether the corpus's end was met.
+        used: Filled with the rows of the existing parts.
+        progress: A bar to advance by them.
     """
     begins = sorted(done)
     begin = 0

@@ -1,16 +1,15 @@
-"""Embeddings on disk, a checked shard at a time.
+"""Embeddings on disk, in shards with checksums.
 
 A folder holds four files that only grow, and a manifest:
 
     embeddings.bin   rows of float16 or float32
     ids.jsonl        a document's id on each line, as JSON
-    keys.bin         16 bytes for each text: what decides whether its embedding can be used again
-    shards.jsonl     for each shard its number of rows and a checksum of its part of the three files
-    manifest.json    what the embeddings are of
+    keys.bin         16 bytes for each text, by which embeddings are used again shards.jsonl     for each shard its
+    number of rows and a checksum of its part of the three files manifest.json    what the embeddings are of
 
-A shard counts once its line is in ``shards.jsonl``; what lies behind the last one is cut off when a stopped run goes
-on. Its checksum covers what the embeddings are of as well (model, task, precision, width), so that a shard of another
-model's is damage like any other. Version 0.1.0 wrote format 2, whose checksums do not; see :func:`seal_shards`.
+A shard is valid once its line is in ``shards.jsonl``; bytes after the last shard are cut off when a stopped run is
+resumed. Its checksum also covers the model, task, precision and width, so that a shard of another model counts as
+damaged. Version 0.1.0 wrote format 2, whose checksums do not; see :func:`seal_shards`.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ ITERATE_ROWS = 65_536
 
 
 class FileIds(Sequence[str]):
-    """The ids in a file of JSON strings, a line each: 8 bytes of memory for each, read as they are asked for.
+    """Ids in a file with one JSON string a line, read when accessed; 8 bytes of memory for each.
 
     Args:
         path: The file.
@@ -87,7 +86,7 @@ ENCODING = ("model", "task", "computed_in", "dtype", "dim")  # what must agree f
 
 
 class StoreError(ValueError):
-    """A store's files say what cannot be; the message names the file and what to do."""
+    """A store's files are invalid; the message names the file and the remedy."""
 
 
 REMEDY = "what made the store makes it anew; `st-clp store rm` removes it"
@@ -95,9 +94,9 @@ REMEDY = "what made the store makes it anew; `st-clp store rm` removes it"
 
 @dataclass(frozen=True)
 class Shard:
-    """A run of rows: how many, how long their ids are in bytes, and a checksum over ids, keys and embeddings.
+    """Consecutive rows: their number, the bytes of their ids, and a checksum over ids, keys and embeddings.
 
-    ``sealed`` tells whether it covers what the embeddings are of as well.
+    ``sealed`` says whether the checksum also covers the model and the other settings of the embeddings.
     """
 
     rows: int
@@ -107,15 +106,15 @@ class Shard:
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write a manifest so that it appears whole or not at all."""
+    """Write a manifest atomically."""
     write_json(folder / MANIFEST, {"format": FORMAT, **manifest})
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest in a folder; None where there is none, or one of a format that this version does not know.
+    """Read the manifest in a folder; None if there is none, or one of an unknown format.
 
     Raises:
-        StoreError: It cannot be read, or says what cannot be.
+        StoreError: It cannot be read, or is invalid.
     """
     file = folder / MANIFEST
     try:
@@ -126,14 +125,14 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def checked_manifest(manifest: dict[str, Any], where: str) -> dict[str, Any] | None:
-    """The manifest; None where it is of a format that this version does not know.
+    """Check a manifest; None if its format is unknown.
 
     Args:
-        manifest: What a manifest's file holds.
+        manifest: The contents of a manifest.
         where: The file.
 
     Raises:
-        StoreError: It says what cannot be.
+        StoreError: It is invalid.
     """
     if manifest.get("format") not in (FORMAT, UNSEALED_FORMAT):
         return None
@@ -152,7 +151,7 @@ def checked_manifest(manifest: dict[str, Any], where: str) -> dict[str, Any] | N
 
 
 def usable_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest in a folder; None where there is none or it cannot be read, which is said."""
+    """The manifest in a folder; None if there is none or it cannot be read, with a warning."""
     try:
         return read_manifest(folder)
     except StoreError as error:
@@ -161,7 +160,7 @@ def usable_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def read_shards(folder: Path) -> list[Shard]:
-    """The shards that are recorded, up to the first line that cannot be read or says what cannot be."""
+    """The recorded shards, up to the first invalid line."""
     found: list[Shard] = []
     try:
         lines = (folder / SHARDS).read_bytes().splitlines()
@@ -192,16 +191,16 @@ HELD_IDS = 1_000_000  # as Python strings, some 70 bytes each; more are read fro
 
 
 def text_key(text: str) -> bytes:
-    """16 bytes that are the same for the same text, and, but for one chance in 10^20, for no other."""
+    """A hash of 16 bytes; the chance that two texts share one is about 1 in 10^20."""
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=KEY_BYTES).digest()
 
 
 class ShardFiles:
-    """The files of a folder, open for reading shard by shard or for adding shards.
+    """The files of a store, for reading or adding shards.
 
     Args:
         folder: Where they are.
-        manifest: What they are of. Of one in the format that sealed nothing, shards without a seal are right too.
+        manifest: The manifest. In the former format, shards without a seal are valid too.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
@@ -215,7 +214,7 @@ class ShardFiles:
     def read(self) -> Iterator[tuple[Shard, list[str], np.ndarray, np.ndarray, bool]]:
         """Yield (shard, ids, keys (rows, 16), embeddings (rows, dim), whether the checksum is right) in order.
 
-        A file that is not there makes every shard wrong. Nothing is written: the disk may be read-only.
+        If a file is missing, every shard is wrong. Nothing is written: the disk may be read-only.
         """
         with self._open(IDS) as ids, self._open(KEYS) as keys, self._open(EMBEDDINGS) as embeddings:
             for shard in read_shards(self.folder):
@@ -255,14 +254,14 @@ class ShardFiles:
         """All embeddings, (rows, dim), memory-mapped."""
         total = sum(shard.rows for shard in read_shards(self.folder))
         path = self.folder / EMBEDDINGS
-        # A file that was cut off, or removed, holds fewer rows than are recorded.
+        # A file that was truncated or removed has fewer rows than are recorded.
         total = min(total, path.stat().st_size // self._row_bytes if path.exists() else 0)
         if not total:
             return np.zeros((0, self.dim), self.dtype)
         return np.memmap(path, self.dtype, "r", shape=(total, self.dim))
 
     def keep(self, number: int) -> None:
-        """Cut the files to the first ``number`` shards."""
+        """Truncate the files to the first ``number`` shards."""
         kept = read_shards(self.folder)[:number]
         rows = sum(shard.rows for shard in kept)
         sizes = {
@@ -270,7 +269,7 @@ class ShardFiles:
             KEYS: rows * KEY_BYTES,
             EMBEDDINGS: rows * self._row_bytes,
         }
-        # The record first: a shard that is recorded is always there.
+        # The record comes first: a recorded shard always exists.
         self._record(kept)
         for name, size in sizes.items():
             with open(self.folder / name, "ab") as file:
@@ -282,7 +281,7 @@ class ShardFiles:
             _to_disk(file)
 
     def seal(self) -> None:
-        """Give every shard that is right a checksum that covers what the embeddings are of as well."""
+        """Give every valid shard a checksum that also covers the manifest's settings."""
         self._record(
             [
                 Shard(shard.rows, shard.id_bytes, self._checksum_of(ids, keys, embeddings)) if right else shard
@@ -294,10 +293,10 @@ class ShardFiles:
         return _checksum(self._seal, _id_lines(ids), keys.tobytes(), embeddings.tobytes())
 
     def add(self, ids: Sequence[str], keys: Sequence[bytes], embeddings: np.ndarray) -> None:
-        """Add a shard; it counts once everything is on the disk.
+        """Append a shard; it is valid once everything is on disk.
 
         Raises:
-            OSError: The disk is full or cannot be written; the shards before are as they were.
+            OSError: The disk is full or cannot be written; earlier shards are unchanged.
         """
         id_part = _id_lines(ids)
         key_part = b"".join(keys)
@@ -313,13 +312,13 @@ class ShardFiles:
 
 
 class KnownEmbeddings:
-    """The embeddings of some folders' shards by the text that they are of; shards that are damaged are left out.
+    """Embeddings of several folders, looked up by text; damaged shards are left out.
 
     Args:
         folders: The files of each, all with embeddings of the same width and dtype.
 
     Attributes:
-        damaged: How many shards do not match their checksum.
+        damaged: How many shards have a wrong checksum.
     """
 
     def __init__(self, *folders: ShardFiles) -> None:
@@ -341,7 +340,7 @@ class KnownEmbeddings:
         self._keys = np.concatenate([*keys, _no_keys()])
         self._sources = np.concatenate([*sources, np.zeros(0, dtype=np.int32)])
         self._rows = np.concatenate([*rows, np.zeros(0, dtype=np.int64)])
-        # Found by half of the key and checked by all of it: texts that share the half are encoded again, no more.
+        # Looked up by half of the key and checked by all of it: texts that share a half are merely encoded again.
         halves = _half(self._keys)
         self._order = np.argsort(halves, kind="stable")
         self._sorted = halves[self._order]
@@ -350,7 +349,7 @@ class KnownEmbeddings:
         return len(self._rows)
 
     def find(self, keys: Sequence[bytes]) -> np.ndarray:
-        """For each key the place of its embedding, for :meth:`at`; -1 where it is not known."""
+        """For each key the position of its embedding, for :meth:`at`; -1 if it is unknown."""
         if not len(self):
             return np.full(len(keys), -1)
         asked = np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, KEY_BYTES)
@@ -359,7 +358,7 @@ class KnownEmbeddings:
         return np.where((self._keys[found] == asked).all(axis=1), found, -1)
 
     def at(self, places: np.ndarray) -> np.ndarray:
-        """The embeddings in these places, float32, (places, dim)."""
+        """The embeddings at these positions, float32, (positions, dim)."""
         found = np.empty((len(places), self._matrices[0].shape[1]), dtype=np.float32)
         for number, matrix in enumerate(self._matrices):
             own = self._sources[places] == number
@@ -372,7 +371,7 @@ def _half(keys: np.ndarray) -> np.ndarray:
 
 
 def foreign_files(folder: Path) -> list[str]:
-    """What lies in a folder and is no part of a store; empty where there is no such folder.
+    """The names of files in a folder that do not belong to a store; empty if there is no such folder.
 
     Raises:
         NotADirectoryError: It is a file.
@@ -385,7 +384,7 @@ def foreign_files(folder: Path) -> list[str]:
 
 
 def remove_files(folder: Path) -> None:
-    """Remove a store's files and, where nothing else lies in it, its folder. One that is not there is left alone."""
+    """Remove a store's files, and its folder if nothing else is in it; nothing happens if there is none."""
     if not folder.is_dir():
         return
     # The manifest last: stopped before, this is still a store, which can be removed again.
@@ -402,7 +401,7 @@ def _is_own(name: str) -> bool:
 
 
 def start(folder: Path, manifest: dict[str, Any]) -> None:
-    """Make an empty set of files with this manifest."""
+    """Make empty files with this manifest."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in (SHARDS, IDS, KEYS, EMBEDDINGS):
         (folder / name).write_bytes(b"")
@@ -410,9 +409,10 @@ def start(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def seal_shards(folder: Path, manifest: dict[str, Any]) -> None:
-    """Bring a store of version 0.1.0, whose shards did not say what they are of, into today's format.
+    """Convert a store of version 0.1.0, whose checksums do not cover the manifest, into the present format.
 
-    Stopped between the two writes it is still of the old format, in which shards of both kinds are right.
+    If it is stopped between the two writes, the store has the old format still, in which shards of both kinds are
+    valid.
     """
     ShardFiles(folder, manifest).seal()
     write_manifest(folder, {name: value for name, value in manifest.items() if name != "format"})
@@ -422,7 +422,7 @@ def read_ids(folder: Path) -> Sequence[str]:
     """All ids of the recorded shards, in order.
 
     Raises:
-        StoreError: The file of the ids holds something else, or fewer.
+        StoreError: The file of the ids is invalid, or has fewer.
     """
     return ids_in(folder / IDS, sum(shard.rows for shard in read_shards(folder)), str(folder / IDS))
 
@@ -431,7 +431,7 @@ def ids_in(file: Path, rows: int, where: str) -> Sequence[str]:
     """The ids in a file, checked against their expected number.
 
     Raises:
-        StoreError: They are fewer, or something else; the message says ``where``.
+        StoreError: There are fewer, or they are invalid; the message names ``where``.
     """
     ids = FileIds(file, rows)
     if len(ids) != rows:
@@ -452,7 +452,7 @@ def _id_lines(ids: Sequence[str]) -> bytes:
 
 
 def _left(file: IO[bytes]) -> int:
-    """How many bytes lie ahead in a file."""
+    """How many bytes are left to read in a file."""
     here = file.tell()
     end = file.seek(0, io.SEEK_END)
     file.seek(here)

@@ -1,4 +1,4 @@
-"""The embeddings of a corpus by one model, in memory or in a folder, read a shard at a time."""
+"""Embeddings of a corpus by one model, in memory, in a folder or at an address."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ SHARD_ROWS = 65_536  # read together when searching
 class EmbeddingStore:
     """Ids and their embeddings, in corpus order.
 
-    Make one with :meth:`build`. In a folder it is memory-mapped and remembers which model and which texts it is of;
-    :mod:`st_clp.encoding.shards` says how it lies there.
+    Make one with :meth:`build`. In a folder it is memory-mapped and records its model and texts; see
+    :mod:`st_clp.encoding.shards` for the format.
 
     Args:
         ids: Document ids.
         embeddings: float16 or float32, (number of documents, dim); an array, a memory map, or what reads like one.
-        path: The folder or address that they lie at; None where they are in memory alone.
+        path: Their folder or address; None if they are in memory only.
     """
 
     def __init__(self, ids: Sequence[str], embeddings: Any, path: Path | str | None = None) -> None:
@@ -84,7 +84,7 @@ class EmbeddingStore:
         return np.asarray(self._embeddings[np.fromiter(positions, dtype=np.int64)], np.float32)
 
     def positions(self, doc_ids: AnyCollection[str]) -> dict[str, int]:
-        """Where these documents are in ``ids``; ids that the store does not have are absent from the answer."""
+        """The positions of documents in ``ids``; unknown ids are left out."""
         wanted = set(doc_ids)
         return {doc_id: row for row, doc_id in enumerate(self.ids) if doc_id in wanted}
 
@@ -101,11 +101,11 @@ class EmbeddingStore:
         fingerprint: str | None = None,
         encoding: Encoding,
     ) -> EmbeddingStore:
-        """Encode all documents of a collection, or open what is there.
+        """Encode all documents of a collection, or open an existing store.
 
-        Stopped at any moment, it goes on with the shard that was not finished. Of several processes that want the
-        same folder one encodes, and the others wait for it. In a folder of the same model only what
-        is new is encoded: texts that changed or were added, and shards whose checksum is wrong.
+        It can be stopped at any moment and resumes with the unfinished shard. If several processes want the same
+        folder, one encodes and the others wait for it. In a folder of the same model only what is new is encoded: texts
+        that changed or were added, and shards with a wrong checksum.
 
         Args:
             model: Any SentenceTransformer.
@@ -113,11 +113,11 @@ class EmbeddingStore:
             path: The folder to keep the embeddings in, or an address such as ``s3://bucket/folder``; those of another
                 model are encoded anew and then replaced. None keeps them in memory.
             task: Whether the texts are encoded as documents or as queries.
-            progress: A bar to advance by each text in place of a new one; several stores can share it.
+            progress: A progress bar to advance in place of a new one; several stores can share it.
             fingerprint: The model's, where it is known already; otherwise it is computed from the weights.
             encoding
 
-        What is computed in bfloat16 is kept as float16, half as large and still finer.
+        Embeddings computed in bfloat16 are stored as float16: half the size of float32, and finer than bfloat16.
 
         Raises:
             CollectionError: There are no texts.
@@ -137,7 +137,7 @@ class EmbeddingStore:
 
         Raises:
             FileNotFoundError: There is no finished store in the folder.
-            StoreError: Its files are damaged, or hold more or fewer rows than are recorded.
+            StoreError: Its files are damaged, or have another number of rows than is recorded.
         """
         if is_address(path):
             from st_clp.encoding.remote_store import open_at
@@ -157,7 +157,7 @@ class EmbeddingStore:
 
 
 def builder_for(path: str | os.PathLike[str] | None, encoding: Encoding) -> type[Builder]:
-    """What encodes to this folder or address, or into memory, as the encoding has it."""
+    """The builder for a folder, an address or memory, on a cluster or not."""
     if path is not None and is_address(path):
         from st_clp.encoding.remote_store import AddressBuilder
 

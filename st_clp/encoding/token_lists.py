@@ -1,8 +1,7 @@
-"""Tokens as plain lists, for devices that are done with a batch before the next one is padded and turned into tensors.
+"""Tokens as plain lists, for devices that finish a batch before the next one is padded and turned into tensors.
 
 Padding texts and turning nested lists into tensors takes seven times as long as handing over their ids, and keeps all
-other threads of Python waiting. So texts come from the tokenizer one by one, on all cores, and each batch is laid out
-when it is known which texts it has.
+other threads of Python waiting. So texts are tokenised one by one, on all cores, and padded when their batch is formed.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ class TokenLists:
         cls, model: SentenceTransformer, preprocess: Callable[[list[str]], Features], task: str, prompt: str | None,
         texts: Sequence[str],
     ) -> TokenLists | None:  # fmt: skip
-        """Such a tokenizer, if it gives what ``preprocess`` gives for the first texts and for a very long one."""
+        """Make one if it agrees with ``preprocess`` on the first texts and on a very long one; otherwise None."""
         sample = [*texts[:SAMPLE], " ".join(texts[:SAMPLE])]
         template = preprocess(sample)
         if {name for name, value in template.items() if isinstance(value, torch.Tensor)} - KNOWN:
@@ -60,7 +59,7 @@ class TokenLists:
         return None
 
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
-        """The ids of each text; other threads may go on meanwhile."""
+        """The token ids of each text; other threads can run meanwhile."""
         given = [self._prompt + text for text in texts] if self._prompt else texts
         ids = self._tokenizer(
             given,
@@ -89,11 +88,11 @@ class TokenLists:
 
 
 class ListWindow:
-    """A window's texts as token lists, which batches of any size can be made of.
+    """A window's texts as token lists, for batches of any size.
 
     Args:
         rows: Each text's ids.
-        lists: What lays them out.
+        lists: What makes batches of them.
     """
 
     def __init__(self, rows: list[np.ndarray], lists: TokenLists) -> None:
@@ -117,7 +116,7 @@ class ListWindow:
 
 
 def _inputs(model: SentenceTransformer) -> Iterator[Transformer]:
-    """The modules that may tokenise the model's texts."""
+    """The modules that tokenise the model's texts."""
     first = model[0]
     found = (
         [next(iter(route.children())) for route in first.sub_modules.values()] if isinstance(first, Router) else [first]

@@ -1,4 +1,4 @@
-"""A model as encoding uses it: in the precision that the hardware is fast in, and with its prompts and routes."""
+"""A model prepared for encoding: in the precision that is fastest on the hardware, with its prompts and routes."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ PROMPT_NAMES: dict[str, tuple[str, ...]] = {"query": ("query",), "document": ("d
 
 
 class WorkingModel:
-    """One task of a model: tokenises, runs and, for a model that is not a plain text encoder, encodes as a whole.
+    """A model for one task: tokenises and embeds; a model that is not a plain text encoder encodes by its own method.
 
     Args:
         model: The model. It is put into evaluation mode, as its own ``encode`` does, and not changed otherwise.
         task: Whether its texts are queries or documents.
-        dtype: What it computes in.
+        dtype: The precision to compute in.
 
     Attributes:
         by_tokens: Whether the model can be run by tokens; otherwise use :meth:`encode_whole`.
@@ -59,7 +59,7 @@ class WorkingModel:
 
     @property
     def bytes_per_token(self) -> int:
-        """What the widest states take that a linear layer reads or makes."""
+        """Bytes a token of the widest input or output of a linear layer."""
         layers = [module for module in self._runs.modules() if isinstance(module, torch.nn.Linear)]
         widest = (max(m.in_features, m.out_features) * m.weight.element_size() for m in layers)
         return max(widest, default=1)
@@ -69,11 +69,11 @@ class WorkingModel:
         return self._model.preprocess(texts, prompt=self._prompt, task=self._task)
 
     def token_lists(self, texts: list[str]) -> TokenLists | None:
-        """What tokenises into lists as :meth:`preprocess` does into tensors, judged by these texts; or None."""
+        """A tokeniser into lists that agrees with :meth:`preprocess` on these texts; or None."""
         return TokenLists.of(self._model, self.preprocess, self._task, self._prompt, texts)
 
     def forward(self, features: Features, *, padded: bool = True) -> Embedded:
-        """The embeddings of one batch, float32, (texts, dim), which a GPU may still be computing.
+        """The embeddings of one batch, float32, (texts, dim); a GPU may still be computing them.
 
         Args:
             features: Those of the batch.
@@ -99,7 +99,7 @@ class WorkingModel:
         return batch_to_device(features, self.device)
 
     def free_memory(self) -> None:
-        """Give back what the device's allocator keeps, after a batch that was too large."""
+        """Empty the device allocator's cache, after a batch that was too large."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -110,7 +110,7 @@ class WorkingModel:
 
 
 class Embedded:
-    """The embeddings of a batch on their way back from the device.
+    """The embeddings of a batch that are being copied from the device.
 
     Args:
         embeddings: float32, (texts, dim), on any device.
@@ -127,14 +127,14 @@ class Embedded:
             self._here = embeddings.cpu()
 
     def wait(self) -> np.ndarray:
-        """The embeddings, once they are there."""
+        """Wait for the embeddings and return them."""
         if self._done is not None:
             self._done.synchronize()
         return self._here.numpy()
 
 
 def resolve_dtype(model: SentenceTransformer, dtype: ComputeDtype) -> Literal["model", "bfloat16"]:
-    """What ``dtype`` comes to for this model on its device."""
+    """Resolve ``dtype`` for this model on its device."""
     if dtype == "auto":
         floats = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
         return "bfloat16" if floats == torch.float32 and hardware_has_bf16(model.device) else "model"
@@ -142,7 +142,7 @@ def resolve_dtype(model: SentenceTransformer, dtype: ComputeDtype) -> Literal["m
 
 
 def computed_precision(model: SentenceTransformer, dtype: ComputeDtype) -> str:
-    """What the model's transformer computes in with this ``dtype``, as PyTorch calls it, such as ``"float32"``."""
+    """The precision of the model's transformer with this ``dtype``, by PyTorch's name, such as ``"float32"``."""
     if _is_text_encoder(model) and resolve_dtype(model, dtype) == "bfloat16":
         return "bfloat16"
     floats = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
@@ -157,7 +157,7 @@ def hardware_has_bf16(device: torch.device) -> bool:
 
 
 def kernels(device: str | torch.device) -> str:
-    """What encodes on a device with ``dtype="auto"``, in words, for a report."""
+    """A description of what encodes on a device with ``dtype="auto"``, for a report."""
     where = torch.device(device)
     if not hardware_has_bf16(where):
         return "float32 by PyTorch"
@@ -181,7 +181,7 @@ def _prompt(model: SentenceTransformer, task: Task) -> str | None:
 
 
 def _is_text_encoder(model: SentenceTransformer) -> bool:
-    """Whether texts become rows of tokens under an attention mask, by PyTorch, and nothing overrides encoding."""
+    """Whether this is a plain text encoder (tokens with an attention mask, in PyTorch) with the usual ``encode``."""
     own = ("encode", "encode_query", "encode_document")
     if any(getattr(type(model), name) is not getattr(SentenceTransformer, name) for name in own):
         return False
@@ -193,13 +193,13 @@ def _is_text_encoder(model: SentenceTransformer) -> bool:
 
 
 def _in_bfloat16(model: SentenceTransformer) -> SentenceTransformer:
-    """A copy whose transformers compute in bfloat16 and hand on float32."""
+    """A copy whose transformers compute in bfloat16 and return float32."""
     working = copy_modules(model)
     for module in working.modules():
         if isinstance(module, Transformer):
             module.bfloat16()
-            # Not by a hook: hooks are numbered in each process anew, and one that came with a model that was sent here
-            # may have the number that a new one would get.
+            # Not by a hook: hooks are numbered anew in each process, so a hook of a model sent from another process may
+            # have the number that a new one would get.
             module.forward = partial(_in_float32, module.forward)
             if model.device.type != "cpu":
                 use_known_padding(module.model)
@@ -212,26 +212,27 @@ def _in_bfloat16(model: SentenceTransformer) -> SentenceTransformer:
 
 def copy_modules(model: SentenceTransformer) -> SentenceTransformer:
     """A copy that may be changed."""
-    # Tokenizers are only read, and the model card holds the trainer and its data: neither is to be copied.
+    # Neither tokenizers, which are only read, nor the model card, which holds the trainer and its data, should be
+    # copied.
     shared: list[Any] = [model.model_card_data]
     shared += [module.processor for module in model.modules() if isinstance(module, Transformer)]
     return copy.deepcopy(model, memo={id(item): item for item in shared})
 
 
 def _in_float32(forward: Callable[..., Features], *arguments: Any, **named: Any) -> Features:
-    """What a transformer's ``forward`` gives, in float32."""
+    """Call a transformer's ``forward`` and convert its results to float32."""
     return {
         name: value.float() if isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16 else value
         for name, value in forward(*arguments, **named).items()
     }
 
 
-# Of a transformer's configuration: where it came from and who wrote it.
+# Configuration keys that do not affect embeddings: origin and versions.
 NO_MATTER = ("_name_or_path", "transformers_version", "architectures", "gradient_checkpointing", "dtype", "torch_dtype")
 
 
 def model_fingerprint(model: SentenceTransformer) -> str:
-    """32 hexadecimal digits that change when the model's embeddings may change.
+    """A hash (32 hexadecimal digits) that changes when the model's embeddings may change.
 
     Covers the weights (values, dtype and names), the architecture of the pipeline, the tokenizer, prompts,
     maximum length and ``truncate_dim``. The model's name does not count: a fine-tuned model is another one.
@@ -262,7 +263,7 @@ def _has_tokenizer(module: torch.nn.Module) -> bool:
 
 
 def _module_settings(module: torch.nn.Module) -> dict[str, Any]:
-    """What a module does beside its weights: heads, activations, pooling."""
+    """A module's settings besides its weights: heads, activations, pooling."""
     if isinstance(module, PreTrainedModel):
         config = module.config.to_dict()
         return {name: value for name, value in config.items() if name not in NO_MATTER}
@@ -274,5 +275,5 @@ def _tokenizer_settings(tokenizer: Any) -> Any:
     if backend is None:
         return str(tokenizer)
     settings = json.loads(backend.to_str())
-    # Every call sets these two to what it needs; they say nothing about the tokenizer.
+    # These two are set anew by every call, so they do not describe the tokenizer.
     return {key: value for key, value in settings.items() if key not in ("truncation", "padding")}

@@ -1,5 +1,4 @@
-"""A batch of embeddings as the objective reads it, joined over the processes where candidates are shared, and the codes
-by which its texts are recognised."""
+"""The batch of embeddings that the objective reads, joined over processes, and the codes that identify equal texts."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ _FIRST, _SECOND, _STEP = (value - (1 << 64) for value in (0xBF58476D1CE4E5B9, 0x
 
 
 def text_codes(features: dict[str, Any]) -> Tensor | None:
-    """Give every text of a column a number that equal token rows share.
+    """A number for every text of a column, equal for equal tokens.
 
     The number is the sum of one 64-bit hash for each (token, position), so padding on either side does not
     matter and columns of different width, mini-batches and processes agree. Two different texts share a number with
@@ -49,7 +48,7 @@ def text_codes(features: dict[str, Any]) -> Tensor | None:
 
 
 def embedding_codes(embeddings: Tensor) -> Tensor:
-    """The same for inputs that are not tokens: rows with exactly equal embeddings ``(batch, dim)`` share a number.
+    """As :func:`text_codes`, for inputs that are not tokens: equal embeddings ``(batch, dim)`` share a number.
 
     Where dropout is active the same input has two embeddings and is not recognised.
     """
@@ -82,16 +81,17 @@ def _shift(numbers: Tensor, bits: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the objective has to know of a batch beside its embeddings.
+    """What the objective needs of a batch besides its embeddings.
 
     Args:
         layout: The columns of a row; ``queries_per_negative`` is 0 where the penalty is switched off.
         weights: ``(batch, n * m)``, or None where every negative query counts fully.
         texts: ``(batch, 1 + n)``, equal numbers for equal texts; None where the inputs are not tokens.
         guide: The guide model's embeddings, one ``(batch, guide dim)`` tensor for each column, queries first.
-        places: ``(1 + n, batch)``, where a row's documents stand among the different ones, of which alone there are
-            embeddings then; None where every row has its own.
-        back: For each column, the places of its texts where they were embedded by length; None where they were not.
+        places: ``(1 + n, batch)``, the positions of each row's documents among the distinct ones, if only these were
+            embedded; otherwise None.
+        back: For each column, the positions of its texts in the order in which they were embedded; None where that is
+            their own.
     """
 
     layout: Layout
@@ -133,7 +133,7 @@ class Vectors:
         return replace(self, anchors=_gather(self.anchors), documents=documents)
 
     def leaves(self) -> Vectors:
-        """The same values, collecting gradients of their own, so that a loss can be back-propagated in pieces."""
+        """Detached copies that collect gradients, so that a loss can be back-propagated in pieces."""
         return Vectors(*(tensor.detach().requires_grad_() for tensor in self.tensors()))
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,7 +142,7 @@ class Vectors:
 
 @dataclass(frozen=True)
 class Batch:
-    """Everything that the objective reads.
+    """The input of the objective.
 
     Args:
         vectors: The trained model's embeddings.
@@ -153,7 +153,7 @@ class Batch:
         size: Rows of this process.
         offset: The joined row that is this process's first.
         processes: How many processes' rows are joined.
-        queries_per_negative: m.
+        queries_per_negative: m, how many queries each negative has.
     """
 
     vectors: Vectors
@@ -175,7 +175,7 @@ class Batch:
 
         Args:
             columns: ``(batch, dim)`` each.
-            inputs: The rest of what is known of the batch.
+            inputs: What else is needed of the batch.
             gather: Join the rows of all processes.
             share_candidates: Rows are one another's candidates; without that only the sum of weights is joined.
         """

@@ -30,7 +30,7 @@ class Options:
     margin_strategy: MarginStrategy
 
     def false_negatives(self, similarity: Tensor, threshold: Tensor) -> Tensor:
-        """True where a candidate is so near that it may well be relevant, after GISTEmbed (Solatorio 2024).
+        """True where a candidate is so similar that it is likely to be relevant, after GISTEmbed (Solatorio 2024).
 
         Args:
             similarity: ``(queries, candidates)``, the guide's, or the model's own without one.

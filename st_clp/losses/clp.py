@@ -250,9 +250,9 @@ class CLPLoss(nn.Module):
         return self._objective(self._assemble(embeddings, inputs))
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
-        """The loss of embeddings that are there already.
+        """Compute the loss from embeddings.
 
-        Without tokens to go by, texts are taken to be the same where their embeddings are equal.
+        Without tokens, texts count as the same if their embeddings are equal.
 
         Args:
             embeddings: ``(batch, dim)`` for each column, in the order of the dataset.
@@ -273,7 +273,7 @@ class CLPLoss(nn.Module):
     def _prepare(
         self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None
     ) -> tuple[list[dict[str, Any]], Inputs]:
-        """Bring the columns into "queries first" order, and note what the objective needs beside embeddings."""
+        """Bring the columns into "queries first" order, and collect what the objective needs besides embeddings."""
         features = list(sentence_features)
         drop_foreign_features(features)
         columns, layout, weights = self._arrange(features, labels, _batch_size(features[0]))
@@ -297,7 +297,7 @@ class CLPLoss(nn.Module):
         layout = Layout.from_columns(len(columns), self.queries_per_negative)
         columns = layout.queries_first(columns)
         if self.penalty_weight == 0:
-            # Nothing reads the queries of the negatives, so they need not be encoded, and nothing weighs them.
+            # The queries of the negatives are not used, so they are not encoded.
             columns = [columns[0], *columns[layout.num_queries :]]
             return columns, Layout(layout.num_negatives, 0), None
         weights = weights_from_labels(labels, batch_size, layout)
@@ -308,7 +308,7 @@ class CLPLoss(nn.Module):
         return {}
 
     def _options(self) -> Options:
-        """The settings as they are now: like its neighbours', a loss's attributes may be changed while training."""
+        """The current settings: as in other losses, attributes may be changed during training."""
         return Options(**{field.name: getattr(self, field.name) for field in fields(Options)})
 
     def _assemble(self, embeddings: list[Tensor], inputs: Inputs) -> Batch:

@@ -1,4 +1,4 @@
-"""What the columns of a training row are, and what the labels say about them."""
+"""The columns of training rows, and the weights in their labels."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Layout:
         return [columns[0], *columns[first_query:], *columns[1:first_query]]
 
     def names(self) -> list[str]:
-        """What each column is, in words and in the order of the dataset."""
+        """A description of each column, in the order of the dataset."""
         negatives = [f"negative {number}" for number in range(1, self.num_negatives + 1)]
         queries = [
             f"query {number} of {negative}"
@@ -122,7 +122,7 @@ def weights_from_labels(labels: Tensor | None, batch_size: int, layout: Layout) 
 
 
 class RangeCheck:
-    """Checks that weights lie between 0 and 1 without waiting for a GPU: what is wrong there is said a step later."""
+    """Checks that weights lie between 0 and 1 without waiting for a GPU: there an error is raised one step later."""
 
     def __init__(self) -> None:
         self._waiting: tuple[Tensor, torch.cuda.Event] | None = None
@@ -154,7 +154,7 @@ class RangeCheck:
 
 
 def _check_bounds(bounds: Tensor, where: str) -> None:
-    """Raise unless (least, greatest, sum) are those of weights; the sum is no number where any weight is none."""
+    """Raise unless (minimum, maximum, sum) are those of weights; the sum is NaN if any weight is."""
     least, greatest, total = bounds.tolist()
     if not (least >= 0 and greatest <= 1 and math.isfinite(total)):
         raise ValueError(
@@ -165,7 +165,7 @@ def _check_bounds(bounds: Tensor, where: str) -> None:
 
 @lru_cache
 def _warn_of_unread_labels(shape: tuple[int, ...]) -> None:
-    """Say it once, not in every step."""
+    """Warn once, not in every step."""
     logger.warning(
         "the dataset has a label or score column (%s a row), which is not read: no negative has a query that it could "
         "weigh. dataset.remove_columns takes it out.",
@@ -174,7 +174,7 @@ def _warn_of_unread_labels(shape: tuple[int, ...]) -> None:
 
 
 def drop_foreign_features(columns: Sequence[dict[str, Any]]) -> None:
-    """Take out, in place, the features that the Trainer put into a column because of another column's name.
+    """Remove, in place, features that the Trainer put into a column because of another column's name.
 
     The Trainer tells columns apart by the beginning of their feature names, so that the column "negative" is also
     given what belongs to "negative_query". Columns with odd features could not share a forward pass.

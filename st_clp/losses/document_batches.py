@@ -1,10 +1,10 @@
-"""Batches of documents that are near one another, each with several of its queries.
+"""Batches of similar documents, each with several of its queries.
 
-A row with hard negatives of its own costs the encoding of each of them for one query. Where rows outnumber documents,
-it is cheaper to bring a document into a batch once, for several of its queries, and beside it the documents that are
-hard to tell from it. Each is the others' hard negative there, and is held near its own queries in the same step, which
-is what the penalty of CLP does for the negatives of a row. That batches of near documents make in-batch negatives hard
-is from Hofstätter et al. (2021), arXiv:2104.06967 (topic-aware sampling), and Dahiya et al. (2022), arXiv:2207.04452.
+A row with its own hard negatives encodes all of them for a single query. Where rows outnumber documents, it is cheaper
+to encode a document once for several of its queries, in a batch with the documents that are hard to tell from it. Each
+is then a hard negative of the others, and is held near its own queries in the same step, as CLP's penalty does for the
+negatives of a row. That batches of near documents make in-batch negatives hard is from Hofstätter et al. (2021),
+arXiv:2104.06967 (topic-aware sampling), and Dahiya et al. (2022), arXiv:2207.04452.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Near = Mapping[str, Sequence[str]]
 
 
 def near_documents(positives: Sequence[str], negatives: Sequence[Sequence[str]]) -> dict[str, list[str]]:
-    """Each positive's text to the texts of its rows' negatives, those that are named most often first.
+    """Map each positive's text to the texts of its rows' negatives, the most frequent ones first.
 
     Args:
         positives: Of every row.
@@ -47,22 +47,21 @@ def document_batches(
     generator: random.Random,
     queries_per_document: int = QUERIES_PER_DOCUMENT,
 ) -> list[list[int]]:
-    """An epoch of batches: every row once, in another order each time.
+    """Make an epoch of batches: every row once, in random order.
 
-    A batch's documents are negatives for all queries but their own. So no query stands in one with another document
-    that answers it by these rows, as far as they allow: such a row waits for the next batch.
+    A batch's documents are negatives of all other queries. So, as far as possible, no query shares a batch with another
+    document that answers it by these rows: such a row waits for the next batch.
 
     Args:
         anchors: The query's text of every row.
         positives: The positive's text of every row.
-        near: Text to the texts of documents near to it, the nearest first; those that are no row's positive do not
-            matter.
-        batch_size: Rows of a batch; the last one has what is left.
-        generator: Of the order.
-        queries_per_document: So many rows of a document stand together.
+        near: A text to the texts of similar documents, the nearest first; those that are no row's positive are ignored.
+        batch_size: Rows of a batch; the last one has the rest.
+        generator: The random generator.
+        queries_per_document: How many rows of a document are put together.
 
     Returns:
-        The numbers of each batch's rows.
+        The row numbers of each batch.
     """
     rows: dict[str, list[int]] = {}
     for number, positive in enumerate(positives):
@@ -82,7 +81,7 @@ def document_batches(
 def _apart(
     order: Sequence[int], anchors: Sequence[str], positives: Sequence[str], batch_size: int
 ) -> Iterator[list[int]]:
-    """Batches in this order, but for rows that have to wait."""
+    """Batches in this order, except for rows that have to wait."""
     answers: dict[str, set[str]] = {}
     for anchor, positive in zip(anchors, positives, strict=True):
         answers.setdefault(anchor, set()).add(positive)
@@ -101,7 +100,7 @@ def _apart(
             batch.append(number)
             here.add(positives[number])
             unwanted |= others[number]
-        # Only where all that is left has to wait is there room for it.
+        # There is room for these only if all remaining rows have to wait.
         room = batch_size - len(batch)
         batch += waiting[:room]
         queue.extendleft(reversed(waiting[room:]))
@@ -109,7 +108,7 @@ def _apart(
 
 
 def _groups(texts: list[str], near: Near, size: int, generator: random.Random) -> Iterator[list[str]]:
-    """Every document in one group of up to ``size``: with those near to it that are left, and those near to them."""
+    """Put every document into a group of up to ``size``, with remaining documents near to it, and near to those."""
     generator.shuffle(texts)
     left = dict.fromkeys(texts)
     for text in texts:
@@ -130,9 +129,9 @@ def _groups(texts: list[str], near: Near, size: int, generator: random.Random) -
 class DocumentBatchSampler(DefaultBatchSampler):
     """Batches of near documents with several queries each, for SentenceTransformerTrainer.
 
-    Of a dataset with the columns anchor, positive and negatives, documents are near one another where rows have the one
-    as the positive and the other as a negative. Give the class as ``batch_sampler`` in the training arguments, and the
-    loss ``encode_once=True``: a batch then has far fewer documents than rows.
+    In a dataset with the columns anchor, positive and negatives, documents count as near if a row has one as the
+    positive and the other as a negative. Give the class as ``batch_sampler`` in the training arguments, and the loss
+    ``encode_once=True``: a batch then has far fewer documents than rows.
 
     Args:
         dataset: The second column is the positive.
@@ -141,7 +140,7 @@ class DocumentBatchSampler(DefaultBatchSampler):
         valid_label_columns: Columns that are labels and no texts.
         generator: Of the order, seeded anew for each epoch.
         seed: Of the first epoch.
-        near: A document's text to the texts of documents near to it. None: what the further columns say.
+        near: A document's text to the texts of similar documents. None takes the columns of negatives.
         queries_per_document: Rows of a document that stand together.
 
     Example::

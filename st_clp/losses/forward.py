@@ -1,4 +1,4 @@
-"""Forward passes over the texts of a batch: each text once, and texts of like length together."""
+"""Forward passes over the texts of a batch: each distinct text once, and texts of similar length together."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ Features = dict[str, Any]
 
 
 def distinct_texts(columns: Sequence[Features], codes: Tensor) -> tuple[Features, Tensor] | None:
-    """One column that has every text of several columns once. On a GPU this waits for the device.
+    """Make one column of the distinct texts of several columns. On a GPU this waits for the device.
 
     Args:
         columns: The features of each, as the model is given them.
         codes: ``(batch, columns)``, equal numbers for equal texts.
 
     Returns:
-        The features of the different texts, and for each column and row the place of its text among them, ``(columns,
-        batch)``. None where all texts differ, or where the columns are not padded and prepared alike.
+        The features of the distinct texts, and for each column and row the position of its text among them, ``(columns,
+        batch)``. None if all texts differ, or if the columns are not padded and prepared alike.
     """
     flat = codes.T.reshape(-1)  # a column after the other, as they are merged
     different, places = torch.unique(flat, return_inverse=True)
@@ -35,7 +35,7 @@ def distinct_texts(columns: Sequence[Features], codes: Tensor) -> tuple[Features
         return None
     numbers = torch.arange(len(flat), device=flat.device)
     first = torch.full_like(different, len(flat)).scatter_reduce(0, places, numbers, "amin")
-    # What is not a row for each text, such as the prompt's length, is the same for all.
+    # Values that are not one row a text, such as the prompt's length, are the same for all.
     chosen = {
         name: value[first] if isinstance(value, Tensor) and value.ndim > 1 else value for name, value in merged.items()
     }
@@ -43,11 +43,11 @@ def distinct_texts(columns: Sequence[Features], codes: Tensor) -> tuple[Features
 
 
 def embed_by_length(model: nn.Module, columns: Sequence[Features]) -> list[Tensor]:
-    """Embed the columns of a batch, texts of like length in one forward pass, so that little of it is padding.
+    """Embed the columns of a batch with a forward pass for each group of texts of similar length, to save padding.
 
     A batch is as wide as its longest text. Of a hundred queries of 25 tokens on average one has 60, and more than half
-    of the work is then for padding. The embeddings are the same, but for dropout and rounding. On a GPU, where the
-    lengths would have to be waited for, and in one of several processes, which need as many passes as the others, the
+    of the work is then for padding. The embeddings are the same, but for dropout and rounding. On a GPU, where the host
+    would have to wait for the lengths, and among several processes, which all need the same number of passes, the
     columns share one pass.
 
     Args:
@@ -76,7 +76,7 @@ def _one_process() -> bool:
 
 
 def _can_be_cut(features: Features) -> bool:
-    """Whether the column is made of padded texts alone, on a processor, with padding on the right.
+    """Whether the column consists of padded texts only, on a CPU, with padding on the right.
 
     With less padding on the left, tokens would have other positions.
     """
@@ -101,7 +101,7 @@ def _lengths(mask: Tensor) -> np.ndarray:
 
 
 def _some(features: Features, rows: Tensor, width: int | None = None) -> Features:
-    """The features of some of the texts, up to a token."""
+    """The features of some of the texts, truncated to a width."""
     mask = features["attention_mask"]
     chosen = {}
     for name, value in features.items():
@@ -114,7 +114,7 @@ def _some(features: Features, rows: Tensor, width: int | None = None) -> Feature
 
 
 def shortest_first(features: Features) -> tuple[Features, Tensor | None]:
-    """A column with its texts by length, for mini-batches of which little is padding.
+    """Sort a column's texts by length, for mini-batches with little padding.
 
     Nothing waits for a GPU here.
 
@@ -122,8 +122,8 @@ def shortest_first(features: Features) -> tuple[Features, Tensor | None]:
         features: The column, as the model is given it.
 
     Returns:
-        The features in that order, and the place in it of each text; the column as it is, and None, where it is not
-        made of padded texts alone.
+        The sorted features and the position of each text among them; the column itself and None if it does not consist
+        of padded texts only.
     """
     if not _of_padded_texts(features):
         return features, None
@@ -132,20 +132,20 @@ def shortest_first(features: Features) -> tuple[Features, Tensor | None]:
 
 
 def tokens_to_embed(lengths: np.ndarray, model: nn.Module) -> int:
-    """How many tokens :func:`embed_by_length` has the model embed, padding included, of texts with these lengths."""
+    """How many tokens, padding included, :func:`embed_by_length` feeds to the model for texts of these lengths."""
     grouped = _one_process() and next(model.parameters()).device.type == "cpu"
     groups = length_groups(lengths) if grouped else [np.arange(len(lengths))]
     return sum(len(rows) * int(lengths[rows].max()) for rows in groups)
 
 
 def length_groups(lengths: np.ndarray) -> list[np.ndarray]:
-    """Texts in groups by length, such that their passes take least: padding counts as tokens, and a pass as some more.
+    """Group texts by length so that their passes cost least: padding counts as tokens, and each pass as some more.
 
     Args:
         lengths: ``(texts,)``, the tokens of each.
 
     Returns:
-        The places of each group's texts, every text in one group, from the shortest to the longest.
+        The positions of each group's texts, every text in one group, from the shortest to the longest.
     """
     widths, counts = np.unique(lengths, return_counts=True)
     before = np.concatenate([[0], np.cumsum(counts)])  # texts that are shorter than each width

@@ -1,4 +1,4 @@
-"""A guide model's view of the batch, for leaving out likely false negatives."""
+"""A guide model, which finds likely false negatives in the batch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Guide(nn.Module):
                 "guide is the model that is trained. Give `margin` without a guide to judge candidates by the trained "
                 "model itself, or load a second copy of the model."
             )
-        # GISTEmbedLoss knows which pairs of models go together and when texts have to be tokenized anew.
+        # GISTEmbedLoss checks which pairs of models are compatible and when texts have to be tokenized again.
         self.must_retokenize = GISTEmbedLoss(model, guide).must_retokenize
         self.tokenizer = model.tokenizer
         self.guide = guide
@@ -53,7 +53,7 @@ class Guide(nn.Module):
         """Embed the columns of a batch, in mini-batches where a size is given.
 
         Args:
-            columns: As the trained model is given them, queries first.
+            columns: The trained model's inputs, queries first.
             num_queries: How many of them are queries; each half shares a forward pass where it can.
             mini_batch_size: Texts at a time; None for all.
             mini_batch_num_tokens: Tokens at a time, instead.
@@ -73,7 +73,7 @@ class Guide(nn.Module):
         return torch.cat([piece["sentence_embedding"] for piece in pieces])
 
     def _features(self, features: dict[str, Any]) -> dict[str, Any]:
-        """The texts of a column as the guide reads them; a copy, since models write their outputs into it."""
+        """The guide's inputs for a column; a copy, since models write their outputs into it."""
         if not self.must_retokenize:
             return dict(features)
         ids = features["input_ids"]

@@ -1,7 +1,7 @@
 """The objective: the contrastive term and the penalties, row by row.
 
 A penalty is a function ``(batch, rows, options) -> (rows, n * m)``: one term for each query of a negative. Weights,
-processes and mini-batches are dealt with outside, so another kind is one function with :func:`penalty` above it.
+processes and mini-batches are handled outside, so a new kind is one function decorated with :func:`penalty`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def contrastive_terms(batch: Batch, rows: slice, options: Options) -> Tensor:
 
 
 def _hardness(own: Tensor, documents: Scores, batch: Batch, options: Options) -> Tensor:
-    """What hardness adds to the logits of negatives: its strength times the similarity, without gradient."""
+    """The hardness term added to the logits of negatives: strength times similarity, without gradient."""
     columns, joined = batch.texts.shape
     if options.in_batch_negatives:
         own_row = _own_documents(own, batch)
@@ -69,9 +69,9 @@ def _own_documents(own: Tensor, batch: Batch) -> Tensor:
 
 
 def _direction_logits(direction: str, own: Tensor, documents: Scores, batch: Batch, options: Options) -> Tensor:
-    """Logits of the other directions, which compare the rows of a batch with one another.
+    """Logits of the other directions, between the rows of a batch.
 
-    Rows whose positives have the same text answer one another's queries, so they are not contrasted.
+    Rows with the same positive answer each other's queries, so they are not contrasted.
     """
     similarity = _direction_similarity(direction, own, batch.vectors, options.similarity_fct)
     positives = batch.texts[0]
@@ -108,7 +108,7 @@ PENALTIES: dict[str, Penalty] = {}
 
 
 def penalty(name: str) -> Callable[[Penalty], Penalty]:
-    """Make a penalty known to the losses under a name."""
+    """Register a penalty under a name."""
 
     def register(function: Penalty) -> Penalty:
         PENALTIES[name] = function
@@ -131,7 +131,7 @@ def cosine_penalty(batch: Batch, rows: slice, options: Options) -> Tensor:
 def contrastive_penalty(batch: Batch, rows: slice, options: Options) -> Tensor:
     """Cross-entropy of each negative's query over its negative and the candidates of the contrastive term.
 
-    Documents with the same text as the negative do not count against it, nor do those that the guard leaves out.
+    Documents with the same text as the negative do not count, nor do those that the guide or the margin leave out.
     """
     count, size = batch.weights.shape[1], rows.stop - rows.start
     device = batch.texts.device
@@ -148,7 +148,7 @@ def contrastive_penalty(batch: Batch, rows: slice, options: Options) -> Tensor:
 
 
 def objective(batch: Batch, rows: slice, options: Options, penalty: str, penalty_weight: float) -> Tensor:
-    """What some of this process's rows add to the loss; over all its rows this sums to the loss.
+    """The part of the loss from some of this process's rows; over all its rows the parts sum to the loss.
 
     The mean over processes is the loss of the joined batch, as the mean of the gradients is under DDP: the contrastive
     term is divided by this process's rows, the penalty by the joined weights over the number of processes.
@@ -163,7 +163,7 @@ def objective(batch: Batch, rows: slice, options: Options, penalty: str, penalty
     Returns:
         A scalar.
     """
-    # At scale 50 a cosine in bfloat16 would be off by 0.2 in the logit; beside the encoder float32 costs nothing.
+    # At scale 50 a cosine in bfloat16 would be off by 0.2 in the logit; compared to the encoder, float32 costs nothing.
     with torch.autocast(device_type=batch.weights.device.type, enabled=False):
         contrastive = contrastive_terms(batch, rows, options).sum() / batch.size
         if batch.weights.shape[1] == 0:

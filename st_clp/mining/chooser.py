@@ -69,7 +69,7 @@ class Chooser:
         """A query's negatives: ``num_negatives`` of them, unless ``on_shortage`` allows fewer.
 
         They are taken in this order: documents judged not relevant (where they come first), candidates that pass the
-            filters, and then what ``on_shortage`` says.
+        filters, and then what ``on_shortage`` says.
 
         Raises:
             CollectionError: The corpus has too few other documents.

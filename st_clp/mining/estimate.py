@@ -52,10 +52,17 @@ class TextCost:
 
 @dataclass(frozen=True)
 class MiningEstimate:
-    """The cost of mining. Attributes: collection: The collection's name. documents: Of encoding the documents. queries:
-    Of encoding the training queries. search_seconds: Of an exact search. computed_in: What the model would compute
-    in. rescored: Pairs of a query and a document that a cross-encoder would score, at most. rescoring_seconds: Of
-    that. left_out: Work that was not tried and so is not in the estimate.
+    """The cost of mining.
+
+    Attributes:
+        collection: The collection's name.
+        documents: Of encoding the documents.
+        queries: Of encoding the training queries.
+        search_seconds: Of an exact search.
+        computed_in: What the model would compute in.
+        rescored: Pairs of a query and a document that a cross-encoder would score, at most.
+        rescoring_seconds: Of that.
+        left_out: Work that was not tried and so is not in the estimate.
     """
 
     collection: str

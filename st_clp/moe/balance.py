@@ -1,4 +1,4 @@
-"""Even use of the experts without a term in the loss.
+"""Balance the use of experts, without a term in the loss.
 
 ``Balance`` adjusts a bias that is added to the router's logits for selecting only (auxiliary-loss-free balancing,
 Wang et al. 2024, arXiv:2408.15664). A step's tokens are counted in the passes that carry gradients, each token once;
@@ -31,14 +31,14 @@ CENTER_RATE = 0.1
 
 
 class Balance:
-    """What one router has counted, and the rule that moves its bias.
+    """The counts of one router, and the rule that updates its bias.
 
     The bias of an expert moves by ``rate * spread * (1 - use)`` with ``use`` its tokens relative to an even share and
     ``spread`` the standard deviation of the logits, so that a step does not depend on the scale that the router has
     learnt. The tokens' mean, remembered over steps, is subtracted beforehand (``Router.of_mean_token``). The first
     training pass of a router that has no balance yet sets it so that this pass is even.
 
-    All counts stay on the router's device until somebody asks for them.
+    All counts stay on the router's device until they are read.
     """
 
     def __init__(self, settings: MoESettings) -> None:
@@ -52,7 +52,7 @@ class Balance:
         self._seen_version = -1
 
     def prepare(self, dim: int, device: torch.device) -> None:
-        """Have counters on the device, before a pass is compiled that writes to them; none are changed that are there.
+        """Create missing counters on the device, before a pass that writes to them is compiled.
 
         Args:
             dim: The tokens' width.
@@ -68,7 +68,7 @@ class Balance:
 
     @property
     def used(self) -> list[int]:
-        """The tokens that each expert has had since :meth:`reset`; the host waits for the device."""
+        """The tokens of each expert since :meth:`reset`; the host waits for the device."""
         return [0] * self.settings.num_experts if self._used is None else self._used.tolist()
 
     @used.setter
@@ -77,7 +77,7 @@ class Balance:
         self._used.copy_(torch.tensor(used))
 
     def reset(self) -> None:
-        """Forget the use counted so far (not the balance)."""
+        """Reset the counted use (not the balance)."""
         if self._used is not None:
             self._used.zero_()
 
@@ -90,11 +90,11 @@ class Balance:
         use: Tensor,
         context: ForwardContext | None,
     ) -> None:
-        """Count one forward pass, unless this pass has been counted or is one that shall not count.
+        """Count one forward pass, unless it was counted before or must not count.
 
         Args:
-            router: Whose it is.
-            logits: (tokens, experts), the mean token's taken off.
+            router: The router.
+            logits: (tokens, experts), with the mean token's logits subtracted.
             tokens: (tokens, dim).
             mask: (tokens,) or None.
             use: (experts,) the tokens that each expert has.
@@ -109,7 +109,7 @@ class Balance:
             self._step.add(logits, tokens, mask, use)
 
     def adjust(self, router: Router, logits: Tensor, tokens: Tensor, mask: Tensor | None) -> None:
-        """Move the balance if the optimizer has stepped since the last counted pass."""
+        """Update the balance if the optimizer has stepped since the last counted pass."""
         if not router.weight.requires_grad:
             return
         if self.calibrated is None or not (self.calibrated or torch.compiler.is_compiling()):
@@ -129,13 +129,14 @@ class Balance:
 
     @torch.compiler.disable
     def look(self, router: Router) -> None:
-        """Find out whether the router has a balance, as after loading; the host waits for the device."""
+        """Check whether the router has a balance, as after loading; the host waits for the device."""
         self.calibrated = bool(router.balance_bias.any() or router.balance_center.any())
 
     def settle(self, router: Router) -> None:
-        """Move the balance now as the next forward pass would, so that a checkpoint holds all there is to know.
+        """Update the balance now, as the next forward pass would, so that a checkpoint is complete.
 
-        Among several processes one alone may save, and cannot: there the last step's counts stay out of a checkpoint.
+        With several processes, where one alone may be saving, this is not possible: the last step's counts are not in
+        the checkpoint.
         """
         if not _distributed():
             self._move(router)
@@ -163,9 +164,9 @@ class Balance:
 
 
 class _StepSums:
-    """One optimizer step's tokens: the same result however the step is cut into passes.
+    """Sums over one optimizer step's tokens, independent of how the step is split into passes.
 
-    The logits come with the mean token's taken off, so that their squares lose nothing in float32.
+    The mean token's logits are subtracted before, so that squares lose no precision in float32.
     """
 
     def __init__(self, experts: int, dim: int, device: torch.device) -> None:
@@ -182,7 +183,7 @@ class _StepSums:
         self._counts.add_(use)
 
     def clear(self) -> None:
-        """Begin with the next step."""
+        """Start the next step."""
         for sums in (self._moments, self._counts, self._tokens):
             sums.zero_()
 
@@ -195,9 +196,9 @@ class _StepSums:
 
 
 def move_after(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Move the balance of the routers that ``optimizer`` has stepped, where their passes are compiled.
+    """Update the balance of the routers that ``optimizer`` has stepped, where their passes are compiled.
 
-    In the optimizer's order, which is the same in all processes: they sum their counts one router after the other.
+    The order is the optimizer's, which is the same in all processes: they sum their counts one router after the other.
     """
     waiting = {id(router.weight): router for router in ROUTERS if router.balance.compiled}
     if not waiting:
@@ -232,7 +233,7 @@ def _distributed() -> bool:
 
 
 def _calibration(logits: Tensor, center: Tensor, weight: Tensor, keep: Tensor, per_token: int) -> Tensor:
-    """A first balance: the mean token (dim,) and then a bias (experts,) with which this pass's tokens spread evenly.
+    """The initial balance: the mean token (dim,), then a bias (experts,) with which this pass's tokens spread evenly.
 
     Args:
         logits: (tokens, experts).

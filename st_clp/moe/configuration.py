@@ -1,4 +1,4 @@
-"""What a mixture of experts is made of: the settings that are saved with the model."""
+"""The settings of a mixture of experts, which are saved with the model."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class MoESettings:
 
     @property
     def sample_stride(self) -> int:
-        """Of how many tokens one has its other experts tried; 0: of none."""
+        """One of so many tokens has its other experts tried; 0: none."""
         return round(1 / self.router_sample) if self.router_sample else 0
 
     def to_dict(self) -> dict[str, Any]:

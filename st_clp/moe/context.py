@@ -1,4 +1,4 @@
-"""What a router must know about the forward pass it is in: which tokens are padding, and whether to count.
+"""The context of a forward pass for the routers: which tokens are padding, and whether to count.
 
 The layers between a pipeline's module and its projections pass on hidden states alone, so the mask travels beside
 them. Gradient checkpointing runs a layer again in the backward pass, when other texts may have gone through the
@@ -20,10 +20,10 @@ from st_clp.moe.router_signal import drawn
 
 
 def places_of(chosen: Tensor, stride: int) -> Tensor:
-    """Where ``chosen`` (rows,) bool is true, in ascending order, as so many numbers that the shape tells nothing of it.
+    """The positions where ``chosen`` (rows,) bool is true, ascending, in a tensor whose size does not depend on them.
 
-    One row in ``stride`` is expected to be chosen. There is room for so many, e, and for e/16 + 145 more, which is more
-    than six standard deviations of independent lots (6 √e). What is not filled is -1; what is over is left out.
+    One row in ``stride`` is expected to be chosen. There is room for that number, e, and for e/16 + 145 more, which is
+    more than six standard deviations of independent draws (6 √e). Unused places are -1; more positions are left out.
     """
     rows = chosen.shape[0]
     expected = -(-rows // stride)
@@ -35,7 +35,7 @@ def places_of(chosen: Tensor, stride: int) -> Tensor:
 
 
 def stays_on_device(tokens: Tensor) -> bool:
-    """Whether routing should leave its counts on the device: everywhere but in a processor's own eager mode."""
+    """Whether routing leaves its counts on the device: always, except in eager mode on a CPU."""
     return tokens.device.type != "cpu" or torch.compiler.is_compiling()
 
 
@@ -44,8 +44,8 @@ class ForwardContext:
 
     Args:
         mask: (batch, length), true at tokens and false at padding; None where every position is a token.
-        counts: Whether the pass counts as use. Of the two passes of a cached loss only the one with gradients does.
-        marks: Gives what tells the tokens apart, (batch * length,); None stands for their places in the batch.
+        counts: Whether the pass counts as use. Of a cached loss's two passes only the one with gradients does.
+        marks: Returns numbers that identify the tokens, (batch * length,); None uses their positions in the batch.
     """
 
     def __init__(self, mask: Tensor | None, counts: bool, marks: Callable[[], Tensor | None] | None = None) -> None:
@@ -62,14 +62,14 @@ class ForwardContext:
     def mask_for(self, positions: int) -> Tensor | None:
         """Return the flat mask (positions,) for hidden states at ``positions``; None where all of them are tokens.
 
-        An encoder that drops or adds positions has none that this mask could name: there every position is a token.
+        The mask does not fit an encoder that drops or adds positions: there every position is a token.
         """
         return None if self.mask is None or positions != self.mask.numel() else self.mask
 
     def tried_tokens(self, weight: Tensor, positions: int, stride: int) -> Tensor:
         """Return which tokens have their other experts tried, (positions,) bool: the same ones in every layer.
 
-        The first router that asks, with its ``weight``, settles it for the pass, so that it is settled once.
+        The first router that asks decides for the whole pass, with its ``weight``.
         """
         if self._tried is None or self._tried.numel() != positions:
             marks = None if self._marks is None else self._marks()
@@ -81,7 +81,7 @@ class ForwardContext:
     def tried_places(self, weight: Tensor, positions: int, stride: int) -> tuple[Tensor, Tensor]:
         """Return the places of :meth:`tried_tokens`, so many whatever is drawn, and how many fold each counts.
 
-        What is left over stands at place 0 and counts nothing.
+        Unused places are at position 0 and count nothing.
         """
         tried = self.tried_tokens(weight, positions, stride)
         if self._places is None:
@@ -90,7 +90,7 @@ class ForwardContext:
         return self._places
 
     def again(self) -> ForwardContext:
-        """The same pass for a layer that is run again, which counts no token twice."""
+        """This pass for a layer that is run again, without counting tokens twice."""
         other = copy.copy(self)
         other.counts = False
         return other
@@ -101,7 +101,7 @@ _state = threading.local()
 
 @contextmanager
 def entered(context: ForwardContext | None) -> Iterator[None]:
-    """Make ``context`` this thread's forward pass for a while."""
+    """Make ``context`` this thread's forward pass within the context."""
     outer = current_context()
     _state.context = context
     try:
@@ -142,7 +142,7 @@ class _Recalling:
 
 
 def recall_context_in_checkpoints(layers: list[nn.Module]) -> None:
-    """Make the checkpointed ones among ``layers`` take the context along; done anew when checkpointing is set anew."""
+    """Make checkpointed ``layers`` take the context along; to be repeated when checkpointing is switched on again."""
     for layer in layers:
         checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
         if getattr(layer, "gradient_checkpointing", False) and not isinstance(checkpoint, _Recalling):
@@ -152,7 +152,7 @@ def recall_context_in_checkpoints(layers: list[nn.Module]) -> None:
 def attention_mask(features: dict[str, Any]) -> Tensor | None:
     """Return which positions of ``features`` are tokens, (batch, length); None where all are (flattened inputs).
 
-    Positions that query expansion adds are scored, so they count as tokens even where attention skips them.
+    Positions added by query expansion are scored, so they count as tokens even if attention skips them.
     """
     mask = features.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.ndim != 2:

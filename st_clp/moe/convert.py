@@ -1,4 +1,4 @@
-"""Which layers are feed-forwards, and how they become experts and dense layers again."""
+"""Find feed-forward layers, replace them by experts, and make them dense again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from st_clp.moe.layers import Dispatch, ExpertLinear, SortedLinear
 
 @dataclass(frozen=True)
 class FeedForwardPaths:
-    """Where one layer's projections are, as attribute paths inside the layer.
+    """The attribute paths of one layer's projections.
 
     Args:
         intermediate: The up projection; for a gated feed-forward also the gate projection, in the order in which
@@ -29,7 +29,7 @@ class FeedForwardPaths:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Where an encoder's layers are, and the feed-forward layouts that its layers may have."""
+    """The path of an encoder's layers, and the possible layouts of their feed-forwards."""
 
     layers: tuple[str, ...]
     feed_forwards: tuple[FeedForwardPaths, ...]
@@ -90,7 +90,7 @@ def known_architectures() -> list[str]:
 
 
 def register_architecture(model_type: str, layers: str, intermediate: str | Sequence[str], output: str) -> None:
-    """Say where the projections of another encoder family are.
+    """Register the projections of another encoder family.
 
     Args:
         model_type: The ``model_type`` of the family's ``config.json``.
@@ -161,7 +161,7 @@ ROUTER_SCALE = 0.02
 def build_experts(encoder: nn.Module, settings: MoESettings, seed: int | None = None) -> None:
     """Replace the projections that ``settings`` names, in place; each expert is a copy of the dense weights.
 
-    Everything is checked before anything is changed. Works on the meta device too, where nothing is copied.
+    Everything is checked before anything is changed. On the meta device nothing is copied.
 
     Raises:
         ValueError: If the encoder cannot be converted; it is left as it was.
@@ -259,7 +259,7 @@ def _copy(source: nn.Module, target: nn.Module) -> None:
 
 
 def merge_experts(encoder: nn.Module, how: str | int) -> None:
-    """Put one dense layer in the place of every mixture in ``encoder``: an expert, or the mean of all of a layer."""
+    """Replace every mixture in ``encoder`` by a dense layer: one expert, or the mean of the layer's experts."""
     for feed_forward in find_feed_forwards(encoder):
         for projection in (*feed_forward.intermediate, feed_forward.output):
             module = projection.module

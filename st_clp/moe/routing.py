@@ -1,4 +1,4 @@
-"""The router: which experts work on a token, how it learns, and how use is kept even."""
+"""The router: it chooses the experts of each token, learns from the backward pass, and keeps their use even."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Plan:
 
 @dataclass
 class _Decision:
-    """Which slots each expert has: ``use`` (experts,) counts those that are no padding; the rest is as in Plan."""
+    """The slots of each expert: ``use`` (experts,) counts those that are not padding; the rest is as in Plan."""
 
     use: Tensor
     order: Tensor | None = None
@@ -121,7 +121,7 @@ class Router(nn.Module):
             self.weight.copy_(values.to(self.weight.dtype))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Router:
-        """Move with the model, but keep the balance in float32: its steps are below the resolution of bfloat16."""
+        """Keep the balance in float32 when the model is converted: its steps are below the resolution of bfloat16."""
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, value in before.items():
@@ -132,9 +132,9 @@ class Router(nn.Module):
         return self
 
     def of_mean_token(self) -> Tensor:
-        """The mean token's logits, (experts,), which are taken off before the balance's bias is added.
+        """The mean token's logits, (experts,), which are subtracted before the balance's bias is added.
 
-        Otherwise any step of the weights along the tokens' common direction would move all tokens at once.
+        Otherwise a step of the weights along the tokens' common direction would move all tokens at once.
         """
         return self.weight.detach().float() @ self.balance_center
 
@@ -179,7 +179,7 @@ class Router(nn.Module):
         return plan
 
     def _on_host(self, chosen: Tensor, mask: Tensor | None) -> _Decision:
-        """Sort with counts that the host knows, and leave padding out."""
+        """Sort with counts on the host, leaving padding out."""
         experts, per_token = self.settings.num_experts, self.settings.num_experts_per_tok
         slots = chosen.reshape(-1)
         if mask is not None:
@@ -196,7 +196,7 @@ class Router(nn.Module):
         return _Decision(use, order, back, counts=counts)
 
     def _on_device(self, chosen: Tensor, mask: Tensor | None) -> _Decision:
-        """Sort without the host's knowing anything, padding too, which is no use of an expert."""
+        """Sort on the device, padding included, which does not count as use."""
         experts, per_token = self.settings.num_experts, self.settings.num_experts_per_tok
         slots = chosen.reshape(-1)
         found = sort_by_expert(slots, experts)
@@ -204,7 +204,7 @@ class Router(nn.Module):
         return _Decision(use, found.order, found.back, ends=found.ends, owner=found.owner)
 
     def _set_tried(self, context: ForwardContext | None, plan: Plan, tokens: int) -> None:
-        """Settle which sorted rows have their other experts tried."""
+        """Choose the sorted rows whose other experts are tried."""
         if self.settings.routing != "learned" or not self.sample_stride:
             return
         context = context or ForwardContext(None, counts=False)
@@ -230,7 +230,7 @@ class Router(nn.Module):
         self.entropy = (self.entropy[0] + float(entropy), self.entropy[1] + logits.shape[0])
 
     def _shares(self, scores: Tensor, source: Tensor | None) -> Tensor:
-        """The distribution that the choice comes from, which stands for the choice in the backward pass."""
+        """The router's distribution, which replaces the choice in the backward pass."""
         return torch.softmax(scores if source is None else scores.index_select(0, source), dim=-1)
 
     def extra_repr(self) -> str:

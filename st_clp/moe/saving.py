@@ -1,12 +1,11 @@
-"""How a mixture is written: whole, so that nothing else opens it by mistake, and with a card that says how to open it;
-and the layout of the paper's checkpoints.
+"""Saving mixtures: in a form that other loaders refuse, with a card that says how to open it; and the paper's format.
 
-transformers would open the encoder's folder with random weights in every feed-forward and a line in a report. The
-config therefore names as its weights file a sentence, which transformers refuses and repeats.
+Without precautions transformers would load the encoder's folder with random weights in every feed-forward and merely
+log it. So the config gives a sentence as the name of its weights file, which transformers refuses and prints.
 
-An adapter library saves its adapters alone and trusts that what is below them can be had again; the experts and the
-routers of a mixture that has just been made exist in memory only. So the encoder is written as if it had none, and each
-adapter beside it in the library's own format.
+An adapter library saves only its adapters, assuming that the model below can be loaded again; but the experts and
+routers of a new mixture exist in memory only. So the encoder is written as if it had none, and each adapter beside it
+in the library's own format.
 """
 
 from __future__ import annotations
@@ -42,12 +41,12 @@ _plain_snippet = SentenceTransformerModelCardData.generate_usage_snippet
 
 
 def forget_card(model: SentenceTransformer) -> None:
-    """Let the model have a new card when it is saved: the one that it came with tells how to open another."""
+    """Discard the card that the model came with, which describes another model, so that saving writes a new one."""
     model._model_card_text = None
 
 
 def _usage_snippet(data: SentenceTransformerModelCardData) -> str:
-    """The snippet of a model card, which opens a mixture too."""
+    """The usage snippet of a model card that can open a mixture."""
     snippet = _plain_snippet(data)
     if data.model is None or not expert_layers(data.model):
         return snippet
@@ -56,9 +55,9 @@ def _usage_snippet(data: SentenceTransformerModelCardData) -> str:
 
 
 def write_own_snippets() -> None:
-    """Have the card of every mixture open it, however the model came into memory and by whomever it is saved.
+    """Let the cards of all mixtures have a snippet that opens them, however they were loaded and saved.
 
-    A card is written by the model, which knows nothing of what its modules need, so this is where it has to be said.
+    Cards are written by the model, which does not know what its modules need, hence this patch.
     """
     setattr(SentenceTransformerModelCardData, "generate_usage_snippet", _usage_snippet)  # noqa: B010
 
@@ -95,7 +94,7 @@ that objects are pickled, and saved again, under the class of the package."""
 
 
 def close_to_others(folder: str | Path, encoder: nn.Module) -> None:
-    """Complete what transformers has written: how to open the folder, what to install, and the adapters."""
+    """Complete the saved config: how to open the folder, what to install, and the adapters."""
     path = Path(folder) / "config.json"
     config = read_json(path)
     config[WEIGHTS_KEY] = HOW_TO_OPEN
@@ -110,7 +109,7 @@ def close_to_others(folder: str | Path, encoder: nn.Module) -> None:
 
 
 def open_to_us(config: Any) -> dict[str, Any]:
-    """Take out of a loaded config what :func:`close_to_others` put there; return what it says of adapters."""
+    """Undo :func:`close_to_others` on a loaded config; return its entry on adapters."""
     if getattr(config, WEIGHTS_KEY, None) == HOW_TO_OPEN or hasattr(config, "st_clp_moe"):
         config.__dict__.pop(WEIGHTS_KEY, None)
     found: dict[str, Any] = config.__dict__.pop(ADAPTERS_KEY, None) or {}
@@ -126,7 +125,7 @@ def check_writable(encoder: nn.Module) -> None:
     """Refuse, before any weights are written, an encoder whose adapters are mixed into its weights.
 
     Raises:
-        ValueError: Such an adapter would count twice in what is opened again.
+        ValueError: Such an adapter would be applied twice after loading.
     """
     if any(getattr(module, "merged", False) for module in _wrappers(encoder).values() if adapter_configs(encoder)):
         raise ValueError(
@@ -140,7 +139,7 @@ def check_bare(encoder: nn.Module, purpose: str) -> None:
     """Refuse an encoder with adapters where they would be lost.
 
     Raises:
-        ValueError: There are adapters; ``purpose`` says for what they may not be.
+        ValueError: There are adapters; ``purpose`` names the operation that does not support them.
     """
     if _wrappers(encoder):
         raise ValueError(
@@ -150,14 +149,14 @@ def check_bare(encoder: nn.Module, purpose: str) -> None:
 
 
 def unwrapped(encoder: nn.Module) -> Any:
-    """Return the encoder of transformers itself where ``peft.get_peft_model`` has put another around it."""
+    """Return transformers' own encoder from inside what ``peft.get_peft_model`` has wrapped around it."""
     base = getattr(encoder, "get_base_model", None)
     return base() if callable(base) else encoder
 
 
 @contextmanager
 def without_adapters(encoder: Any) -> Iterator[dict[str, Tensor] | None]:
-    """Give the weights of ``encoder`` as they are named without adapters, and let transformers write a whole encoder.
+    """Context in which transformers saves ``encoder`` as a plain one, with the weights' names without adapters.
 
     Yields:
         The weights, or None where there are no adapters.
@@ -192,7 +191,7 @@ def save_adapters(encoder: nn.Module, folder: str | Path) -> None:
 
 
 def load_adapters(encoder: Any, folder: str | Path, found: dict[str, Any]) -> None:
-    """Put the adapters that ``found`` names (from :func:`open_to_us`) around the layers of ``encoder`` again."""
+    """Load the adapters that ``found`` names (from :func:`open_to_us`) into ``encoder``."""
     if not found.get("names"):
         return
     from peft import set_peft_model_state_dict
@@ -220,7 +219,7 @@ def _active_adapters(encoder: nn.Module) -> list[str]:
 
 
 def _wrappers(encoder: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules that an adapter library has put around the encoder's own, by their path."""
+    """Return the modules that an adapter library has wrapped around the encoder's own, by path."""
     try:
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils.other import AuxiliaryTrainingWrapper
@@ -231,7 +230,7 @@ def _wrappers(encoder: nn.Module) -> dict[str, nn.Module]:
 
 
 def _own_weights(encoder: nn.Module, wrappers: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """The encoder's weights without any adapter's, under the names that they had before adapters were added."""
+    """The encoder's weights without adapters, under their original names."""
     inner = {
         path: "base_layer" if hasattr(module, "base_layer") else "original_module" for path, module in wrappers.items()
     }
@@ -264,7 +263,7 @@ def is_reference_config(config: Any) -> bool:
 
 
 def take_reference_settings(config: Any, path: str | Path) -> MoESettings:
-    """Read the mixture's settings from a published checkpoint's config, and take their keys out of it.
+    """Read the mixture's settings from a published checkpoint's config, and remove their keys from it.
 
     Raises:
         ValueError: If a key is missing, or has a value that the reference does not know.
@@ -290,7 +289,7 @@ def take_reference_settings(config: Any, path: str | Path) -> MoESettings:
 
 
 def check_writable_as_reference(encoder: Any, settings: MoESettings) -> None:
-    """Refuse a mixture that the reference's layout cannot hold.
+    """Refuse a mixture that cannot be written in the reference's format.
 
     Raises:
         ValueError: If the reference would compute other embeddings from the same weights; the message says why.

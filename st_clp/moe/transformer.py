@@ -56,7 +56,7 @@ class MoETransformer(Transformer):
         copy_encoder: bool = True,
         **settings: Any,
     ) -> MoETransformer:
-        """Turn a dense Transformer module into a mixture whose embeddings are the same until training moves them.
+        """Turn a dense Transformer module into a mixture with the same embeddings until it is trained.
 
         Args:
             transformer: The dense module; it stays as it is.
@@ -102,7 +102,7 @@ class MoETransformer(Transformer):
 
     @classmethod
     def _around(cls, transformer: Transformer) -> MoETransformer:
-        """Make a MoETransformer of all that ``transformer`` holds."""
+        """Make a MoETransformer with the contents of ``transformer``."""
         module = cls.__new__(cls)
         module.__dict__.update(transformer.__dict__)
         return module
@@ -304,9 +304,10 @@ _UNUSED = ("pooler.", "embeddings.position_ids")
 
 
 def _align(encoder: PreTrainedModel) -> None:
-    """Give weights that were read in place a new home at a multiple of 64 bytes, as PyTorch's own tensors have.
+    """Copy memory-mapped weights to addresses that are multiples of 64 bytes, like PyTorch's own tensors.
 
-    Matrix products may round otherwise at another alignment, and a saved model shall embed as before, bit for bit.
+    Matrix products may round differently at another alignment, and a loaded model must give the same embeddings bit for
+    bit.
     """
     for parameter in encoder.parameters():
         if parameter.device.type == "cpu" and parameter.data_ptr() % 64:

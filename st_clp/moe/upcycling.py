@@ -1,4 +1,4 @@
-"""Whole models: make one a mixture, train its experts alone, make it dense again, and open a saved one."""
+"""Whole models: convert to a mixture, choose what trains, convert back, and load saved ones."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class TrainableParameters:
 
 
 def train_only(model: nn.Module, what: str) -> TrainableParameters:
-    """Let one part of ``model`` train and freeze the rest.
+    """Train one part of ``model`` and freeze the rest.
 
     Args:
         model: A model, dense or a mixture; with ``"all"`` any module.

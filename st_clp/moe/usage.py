@@ -1,4 +1,4 @@
-"""What the experts do: how often each is used, by whom, how sure the router is and how far the experts have moved."""
+"""Statistics of the experts: their use by groups of texts, the router's entropy, and how far apart the experts are."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def expert_usage(
     batch_size: int = 32,
     show_progress_bar: bool = False,
 ) -> ExpertUsage:
-    """Say how often each expert is used.
+    """Measure how often each expert is used.
 
     Padding does not count, and a token counts once however often a cached loss or gradient checkpointing runs it.
 
@@ -189,7 +189,7 @@ class ExpertUsageCallback(TrainerCallback):
 
 @contextmanager
 def _measuring(routed: list[ExpertLinear]) -> Iterator[list[float]]:
-    """Count from zero and measure entropies for a while; then the counts are what they were."""
+    """Count from zero and measure entropies within the context; afterwards the former counts are restored."""
     before = [list(_router(layer).balance.used) for layer in routed]
     entropies: list[float] = []
     for layer in routed:

@@ -1,7 +1,7 @@
-"""Queries of negatives: for a hard negative of one query, a query that this document does answer.
+"""Queries of negatives: for a hard negative of one query, another query that this document answers.
 
-Sources know, find or write them; a chain asks them in order, and the first that knows one wins. What a model wrote is
-kept in a store, so that nothing is paid for twice.
+Sources know, find or generate them; a chain asks them in order, and the first that knows one wins. Generated queries
+are kept in a store, so that nothing is paid for twice.
 """
 
 from st_clp.options import QueryOptions

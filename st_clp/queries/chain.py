@@ -1,4 +1,4 @@
-"""Sources one after the other: the first that knows a query, wins."""
+"""A chain of sources: the first that knows a query wins."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ UNCOUNTED = "tokens at most for requests without an answer or a count, which may
 
 
 class Need(NamedTuple):
-    """A negative of one row, which wants a query."""
+    """A negative of one row that needs a query."""
 
     query_id: str
     positive_id: str
@@ -41,10 +41,10 @@ class QueriesAccount:
 
     Attributes:
         asked: Documents that each source was asked about.
-        without: Documents that a source that generates left without a query, ``"source: cause"`` to count.
-        barred: Negatives of rows for which a source's queries could not be used, for that row.
+        without: Documents for which a generating source found no query, ``"source: cause"`` to count.
+        barred: Negatives whose queries from a source could not be used in their row.
         round_trip: Queries that were checked, that found their document, that were dropped or down-weighted.
-        usage: What was spent this time.
+        usage: What this call has cost.
     """
 
     asked: dict[str, int] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class QueriesAccount:
 
 
 class QueryChain:
-    """Sources in their order.
+    """Several sources, asked in order.
 
     Args:
         sources: Sources; ``"judgments"`` stands for the judgments of the collection that is mined.
@@ -63,7 +63,7 @@ class QueryChain:
         show_progress_bar: Show progress, and what was spent.
 
     Raises:
-        ValueError: There is no source, or one stands there twice.
+        ValueError: There is no source, or one is named twice.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class QueryChain:
 
     @property
     def has_judgments(self) -> bool:
-        """Whether the judgments are in it."""
+        """Whether the judgments are one of the sources."""
         return JUDGMENTS in self.sources
 
     def close(self) -> None:
@@ -99,7 +99,7 @@ class QueryChain:
 
     @property
     def generates(self) -> bool:
-        """Whether anything but the judgments is in it."""
+        """Whether there is any other source than the judgments."""
         return self.sources != [JUDGMENTS]
 
     def assign(
@@ -158,10 +158,10 @@ class QueryChain:
     def generate(
         self, documents: Sequence[Document], judged: JudgedQueries | None = None, *, language: str | None = None
     ) -> tuple[dict[str, DocumentQueries], QueriesAccount]:
-        """Find queries for documents, whichever rows they may stand in: ahead of time.
+        """Find queries for documents ahead of time, for whichever rows they will be in.
 
-        A document that the judgments know a query of is passed over by the sources after them, though a row may turn up
-        that must not have it.
+        Documents with a query in the judgments are not given to later sources, although some row may be unable to use
+        that query.
 
         Returns:
             Document id to its queries; documents without any are absent. And the account.
@@ -186,7 +186,7 @@ class QueryChain:
         account: QueriesAccount,
         round_trip: RoundTrip | None,
     ) -> dict[str, DocumentQueries]:
-        """A source's answers, checked and counted, by document id."""
+        """Ask a source; its answers, checked and counted, by document id."""
         answers = list(self._progress(source, documents, language, account))
         if round_trip is not None:
             answers, counts = round_trip.check(answers)
@@ -226,7 +226,7 @@ class QueryChain:
 def _of_positives(
     source: QuerySource, needs: Sequence[Need], documents: Mapping[str, Document], language: str | None
 ) -> dict[str, tuple[NegativeQuery, ...]]:
-    """What a free source says of the rows' positives: the title of both documents is no query of the negative alone."""
+    """A free source's answers for the rows' positives: a title that both share is not a query of the negative alone."""
     if not source.free:
         return {}
     positives = dict.fromkeys(need.positive_id for need in needs)
@@ -244,14 +244,14 @@ def _spent(spent: Usage, more: float) -> str:
 
 @dataclass(frozen=True)
 class SourceCost:
-    """What one source would have to do.
+    """The work of one source.
 
     Attributes:
         name: The source, with its model.
-        documents: Documents that it would be asked for: those that the sources before it are known to have none for.
-        known: How many of them it has a query for already, free or in the store.
-        failed: How many of them the store says it could not write a query for.
-        estimate: What the others would cost; None where nothing costs.
+        documents: Documents that it would be asked about: those for which earlier sources are known to have none.
+        known: How many of them have a query already, free or in the store.
+        failed: How many of them it has failed to write a query for, by the store.
+        estimate: The cost of the others; None if there is none.
     """
 
     name: str
@@ -286,10 +286,10 @@ def estimate_cost(
     *,
     language: str | None = None,
 ) -> list[SourceCost]:
-    """What each source would have to do for these documents. Nothing is generated, sent or written.
+    """Estimate the work of each source for these documents. Nothing is generated, sent or written.
 
-    Which documents a source that generates will leave for the next is not known before: the next is counted as if it
-    left none but those that the store says it failed for.
+    It is not known in advance for which documents a generating source will fail: the next source is counted as if it
+    failed only for those that the store records.
     """
     found: list[SourceCost] = []
     left = list(documents)

@@ -1,4 +1,4 @@
-"""One request to an endpoint by the openai client: when it may be sent, and what becomes of it."""
+"""Requests to an endpoint by the openai client: their rate, and their results and failures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LONG_PAUSE = 10.0  # seconds, from which on a pause is said
 
 
 class Pace:
-    """Lets requests through at a rate, and none during a pause.
+    """Limits the rate of requests, and holds them back during a pause.
 
     Args:
         requests_per_minute: No more than this; None: no limit.
@@ -50,7 +50,7 @@ class Pace:
             stop.wait(min(left, LONGEST_PAUSE))
 
     def pause(self, seconds: float) -> None:
-        """Let no request through for so long, two minutes at most."""
+        """Hold requests back for so long, two minutes at most."""
         wait = min(seconds, LONGEST_PAUSE)
         with self._lock:
             now = time.monotonic()
@@ -90,12 +90,12 @@ NEVER_SENT = ("ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProto
 
 
 class EndpointError(ValueError):
-    """The endpoint refuses every request, so sending more is useless. The message says what to do."""
+    """The endpoint refuses every request; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What the model answered; ``usage`` is None where the endpoint does not say what it has counted."""
+    """The model's answer; ``usage`` is None if the endpoint does not report it."""
 
     content: str | None
     usage: Usage | None
@@ -103,12 +103,12 @@ class Reply:
 
 @dataclass(frozen=True)
 class Failure:
-    """A request without an answer.
+    """A request that failed.
 
     Attributes:
         cause: Why.
-        passes: Whether asking again may help.
-        may_be_billed: Whether the endpoint may have answered, and billed, all the same.
+        passes: Whether a retry may help.
+        may_be_billed: Whether the endpoint may have billed it nevertheless.
         retry_after: Seconds that the endpoint asks to wait; None where it does not say.
     """
 
@@ -149,7 +149,7 @@ class ChatClient:
         self._key_variable = key_variable
         self._timeout = timeout
         self._client: Any = None
-        # What some models and servers refuse is left out from then on.
+        # Parameters that the model or server has refused, left out from then on.
         self._optional: dict[str, Any] = {"response_format": {"type": "json_object"}, "temperature": temperature}
         self._seed = True
         self._limit = "max_tokens"
@@ -164,7 +164,7 @@ class ChatClient:
         return f"ChatClient({self.model!r}, base_url={self.base_url!r})"
 
     def open(self, connections: int) -> None:
-        """Get ready to send.
+        """Create the client.
 
         Raises:
             ModuleNotFoundError: The openai package is not installed.
@@ -188,7 +188,7 @@ class ChatClient:
             message: Of the user's role.
             max_tokens: Tokens that the answer may have.
             seed: Of the sampling.
-            identity: Sent as ``Idempotency-Key``: an endpoint that knows it bills two requests of one identity once.
+            identity: Sent as ``Idempotency-Key``: endpoints that support it bill requests with the same key once.
 
         Raises:
             EndpointError: The key or the model is refused.
@@ -213,12 +213,12 @@ class ChatClient:
                 sent = _was_sent(error)
                 return Failure("the connection broke" if sent else "no connection", may_be_billed=sent)
             except (openai.APIError, ValueError, TypeError, AttributeError, RecursionError, OverflowError):
-                # The answer is not of this API: the client meets other kinds of JSON as they come.
+                # The answer is not of this API: the client accepts any JSON.
                 return Failure(NO_ANSWER, may_be_billed=True)
             return _reply(answer)
 
     def _leave_out(self, text: str, sent: dict[str, Any]) -> bool:
-        """Whether a refused request may go through without something that the refusal names."""
+        """Leave out a parameter that the refusal names; whether there was one."""
         if self._limit in sent and "max_completion_tokens" in text and self._limit == "max_tokens":
             self._limit = "max_completion_tokens"
             return True
@@ -233,7 +233,7 @@ class ChatClient:
         return False
 
     def _refused(self, error: Any) -> Failure:
-        """What a status other than 200 means. Nothing was answered, so nothing is billed."""
+        """The meaning of a status other than 200. Nothing was answered, so nothing is billed."""
         status = error.status_code
         # The endpoint's own words may repeat the key, and are not passed on.
         if status in (401, 403):
@@ -281,7 +281,7 @@ def _reply(answer: Any) -> Reply | Failure:
 
 
 def _usage(counted: Any) -> Usage | None:
-    """What the endpoint counts; None where it does not, or counts what cannot be."""
+    """The usage that the endpoint reports; None if it is missing or impossible."""
     try:
         usage = Usage(int(counted.prompt_tokens), int(counted.completion_tokens))
     except (AttributeError, TypeError, ValueError, OverflowError):

@@ -1,4 +1,4 @@
-"""Queries by any endpoint that speaks the OpenAI chat completions API: a hosted one, vLLM, Ollama, Gemini's."""
+"""Queries by any endpoint with the OpenAI chat completions API: hosted, vLLM, Ollama, Gemini's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BEYOND_COUNTING = 2**62  # SQLite's whole numbers have 64 bits
 
 @dataclass(frozen=True)
 class Prices:
-    """What tokens cost, money for a million of them: those of the prompt, and those that are written."""
+    """Prices for a million tokens, of the prompt and of the completion."""
 
     prompt: float
     completion: float
@@ -37,7 +37,7 @@ class Prices:
 
 @dataclass(frozen=True)
 class Reservation:
-    """The worst that a request may cost, set aside before it is sent."""
+    """The highest possible cost of a request, reserved before it is sent."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -45,10 +45,10 @@ class Reservation:
 
 
 class Budget:
-    """Sets aside the worst case before a request is sent, and settles by what it has cost.
+    """Reserves the highest possible cost before a request is sent, and settles the actual cost afterwards.
 
-    What was spent is kept in the store, so that the limits hold for all processes that share it and for what a killed
-    one had spent; a request that was in flight when its process was killed counts at its worst.
+    Spending is recorded in the store, so the limits hold for all processes that share it and across kills; a request
+    that was in flight when its process was killed counts at its highest possible cost.
 
     Args:
         store: Keeps what was spent.
@@ -82,19 +82,19 @@ class Budget:
             )
         self.prices = prices
         self._store = store
-        # A limit beyond what can be counted is never reached.
+        # A limit above the largest integer is never reached.
         self._max_tokens = None if max_tokens is None else min(max_tokens, BEYOND_COUNTING)
         self._max_nano = None if max_cost is None else min(math.floor(Fraction(max_cost) * NANO), BEYOND_COUNTING)
         self._in_flight = 0
         self._settled = threading.Condition()
 
     def reserve(self, prompt_tokens: int, completion_tokens: int) -> Reservation | None:
-        """Set the worst case of a request aside.
+        """Reserve the highest possible cost of a request.
 
         Waits while requests that are in flight may yet leave room.
 
         Returns:
-            None where the request may pass a limit, so that it must not be sent.
+            None if the request could exceed a limit, so that it must not be sent.
         """
         reservation = Reservation(prompt_tokens, completion_tokens, self._nano(prompt_tokens, completion_tokens))
         with self._settled:
@@ -106,14 +106,14 @@ class Budget:
         return reservation
 
     def settle(self, reservation: Reservation, usage: Usage | None) -> Usage:
-        """Replace the worst case by what the request has cost.
+        """Replace a reservation by the actual cost.
 
         Args:
             reservation: From :meth:`reserve`.
-            usage: What the endpoint counted; None where it is unknown, so that the worst case stays.
+            usage: The reported usage; None if it is unknown, so that the reservation stays.
 
         Returns:
-            What counts as spent.
+            The usage that counts as spent.
         """
         worst = reservation.prompt_tokens + reservation.completion_tokens
         try:
@@ -128,7 +128,7 @@ class Budget:
                 self._settled.notify_all()
 
     def left(self) -> bool:
-        """Whether a limit leaves anything at all."""
+        """Whether any budget is left."""
         tokens, cost = self._store.spent()
         within = self._max_tokens is None or tokens < self._max_tokens
         return within and (self._max_nano is None or round(cost * NANO) < self._max_nano)
@@ -158,14 +158,14 @@ BYTES_A_TOKEN = 4  # about, for an estimate; a bound is one
 class EndpointQueries(GeneratingSource):
     """Queries by an endpoint, several requests at a time.
 
-    Refusals that pass (429, 5xx), time-outs and connections that break are retried with exponential back-off and
-    jitter, after the time that a ``Retry-After`` asks for; nonsense (empty, far too long, not JSON, another script) is
-    asked for anew, and then the document is left without a query. The client's own retries are off, so that every
+    Temporary refusals (429, 5xx), time-outs and broken connections are retried with exponential back-off and jitter, or
+    after the time in ``Retry-After``. After a useless answer (empty, far too long, not JSON, another script) the query
+    is asked for once more, and then the document is left without one. The client's own retries are off, so that every
     request is counted.
 
     Args:
         client: Sends requests.
-        budget: Sets the worst case of each request aside.
+        budget: Limits the spending.
         prompts: Templates by language.
         number: Queries for each document, in one request.
         max_tokens: Tokens that an answer may have.
@@ -216,7 +216,7 @@ class EndpointQueries(GeneratingSource):
         import_openai()
 
     def fingerprint(self) -> str:
-        """Of everything that the answers depend on beside prompt and document."""
+        """A hash of everything that the answers depend on besides prompt and document."""
         return (
             f"openai\0{self._client.base_url}\0{self._client.model}\0{self._client.temperature}\0{self._number}\0"
             f"{self._max_tokens}\0{self._cut}\0{self._seed}"
@@ -231,7 +231,7 @@ class EndpointQueries(GeneratingSource):
         return f"{self._client.model} at {self._client.base_url}"
 
     def estimate(self, documents: Iterable[Document], language: str | None) -> SourceEstimate:
-        """Tokens by the bytes of the prompts: about four a token; at most one a token and every retry of nonsense."""
+        """Estimate tokens from the bytes of the prompts: about four bytes a token; at most one, with every retry."""
         number = about = bound = 0
         for document in documents:
             size = self._bound(self._message(document, language))
@@ -272,7 +272,7 @@ class EndpointQueries(GeneratingSource):
                 errors = [error for future in done if (error := future.exception())]
                 if errors:
                     work.stop.set()
-                    # What is under way may have been paid for.
+                    # Requests in flight may have been paid for.
                     done |= wait(running).done
                     running, more = set(), False
                 yield from (future.result() for future in done if future.exception() is None)
@@ -288,7 +288,7 @@ class EndpointQueries(GeneratingSource):
         return fill(self.prompt(language), document.text[: self._cut])
 
     def _bound(self, message: str) -> int:
-        """More tokens than the message can have: tokenizers that read bytes or fall back to them give one a byte."""
+        """An upper bound of the message's tokens: byte-level tokenizers give at most one for each byte."""
         return len(message.encode("utf-8", "replace")) + self._overhead
 
     def _answer(self, document: Document, language: str | None, work: _Work) -> DocumentQueries:
@@ -351,7 +351,7 @@ class EndpointQueries(GeneratingSource):
 
 
 class _Work:
-    """What the requests of one call share."""
+    """The state that the requests of one call share."""
 
     def __init__(self, requests_per_minute: float | None) -> None:
         self.stop = threading.Event()

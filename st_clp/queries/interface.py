@@ -1,4 +1,4 @@
-"""What a source of queries for documents is, and what it answers."""
+"""The interface of sources of queries, and their answers."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class NegativeQuery:
 
 @dataclass(frozen=True)
 class Usage:
-    """What an answer has cost.
+    """The cost of an answer.
 
     Attributes:
         prompt_tokens: Tokens that were read.
         completion_tokens: Tokens that were written.
         cost: Money, in the currency of the prices; 0 where there are none.
         requests: Requests that were sent.
-        uncounted_tokens: Tokens at most, for requests without an answer or a count, whose real usage is unknown.
+        uncounted_tokens: The most tokens that requests of unknown usage (no answer, or no count) may have taken.
     """
 
     prompt_tokens: int = 0
@@ -46,12 +46,12 @@ class Usage:
 
     @property
     def tokens(self) -> int:
-        """Read and written."""
+        """Prompt and completion tokens."""
         return self.prompt_tokens + self.completion_tokens
 
     @property
     def tokens_at_most(self) -> int:
-        """Read and written, with those that may have been."""
+        """Prompt and completion tokens, with the uncounted ones."""
         return self.tokens + self.uncounted_tokens
 
     def __add__(self, other: Usage) -> Usage:
@@ -71,10 +71,10 @@ class DocumentQueries:
     Attributes:
         doc_id: The document's id.
         queries: Queries that it answers, best first; empty where the source has none.
-        cause: Why there are none; None where there are some, or where the source simply knows of none.
-        usage: What the answer has cost this time; nothing where it was known before.
-        final: Whether asking again would pay again for the same. Such an answer is kept; one that is not final (the
-            endpoint was down, the budget used up) is asked for again the next time.
+        cause: Why there are none; None if there are some, or if the source simply knows of none.
+        usage: What the answer has cost in this call; nothing if it was known before.
+        final: Whether the answer is kept: asking again would pay again for the same. Answers that are not final (the
+            endpoint was down, the budget used up) are asked for again next time.
     """
 
     doc_id: str
@@ -85,10 +85,10 @@ class DocumentQueries:
 
 
 class QuerySource(ABC):
-    """Knows, finds or writes queries that documents answer.
+    """A source of queries that documents answer.
 
     Attributes:
-        name: Marks its queries (:attr:`NegativeQuery.source`).
+        name: The name in :attr:`NegativeQuery.source`.
         weight: The weight of its queries.
         free: Whether asking costs next to nothing: such a source is asked about the rows' positives too, whose queries
             are none for the negatives.
@@ -113,14 +113,14 @@ class QuerySource(ABC):
 
 @dataclass(frozen=True)
 class SourceEstimate:
-    """What a source's answers for some documents would cost.
+    """The estimated cost of a source's answers for some documents.
 
     Attributes:
         documents: How many documents.
         prompt_tokens: Tokens to read, about.
         completion_tokens: Tokens to write, about.
         cost: Money, about; None where there are no prices.
-        most: What they would cost at most, as tokens and money; None where nothing is billed.
+        most: The highest possible cost in tokens and money; None if nothing is billed.
     """
 
     documents: int
@@ -134,11 +134,11 @@ class GeneratingSource(QuerySource):
     """A source whose answers take time or money, so that they are kept (:class:`..store.QueryStore`)."""
 
     def prepare(self) -> None:
-        """Find what would stand in the way, such as a model that is not there, before hours of other work are done."""
+        """Check early that the source can work, for example that its model exists."""
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """A text that changes with everything that the answers depend on beside prompt and document."""
+        """A text that changes with everything that the answers depend on besides prompt and document."""
 
     @abstractmethod
     def prompt(self, language: str | None) -> str:
@@ -150,4 +150,4 @@ class GeneratingSource(QuerySource):
 
     @abstractmethod
     def estimate(self, documents: Iterable[Document], language: str | None) -> SourceEstimate:
-        """What answers for these documents would cost. Nothing is sent or generated."""
+        """Estimate the cost of answers for these documents. Nothing is sent or generated."""

@@ -1,4 +1,4 @@
-"""Queries that the training judgments know."""
+"""Queries from the training judgments."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from st_clp.queries.wording import comparable
 
 
 class JudgedQueries(QuerySource):
-    """Queries of documents, as the training judgments know them.
+    """Queries of documents from the training judgments.
 
     Args:
         collection: Its judgments say which query each document answers; its ``known_queries`` add to them.
-        seed: Where a document answers several queries, which is taken depends on the seed and the row.
+        seed: If a document answers several queries, seed and row decide which one is taken.
     """
 
     def __init__(self, collection: Collection, *, seed: int = 0) -> None:
@@ -31,14 +31,14 @@ class JudgedQueries(QuerySource):
                 self._queries_of[doc_id].append(query_id)
 
     def generate(self, documents: Iterable[Document], *, language: str | None = None) -> Iterator[DocumentQueries]:
-        """All queries of each document, whichever row it may stand in."""
+        """Yield all queries of each document, for any row."""
         for document in documents:
             texts = [*self._collection.known_queries.get(document.doc_id, ()), *self._judged(document.doc_id)]
             queries = tuple(self._marked(document.doc_id, text) for text in dict.fromkeys(texts))
             yield DocumentQueries(document.doc_id, queries)
 
     def knows(self, negative_id: str, *, query_id: str) -> bool:
-        """Whether a row of this query would find a query for this negative, whichever positive the row has."""
+        """Whether rows of this query find a query for this negative, whatever their positive is."""
         return all(
             self.find(negative_id, query_id=query_id, positive_id=positive_id)
             for positive_id in self._positives[query_id]

@@ -1,4 +1,4 @@
-"""Queries by a model of one's own: a sequence-to-sequence model as in doc2query, or a causal one with a prompt."""
+"""Queries by a local model: a sequence-to-sequence model as in doc2query, or a causal one with a prompt."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ WINDOW = 256  # documents that are sorted by length together; those of one batch
 
 
 class LocalQueries(GeneratingSource):
-    """Queries by a transformers model, in batches of documents of like length.
+    """Queries by a transformers model, in batches of documents of similar length.
 
     A sequence-to-sequence model reads the document alone, as doc2query models do (Nogueira and Lin (2019), From
     doc2query to docTTTTTquery), unless a prompt is given. A causal model reads the prompt, in its chat template where
-    its tokenizer has one. What a document's queries are depends on the seed and the document, not on the batch, but for
-    near ties that rounding tips (more of them in bfloat16).
+    its tokenizer has one. A document's queries depend on the seed and the document, not on the batch, except for near
+    ties decided by rounding (more of them in bfloat16).
 
     Args:
         name_or_path: A folder, or a name on the Hugging Face Hub. It is loaded when it is first needed.
@@ -84,14 +84,14 @@ class LocalQueries(GeneratingSource):
         self.weight = weight
 
     def unloaded(self) -> LocalQueries:
-        """The same without the model in memory, to be sent to another process."""
+        """A copy without the loaded model, to be sent to another process."""
         copied = copy.copy(self)
         copied._loaded = None
         copied._around = {}
         return copied
 
     def prepare(self) -> None:
-        """Look for the model.
+        """Check that the model exists.
 
         Raises:
             ValueError: There is none of that name.
@@ -99,7 +99,7 @@ class LocalQueries(GeneratingSource):
         _open(self._path, _read_config)
 
     def fingerprint(self) -> str:
-        """Of the model's weights and everything else that the queries depend on beside prompt and document."""
+        """A hash of the model's weights and everything else that the queries depend on besides prompt and document."""
         if self._hash is None:
             model, tokenizer = self._load()
             digest = hashlib.blake2b(digest_size=16)
@@ -115,7 +115,7 @@ class LocalQueries(GeneratingSource):
         )
 
     def prompt(self, language: str | None) -> str:
-        """The template for documents of a language; empty where the model reads the document alone."""
+        """The template for documents of a language; empty if the model reads the document alone."""
         if self._prompts is None and self._reads_document_alone():
             return ""
         return (self._prompts or Prompts()).as_instruction(language)
@@ -180,7 +180,7 @@ class LocalQueries(GeneratingSource):
             yield DocumentQueries(document.doc_id, self._mark(good), None if good else faults[0], usage)
 
     def _input(self, text: str, language: str | None) -> str:
-        """What the model reads for a document, cut to what it can read."""
+        """The model's input for a document, truncated to its maximum length."""
         model, tokenizer = self._load()
         template = self.prompt(language)
         if template not in self._around:
@@ -203,7 +203,7 @@ class LocalQueries(GeneratingSource):
         return self._load()[1](text, add_special_tokens=not self._is_chat())["input_ids"]
 
     def _is_chat(self) -> bool:
-        """Whether the model reads a chat template, which holds its special tokens itself."""
+        """Whether the model has a chat template, which contains its special tokens."""
         model, tokenizer = self._load()
         return bool(getattr(tokenizer, "chat_template", None)) and not model.config.is_encoder_decoder
 
@@ -211,7 +211,7 @@ class LocalQueries(GeneratingSource):
         if not self._is_chat():
             return prompt
         message = [{"role": "user", "content": prompt}]
-        # Templates of models that can think aloud know this word; to others it means nothing.
+        # Templates of reasoning models know this argument; others ignore it.
         options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
         return self._load()[1].apply_chat_template(message, **options)
 
@@ -226,7 +226,7 @@ class LocalQueries(GeneratingSource):
 
 
 def _load_model(name_or_path: str, device: str | None, compute: ComputeDtype) -> tuple[Any, Any]:
-    """(model, tokenizer), the model in bfloat16 where that is fast, the tokenizer padding where the model wants it."""
+    """Load (model, tokenizer): the model in bfloat16 where that is fast, the tokenizer padding on the model's side."""
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     def load(name: str) -> tuple[Any, Any]:
@@ -253,7 +253,7 @@ def _read_config(name: str) -> Any:
 
 
 def _open(name_or_path: str, work: Callable[[str], Any]) -> Any:
-    """What ``work`` makes of the model's folder or name, with an error that says what is wrong.
+    """Call ``work`` with the model's folder or name; errors say what is wrong.
 
     Raises:
         ValueError: There is no such model, or it cannot be opened.
@@ -270,7 +270,7 @@ def _open(name_or_path: str, work: Callable[[str], Any]) -> Any:
 
 
 def _longest(model: Any, tokenizer: Any) -> int | None:
-    """Tokens that the model can read; None where its positions have no end."""
+    """The model's maximum length; None if its positions have no limit."""
     known = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
     # Relative positions have no end; what the tokenizer says is then what the model was trained on.
     longest = min(known or tokenizer.model_max_length, tokenizer.model_max_length)
@@ -327,10 +327,10 @@ def _mix(state: Tensor) -> Tensor:
 
 
 def _shift(state: Tensor, bits: int) -> Tensor:
-    """To the right, with zeros from the left: signed numbers would bring their sign."""
+    """Shift to the right, filling with zeros (signed numbers would repeat their sign)."""
     return (state >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _uniform(state: Tensor) -> Tensor:
-    """Between 0 and 1, neither of them reached, float32."""
+    """float32 between 0 and 1, both excluded."""
     return ((_shift(_mix(state), 40).double() + 0.5) / 2**24).clamp(max=1 - 1e-7).float()

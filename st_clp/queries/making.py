@@ -1,4 +1,4 @@
-"""The sources that make queries of negatives, as a text names them: ``"judgments,local:PATH,sentence"``."""
+"""Make sources of queries from their names: ``"judgments,local:PATH,sentence"``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _WEIGHT = re.compile(r"\*(\d+(?:\.\d+)?)$")
 
 
 def budget_of(options: QueryOptions, store: QueryStore) -> Budget:
-    """The budget of everything in a store."""
+    """The budget over everything in a store."""
     prices = None
     if options.query_price_prompt is not None and options.query_price_completion is not None:
         prices = Prices(options.query_price_prompt, options.query_price_completion)
@@ -31,10 +31,10 @@ def budget_of(options: QueryOptions, store: QueryStore) -> Budget:
 def parse_sources(spec: str) -> list[tuple[str, str, float | None]]:
     """(kind, model, weight) of each source in ``"judgments,local:PATH,openai:MODEL,title"``, in order.
 
-    A number behind a star, as in ``title*0.3``, is the weight of a source's queries; None where there is none.
+    A number after a star, as in ``title*0.3``, is the weight of a source's queries; None if there is none.
 
     Raises:
-        ValueError: A source is not known, lacks its model, or stands there twice.
+        ValueError: A source is unknown, lacks its model, or is named twice.
     """
     found: list[tuple[str, str, float | None]] = []
     for part in (part.strip() for part in spec.split(",")):
@@ -62,7 +62,7 @@ def make_chain(
     show_progress_bar: bool = True,
     cluster: ClusterOptions | None = None,
 ) -> QueryChain:
-    """The chain of sources that a text names.
+    """Make a chain from the names of its sources.
 
     Args:
         spec: ``"judgments,local:PATH,openai:MODEL,title"``; ``local`` takes a folder or a name on the Hub, ``openai``
@@ -70,14 +70,14 @@ def make_chain(
         options: How queries are made.
         store: Keeps what is generated, or its file; None keeps it in memory.
         show_progress_bar: Show progress.
-        cluster: Have a local model's queries written on the Ray cluster that these name, if they name one.
+        cluster: Run a local model on the Ray cluster that these options name, if they name one.
 
     Raises:
-        ValueError: The text or an option cannot be meant, or there is no key for an endpoint that wants one.
+        ValueError: A name or an option is invalid, or an endpoint needs a key and there is none.
     """
     options = options or QueryOptions()
     parsed = parse_sources(spec)
-    # What costs nothing needs no file.
+    # Free sources need no file.
     free = all(kind in (JUDGMENTS, TITLE, SENTENCE) for kind, _, _ in parsed)
     kept = store if isinstance(store, QueryStore) else QueryStore(None if free else store)
     sources = [_source(kind, model, weight, options, kept, cluster) for kind, model, weight in parsed]
@@ -131,7 +131,7 @@ def _source(
         budget_of(options, store),
         prompts=prompts,
         number=options.query_samples or 1,
-        # The answer is JSON, and takes some tokens more than its queries.
+        # The answer is JSON, which takes some tokens besides the queries.
         max_tokens=options.query_max_tokens * (options.query_samples or 1) + 16,
         concurrency=options.query_concurrency,
         requests_per_minute=options.query_rate,

@@ -1,7 +1,7 @@
-"""Queries made of a document's own text, in any language and without a model that writes: title, lead, sentences.
+"""Queries made of a document's own text, in any language, without a generating model: title, lead, sentences.
 
-Of a sentence a part is left out, as a question leaves out what it asks for; the document has to be found by the rest.
-Trained on enough of them, a model learns to tell a collection's own documents apart, those too that no query asks for.
+A part of the sentence is left out, as a question leaves out what it asks for, and the document has to be found by the
+rest. With enough of them a model learns to tell a collection's documents apart, also those that no query asks for.
 After Lee et al. (2019), Latent Retrieval for Weakly Supervised Open Domain Question Answering, arXiv:1906.00300 (a
 sentence as the query of its passage), and Chen et al. (2022), Salient Phrase Aware Dense Retrieval, arXiv:2110.06918
 (sentences as the queries by which a dense model learns what a lexical one knows).
@@ -20,7 +20,7 @@ from st_clp.data import Collection, Document
 from st_clp.queries.interface import DocumentQueries, NegativeQuery, QuerySource
 from st_clp.queries.wording import EMPTY
 
-# A sentence ends at its script's full stop; a Latin one must be followed by a space, as 3.14 is no end.
+# A sentence ends at its script's full stop; a Latin full stop must be followed by a space, unlike in 3.14.
 _END = re.compile(r"(?<=[.!?؟۔])\s+|(?<=[。！？।॥])|\n+")
 _ENDS = " .!?؟۔。！？।॥\"'"
 _WORDS, _CHARACTERS = (5, 22), (12, 45)  # of a sentence: fewer say too little, and no more are taken
@@ -32,7 +32,7 @@ LONGEST_LEAD = 160  # characters
 
 
 def sentences(text: str) -> Iterator[str]:
-    """The sentences of a text that say something, with single spaces."""
+    """The sentences of a text that are long enough, with single spaces."""
     for part in _END.split(text):
         sentence = " ".join(part.split())
         if any(character.isalnum() for character in sentence):
@@ -79,7 +79,7 @@ def _without_title(document: Document) -> str:
 
 
 class TitleOrLead(QuerySource):
-    """A document's title, marked ``"title"``; where its source knows none, the first sentence, marked ``"lead"``.
+    """A document's title, marked ``"title"``, or else its first sentence, marked ``"lead"``.
 
     Args:
         weight: The weight of the queries.
@@ -102,7 +102,7 @@ class TitleOrLead(QuerySource):
 
 
 def lead(text: str) -> str:
-    """The first sentence that says something, cut between words where it is long."""
+    """The first sentence that is long enough, cut between words if it is too long."""
     first = next(sentences(text), "")
     if len(first) <= LONGEST_LEAD:
         return first
@@ -133,17 +133,16 @@ class SentenceQueries(QuerySource):
 
 
 def add_sentence_queries(collection: Collection, number: int, seed: int, *, each: int = 1) -> Collection:
-    """The collection with queries made of its documents' sentences beside its own.
+    """Add queries made of its documents' sentences to a collection.
 
-    They are spread evenly: no document has two more than another that has as many sentences. Where there are more
-    documents than queries to make, documents are drawn at random. A sentence that stands in several of those makes no
-    query, as it does not say which is meant.
+    They are spread evenly over the documents. If there are more documents than queries to make, documents are drawn at
+    random. A sentence that occurs in several of them makes no query, as it does not say which one is meant.
 
     Args:
-        collection: The collection; it stays as it is.
-        number: Queries to make; all that can be made where there are fewer.
+        collection: The collection; it is not changed.
+        number: Queries to make, or as many as can be made.
         seed: Of the draws.
-        each: Draw so few documents that there are so many queries for each of them.
+        each: Draw few enough documents that each gets so many queries.
     """
     if not number:
         return collection

@@ -1,9 +1,9 @@
-"""Everything that was generated, in one SQLite file: nothing is paid for twice.
+"""A SQLite file of everything that was generated, so that nothing is paid for twice.
 
-An answer is kept under its generator, its prompt and the document's text, as soon as it is there. One process at a time
-generates into a file; others that share it wait, and find its answers. The file also holds what was spent, so that a
-budget covers all who share it and outlives a process that is killed. It is in SQLite's WAL mode: processes of one
-machine may share it, not machines over a network file system.
+An answer is stored under its generator, its prompt and the document's text as soon as it arrives. One process at a time
+generates into a file; others wait and then find its answers. The file also records the spending, so that a budget
+covers all processes that share it, killed ones included. It is in SQLite's WAL mode: processes of one machine may share
+it, not machines over a network file system.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ INSERT OR IGNORE INTO spending VALUES (1, 0, 0);
 
 
 class Key(NamedTuple):
-    """What an answer is kept under: hashes of the generator, the prompt and the document's text."""
+    """The key of an answer: hashes of the generator, the prompt and the document's text."""
 
     generator: str
     prompt: str
@@ -60,7 +60,7 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class StoredAnswer:
-    """An answer as it is kept; ``usage`` is what it cost when it was made."""
+    """A stored answer; ``usage`` is what it cost when it was made."""
 
     queries: tuple[str, ...]
     cause: str | None
@@ -71,11 +71,10 @@ class QueryStore:
     """Answers of generators in a SQLite file, or in memory alone.
 
     Args:
-        path: The file; made when something is first looked up or kept, or by :meth:`open`. None keeps everything in
-            memory.
+        path: The file; it is made at the first access, or by :meth:`open`. None keeps everything in memory.
 
     Every method raises:
-        ValueError: The file is no store of queries, is damaged, or of a later format.
+        ValueError: The file is not a store of queries, is damaged, or has a later format.
         OSError: The file cannot be opened, made, read or written.
     """
 
@@ -92,7 +91,7 @@ class QueryStore:
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
-        """The open file, for this thread alone; what SQLite objects to, said so that a user can do something."""
+        """The open file, for this thread alone; errors of SQLite become messages with a remedy."""
         with self._lock:
             try:
                 if self._connection is None:
@@ -120,7 +119,7 @@ class QueryStore:
         try:
             self._require_ours(connection)
             _use_wal(connection)
-            # A killed process loses nothing; the last answers before a power cut may be lost.
+            # A killed process loses nothing; a power cut may lose the last answers.
             connection.execute("PRAGMA synchronous = NORMAL")
             connection.execute("BEGIN IMMEDIATE")
             for statement in TABLES.split(";"):
@@ -160,7 +159,7 @@ class QueryStore:
             database.execute("COMMIT")
 
     def get(self, keys: Sequence[Key]) -> dict[Key, StoredAnswer]:
-        """The answers that are there; keys without one are absent."""
+        """Look up answers; keys without one are left out."""
         found: dict[Key, StoredAnswer] = {}
         kinds: dict[tuple[str, str], list[str]] = {}
         for key in keys:
@@ -180,7 +179,7 @@ class QueryStore:
 
     @contextmanager
     def generating(self) -> Iterator[None]:
-        """Wait until no other process generates into this file, and keep others waiting; a killed one holds up none."""
+        """Hold the lock for generating into this file. A killed process releases it."""
         if self.path is None:
             yield
             return
@@ -196,7 +195,7 @@ class QueryStore:
             lock.release()
 
     def put(self, key: Key, answer: StoredAnswer) -> None:
-        """Keep an answer."""
+        """Store an answer."""
         usage = answer.usage
         with self._transaction() as database:
             database.execute(
@@ -213,13 +212,13 @@ class QueryStore:
             )
 
     def name(self, generator: str, description: str, prompt: str) -> None:
-        """Write down which generator and prompt the hashes stand for."""
+        """Record which generator and prompt the hashes stand for."""
         with self._transaction() as database:
             database.execute("INSERT OR IGNORE INTO generators VALUES (?, ?)", (digest(generator), description))
             database.execute("INSERT OR IGNORE INTO prompts VALUES (?, ?)", (digest(prompt), prompt))
 
     def spend(self, tokens: int, nano: int, max_tokens: int | None = None, max_nano: int | None = None) -> bool:
-        """Add to what was spent, or take from it; False, and nothing is added, where a limit would be passed."""
+        """Add to the spending, or subtract from it; False, and nothing is added, if a limit would be exceeded."""
         with self._transaction() as database:
             changed = database.execute(
                 "UPDATE spending SET tokens = tokens + ?1, nano = nano + ?2 "
@@ -229,7 +228,7 @@ class QueryStore:
             return changed.rowcount == 1
 
     def spent(self) -> tuple[int, float]:
-        """(tokens, money) that all answers of this file have cost, with what is in flight at its worst."""
+        """(tokens, money) spent in this file, requests in flight at their highest possible cost."""
         with self._reading() as database:
             tokens, nano = database.execute("SELECT tokens, nano FROM spending").fetchone()
         return tokens, nano / NANO
@@ -253,7 +252,7 @@ class QueryStore:
 
 
 def _columns(connection: sqlite3.Connection) -> dict[str, list[str]]:
-    """The tables of a file, each with the names of its columns."""
+    """The tables of a file with the names of their columns."""
     tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
     return {
         name: [row[0] for row in connection.execute("SELECT name FROM pragma_table_info(?)", (name,))]
@@ -283,11 +282,11 @@ LOOKED_UP_TOGETHER = 1000
 
 
 class CachedSource(QuerySource):
-    """A generating source that asks the store first.
+    """A generating source with a store in front of it.
 
     Args:
-        source: Generates what the store does not have.
-        store: Keeps each answer as it comes.
+        source: Generates answers that the store does not have.
+        store: Stores each answer when it arrives.
     """
 
     def __init__(self, source: GeneratingSource, store: QueryStore) -> None:
@@ -297,7 +296,7 @@ class CachedSource(QuerySource):
         self.weight = source.weight
 
     def generate(self, documents: Iterable[Document], *, language: str | None = None) -> Iterator[DocumentQueries]:
-        """As :meth:`QuerySource.generate`; documents with one text are generated for once."""
+        """As :meth:`QuerySource.generate`; documents with equal texts are generated for once."""
         self.store.name(self.source.fingerprint(), self.source.describe(), self.source.prompt(language))
         unknown: dict[Key, list[Document]] = {}
         for document, key, stored in self._look_up(documents, language):
@@ -308,11 +307,11 @@ class CachedSource(QuerySource):
         if not unknown:
             return
         with self.store.generating():
-            # The process that held the lock may have answered some.
+            # The process that held the lock may have generated some.
             for key, stored in self.store.get(list(unknown)).items():
                 yield from (self._known(document, stored) for document in unknown.pop(key))
             keys = {key.document: key for key in unknown}
-            # The key in place of the id: documents of several ids may have one text.
+            # The key replaces the id: documents with different ids may have the same text.
             wanted = (same[0]._replace(doc_id=key.document) for key, same in list(unknown.items()))
             for found in self.source.generate(wanted, language=language):
                 key = keys[found.doc_id]
@@ -327,7 +326,7 @@ class CachedSource(QuerySource):
         return DocumentQueries(document.doc_id, self._mark(stored.queries), stored.cause)
 
     def missing(self, documents: Iterable[Document], language: str | None) -> tuple[list[Document], int]:
-        """(one document for each text that the store has no answer for, how many documents it has an answer for)."""
+        """(one document for each text without an answer in the store, the number of documents with one)."""
         missing: dict[Key, Document] = {}
         known = 0
         for document, key, stored in self._look_up(documents, language):
@@ -337,7 +336,7 @@ class CachedSource(QuerySource):
         return list(missing.values()), known
 
     def failed(self, documents: Iterable[Document], language: str | None) -> list[Document]:
-        """The documents of which the store says that no good query was written."""
+        """The documents for which, by the store, no usable query was written."""
         looked_up = self._look_up(documents, language)
         return [document for document, _, stored in looked_up if stored is not None and not stored.queries]
 

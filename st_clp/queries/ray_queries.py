@@ -1,4 +1,4 @@
-"""A model's queries written on a Ray cluster: those that one process would write, by as many as there are workers."""
+"""A local model's queries on a Ray cluster: the same queries as in one process."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from st_clp.queries.local import WINDOW, LocalQueries
 
 
 class ClusterQueries(GeneratingSource):
-    """Queries by a local model in every worker, each of which opens it by its folder or name.
+    """Queries by a local model in every worker, which loads it by its folder or name.
 
-    Documents are handed out in the runs that one process would sort and batch by length, so the queries are the same
-    but for near ties, which another kind of processor may tip.
+    Documents are handed out in the same windows that one process would sort by length, so the queries are the same,
+    except for near ties that another kind of processor may decide otherwise.
 
     Args:
         source: The model and how it writes.
@@ -54,7 +54,7 @@ class ClusterQueries(GeneratingSource):
         return self._source.estimate(documents, language)
 
     def generate(self, documents: Iterable[Document], *, language: str | None = None) -> Iterator[DocumentQueries]:
-        """Yield answers as the workers have them.
+        """Yield answers as workers finish.
 
         Raises:
             RuntimeError: Five workers were lost at the same documents.
@@ -81,7 +81,7 @@ def _windows(first: list[Document], rest: Iterator[Document]) -> Iterator[tuple[
 
 
 class _Writer:
-    """What a worker does."""
+    """Generates queries in a worker."""
 
     def __init__(self, source: LocalQueries, language: str | None, threads: int) -> None:
         if not torch.cuda.is_available():

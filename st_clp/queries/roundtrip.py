@@ -1,4 +1,4 @@
-"""The round trip: does a query that was made for a document find it again?"""
+"""The round-trip check: does a generated query find its document again?"""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ QUERIES_TOGETHER = 4096
 
 @shows(encoding=EncodingOptions)
 class RoundTrip:
-    """Checks queries by the model that mines: each must find its document among the k best of the corpus.
+    """Checks queries by the mining model: each must find its document among the k best of the corpus.
 
     After Alberti et al. (2019), Synthetic QA Corpora Generation with Roundtrip Consistency, arXiv:1906.05416, and Dai
-    et al. (2023), Promptagator, arXiv:2209.11755, which keep a query that ranks its document first. A weak model finds
-    little: then a larger k or a lower weight loses less.
+    et al. (2023), Promptagator, arXiv:2209.11755, which keep a query that ranks its document first. With a weak model,
+    a larger k or a lower weight loses less.
 
     Args:
-        model: Encodes the queries, and says which similarity counts.
+        model: Encodes the queries; its similarity function is used.
         store: The embeddings of the corpus by the same model.
-        k: How far down the document may be, from 1.
+        k: The lowest rank at which the document may be, from 1.
         action: ``"drop"`` a query that fails, or give it half its ``"weight"``.
         encoding
     """
@@ -53,7 +53,7 @@ class RoundTrip:
         self._encoding = encoding
 
     def check(self, answers: Sequence[DocumentQueries]) -> tuple[list[DocumentQueries], Counter[str]]:
-        """(the answers, without or with a lower weight for queries that fail; how many did what)."""
+        """Return (the answers, with failing queries dropped or down-weighted; counts of each outcome)."""
         pairs = [(number, place) for number, answer in enumerate(answers) for place in range(len(answer.queries))]
         found = self._find([(answers[n].doc_id, answers[n].queries[place].text) for n, place in pairs])
         passed = {pair for pair, well in zip(pairs, found, strict=True) if well}
@@ -80,7 +80,7 @@ class RoundTrip:
             queries = encode_queries(self._model, [text for _, text in some], encoding=self._encoding)
             own = np.array([positions[doc_id] for doc_id, _ in some])
             scores, rows = search_rows(self._model, queries, self._store, self._k)
-            # Another document with the same embedding may stand in its place.
+            # Another document with the same embedding may take its place.
             tied = pair_scores(self._model, queries, self._store.rows(own.tolist())) >= scores[:, -1]
             found += ((rows == own[:, None]).any(axis=1) | tied).tolist()
         return found

@@ -1,4 +1,4 @@
-"""What a model is told to write, and what it wrote: prompts, reading a reply, telling a query from nonsense."""
+"""Prompts, parsing of replies, and checks whether a reply is a usable query."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ class Prompts:
 
     @classmethod
     def read(cls, path: str | None) -> Prompts:
-        """The templates of a YAML file, ``ko: …`` a line or block each; None has the built-in ones.
+        """Read the templates in a YAML file, ``ko: …`` each; None takes the built-in ones.
 
         Raises:
-            ValueError: The file is not there or is no mapping of languages to templates.
+            ValueError: The file does not exist or does not map languages to templates.
         """
         if path is None:
             return cls()
@@ -74,25 +74,25 @@ class Prompts:
         return cls({"no" if language is False else str(language): template for language, template in values.items()})
 
     def template(self, language: str | None) -> str:
-        """The template for documents of a language, with the number of queries and the document left open."""
+        """The template for documents of a language, with number and document still to be filled in."""
         code = language or DEFAULT
         names = (code, code.partition("-")[0], DEFAULT)
         found = [templates[name] for templates in (self._given, TEMPLATES) for name in names if name in templates]
         return found[0].replace(LANGUAGE, code)
 
     def as_chat(self, language: str | None, number: int) -> str:
-        """For an endpoint: the template, and the instruction to answer in JSON."""
+        """The template for an endpoint, with the instruction to answer in JSON."""
         return self.template(language).replace(NUMBER, str(number)) + (AS_JSON if number == 1 else SEVERAL_AS_JSON)
 
     def as_instruction(self, language: str | None) -> str:
-        """For a local model: the template, and a word after which the query is to stand."""
+        """The template for a local model, ending with a word that the query follows."""
         own = (language or DEFAULT) in self._given or DEFAULT in self._given
         ending = "" if own else ENDINGS.get(language or DEFAULT, ENDINGS[DEFAULT])
         return self.template(language).replace(NUMBER, "1") + ending
 
 
 def fill(template: str, document: str) -> str:
-    """The template with the document in it; braces elsewhere mean themselves."""
+    """Fill in the document; other braces are kept."""
     return template.replace(DOCUMENT, document)
 
 
@@ -110,7 +110,7 @@ _QUOTES = "\"'`“”„«»‘’「」『』"
 
 
 def clean(text: str) -> str:
-    """The first line that says something, without numbering and quotation marks around it."""
+    """The first non-empty line, without numbering and quotation marks."""
     for line in text.splitlines():
         line = _NUMBERING.sub("", line.strip()).strip()
         if len(line) > 1 and line[0] in _QUOTES and line[-1] in _QUOTES:
@@ -121,9 +121,9 @@ def clean(text: str) -> str:
 
 
 def fault(query: str, document: str) -> str | None:
-    """What is wrong with a cleaned query for a document; None where nothing is.
+    """The fault of a cleaned query for a document; None if there is none.
 
-    The language is told by its script alone: a query in the document's script and another language passes.
+    Languages are distinguished by script alone: a query in the same script but another language passes.
     """
     if any("\ud800" <= character <= "\udfff" for character in query):
         return BROKEN  # half of a pair of UTF-16, which no file can hold
@@ -139,7 +139,7 @@ def fault(query: str, document: str) -> str | None:
 def same_script(query: str, document: str) -> bool:
     """Whether at least half of the query's letters are of scripts that hold a quarter of the document's letters.
 
-    A text without letters has no script and fits every other.
+    A text without letters matches every script.
     """
     of_query, of_document = _scripts(query), _scripts(document)
     if not of_query or not of_document:
@@ -149,7 +149,7 @@ def same_script(query: str, document: str) -> bool:
 
 
 def comparable(text: str) -> str:
-    """A query without case, width, punctuation and spacing: two that differ in these alone are one."""
+    """Normalise case, width, punctuation and spacing: queries that differ only in these are equal."""
     return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
 
 
@@ -172,7 +172,7 @@ _THOUGHT = re.compile(r"^\s*<think>.*?</think>", re.DOTALL)  # models that think
 
 
 def read_reply(content: str | None, document: str) -> tuple[list[str], str | None]:
-    """(the queries of a reply, None), or ([], what is wrong with it).
+    """Parse a reply: (its queries, None), or ([], its fault).
 
     Args:
         content: ``{"query": "…"}`` or ``{"queries": ["…", …]}``, in a code fence or not.

@@ -1,7 +1,6 @@
-"""Hard negatives that keep up with the model: mined anew while training goes on.
+"""Refresh hard negatives: mine again during training with the current model.
 
-The names are loaded when they are first used: the process that mines beside the training is to listen before it has
-read its libraries.
+Names are loaded on first use: the background mining process must start to listen before it has imported its libraries.
 """
 
 from __future__ import annotations

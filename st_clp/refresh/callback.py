@@ -1,4 +1,4 @@
-"""Refresh the hard negatives while training goes on.
+"""The callback that refreshes hard negatives during training.
 
 Xiong et al. (2021), Approximate Nearest Neighbor Negative Contrastive Learning for Dense Text Retrieval,
 arXiv:2007.00808: the negatives come from the model as it is, not as it was before training.
@@ -47,23 +47,23 @@ STATE = "st_clp.refreshes"
 
 @shows(refresh=RefreshOptions)
 class AnceCallback(TrainerCallback):
-    """Mine the hard negatives of a training set anew while it is trained on, with the model as it is then.
+    """Refresh the hard negatives of a training set during training, mined with the current model.
 
-    Every ``every`` steps the current weights mine, and the batches after that have the new negatives, their queries
-    and the weights of these. Rows, their order and their number stay as they are, and so does what the Trainer's
-    sampler does: a batch sampler without duplicates looks at the negatives that training began with.
+    Every ``every`` steps the current weights mine, and later batches have the new negatives, their queries and weights.
+    The rows, their order and number, and the Trainer's sampler do not change: a batch sampler without duplicates sees
+    the negatives that training began with.
 
-    Synchronously, training stands still while the model mines. Asynchronously (as in the ANCE paper), a copy of the
-    weights is mined by another process, and training goes on with the negatives that it has: what was begun at step s
-    is used from step s + ``lag``, or as soon after as it is there. A fixed lag is what makes a run repeatable.
+    Synchronously, training waits while the model mines. Asynchronously (as in the ANCE paper), another process mines
+    with a copy of the weights, and training continues with the present negatives: a refresh begun at step s is used
+    from step s + ``lag``, or as soon after as it is finished. A fixed lag makes runs repeatable.
 
-    A run that is resumed from a checkpoint, in the middle of a refresh too, has the same batches as one that was not
-    stopped: the checkpoint says which negatives are in use, and the refresh that was under way is taken up from the
-    same weights. A resumed run waits for it at the step where it is due, and what the run that was stopped had used
-    late, because mining took longer than ``lag``, it uses at the same step.
+    A run that is resumed from a checkpoint, even in the middle of a refresh, has the same batches as one that was not
+    stopped: the checkpoint records which negatives are in use, and an unfinished refresh is repeated from the same
+    weights. The resumed run waits for it at the step where it is due; a refresh that the stopped run had used late,
+    because mining took longer than ``lag``, is used at the same step.
 
     A refresh that fails, because the disk is full or the process was killed, is logged as an error and counted, and
-    training goes on with the negatives it has. The next refresh tries again.
+    training continues with the present negatives. The next refresh tries again.
 
     Among several processes (DDP) the first one mines and all use what it found; they must share the folder.
 
@@ -73,19 +73,18 @@ class AnceCallback(TrainerCallback):
             ``output_details=True``; or a mapping with the same names as ``collections``.
         options: What to mine. None: as many negatives and queries as the rows have, and the defaults otherwise. Give
             the options that the rows were mined with.
-        folder: Where negatives, snapshots and embeddings are kept while they are needed. None: ``ance`` in the
-            Trainer's ``output_dir``.
+        folder: The folder for negatives, snapshots and embeddings. None: ``ance`` in the Trainer's ``output_dir``.
         refresh
         **mining: Further arguments of :func:`st_clp.mining.mine`: ``dtype``, ``batch_size``, ``ray`` …
 
     Attributes:
-        train_dataset: What to give the Trainer: the rows, with their numbers in a column ``row``; a ``DatasetDict``
-            where there are several collections.
-        refreshes: What became of each refresh (a list of dictionaries): the ``step`` whose weights mined, its
+        train_dataset: The dataset for the Trainer: the rows, with their numbers in a column ``row``; a ``DatasetDict``
+            for several collections.
+        refreshes: The outcome of each refresh (a list of dictionaries): the ``step`` whose weights mined, its
             ``status``, the step from which it was ``used_from``, its ``age`` in steps by then, ``seconds`` of mining,
             the share of negatives that ``changed``, ``mean_positive_score`` and ``mean_negative_score``, the share of
-            negatives ``above_positive`` (which may be answers), and the same for each of the ``collections``. The
-            first entry is about the rows that training began with. :func:`st_clp.mining.plot_refreshes` draws it.
+            negatives ``above_positive`` (which may be answers), and the same for each of the ``collections``. The first
+            entry is about the rows that training began with. :func:`st_clp.mining.plot_refreshes` draws it.
         log: Called with the account of each refresh. Set it to ``trainer.log`` to have the account sent wherever the
             Trainer reports to; by default it goes to ``trainer.state.log_history`` alone. Every log of the Trainer
             gets ``negatives_age``, how many steps ago the negatives in use were mined.
@@ -131,13 +130,13 @@ class AnceCallback(TrainerCallback):
 
     @property
     def refreshes(self) -> list[dict[str, Any]]:
-        """What became of each refresh."""
+        """The outcome of each refresh."""
         return [refresh.describe() for refresh in self._refresher.history.refreshes] if self._refresher else []
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, train_dataloader: Any = None, **kwargs: Any
     ) -> None:
-        """Prepare the folder, or take up what a checkpoint says."""
+        """Prepare the folder, or continue from a checkpoint."""
         self.close()
         if getattr(args, "fsdp", None) or getattr(args, "deepspeed", None):
             raise ValueError("AnceCallback needs the whole model in each process: no FSDP and no DeepSpeed")
@@ -171,7 +170,7 @@ class AnceCallback(TrainerCallback):
         self._collator = _refresh_batches(train_dataloader, self._negatives)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """See that the batch has the negatives that are in use."""
+        """Make sure that the batch has the negatives in use."""
         if self._collator.given != self._negatives.step:
             raise RuntimeError(
                 f"step {state.global_step + 1} was given negatives of step {self._collator.given}, though those of "
@@ -180,7 +179,7 @@ class AnceCallback(TrainerCallback):
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Use a refresh that is due, and begin one."""
+        """Use a refresh that is due, and begin the next one."""
         step = state.global_step
         to_be_logged = control.should_log
         self._running.use_what_is_due(step)
@@ -199,7 +198,7 @@ class AnceCallback(TrainerCallback):
             self._layout.remove_before(self._running.history.in_use_at(oldest))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Say how old the negatives in use are, in steps."""
+        """Log the age of the negatives in use, in steps."""
         if logs is None or self._refresher is None:
             return
         logs["negatives_age"] = state.global_step - self._refresher.history.current.step
@@ -207,14 +206,14 @@ class AnceCallback(TrainerCallback):
             state.log_history[-1]["negatives_age"] = logs["negatives_age"]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """End the process beside, and remove what is of no use any more."""
+        """End the background process, and remove files that are no longer needed."""
         self._running.finish()
         self.close()
         if self._processes.first:
             shutil.rmtree(self._layout.embeddings, ignore_errors=True)
 
     def close(self) -> None:
-        """End the process that mines beside; needed only after a training that an error ended, to end it at once."""
+        """End the background process; only needed after an error in training, to end it at once."""
         if self._refresher is not None:
             self._refresher.close()
         if self._threads_before is not None:
@@ -236,7 +235,7 @@ class AnceCallback(TrainerCallback):
         return SubprocessMiner(job, self._layout, device=device, threads=self._threads)
 
     def _leave_threads(self, model: SentenceTransformer) -> None:
-        """Give the process beside its share of the processor, from the first step to the last.
+        """Leave CPU threads to the background process, from the first step to the last.
 
         A sum over another number of threads can differ in its last bit, so the number must not change in between.
         """
@@ -246,7 +245,7 @@ class AnceCallback(TrainerCallback):
             torch.set_num_threads(max(1, self._threads_before - self._threads))
 
     def _steps_between(self, state: Any) -> int | None:
-        """How many steps lie between refreshes, at a step where one begins; None at the others."""
+        """The number of steps between refreshes, at a step where one begins; None at other steps."""
         step = state.global_step
         if self._every == "epoch":
             epoch = float(state.epoch or 0)
@@ -254,7 +253,7 @@ class AnceCallback(TrainerCallback):
         return self._every if step % self._every == 0 else None
 
     def _say(self, refresh: Refresh, state: Any) -> None:
-        """Log what became of a refresh."""
+        """Log the outcome of a refresh."""
         if refresh.status == "unused":
             logger.warning("the refresh of step %d was not used: training ended first", refresh.step)
             return
@@ -280,10 +279,10 @@ class AnceCallback(TrainerCallback):
 
 
 def _refresh_batches(loader: Any, negatives: Negatives) -> RefreshingCollator:
-    """Have a data loader, which has not begun, collate with the negatives in use.
+    """Let a data loader that has not started collate with the negatives in use.
 
     Raises:
-        ValueError: One process reads the rows of all.
+        ValueError: One process reads the rows of all processes.
     """
     if type(loader).__name__ == "DataLoaderDispatcher":
         raise ValueError("AnceCallback cannot work with dispatch_batches: each process must read its own rows")

@@ -1,4 +1,4 @@
-"""The refreshes of a run: what each changed, which negatives are in use, and what a checkpoint needs of it."""
+"""The history of a run's refreshes: what each changed, and which negatives are in use; kept in checkpoints."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ MEASURES = ("changed", "mean_positive_score", "mean_negative_score", "above_posi
 
 
 def account_of(rows: pa.Table, before: pa.Table | None, *, kept: int) -> dict[str, Any]:
-    """Say how some rows differ from those before, and how their scores lie.
+    """Measure how rows differ from the previous ones, and their scores.
 
     Args:
         rows: The rows of one collection, with their details.
         before: The same rows as they were; None where there were none.
-        kept: How many rows were not mined again and keep the negatives that they had.
+        kept: How many rows were not mined again and keep their negatives.
 
     Returns:
         ``rows``, ``kept``, ``negatives`` and :data:`MEASURES`, each None where there is nothing to measure.
@@ -71,7 +71,7 @@ def together(accounts: Mapping[str, Mapping[str, Any]]) -> dict[str, float | Non
 
 
 def plot_refreshes(refreshes: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
-    """Draw the account of the refreshes over the steps of training, and write the picture to ``path``.
+    """Plot the refreshes over the steps of training to a file.
 
     Args:
         refreshes: :attr:`st_clp.AnceCallback.refreshes`, or ``report.json``'s ``["training"]["refreshes"]``.
@@ -123,8 +123,8 @@ class Refresh:
         used_from: The step after which they were used; None where they were not.
         seconds: How long mining took.
         error: Why it failed.
-        collections: What the account says of each collection.
-        waits: Whether training waits for it at ``due``: it was under way when the run was stopped.
+        collections: The statistics of each collection.
+        waits: Whether training waits for it at ``due``, because it was unfinished when the run was stopped.
     """
 
     step: int
@@ -138,15 +138,15 @@ class Refresh:
 
     @property
     def age(self) -> int | None:
-        """How many steps old the negatives were when they came into use."""
+        """The age of the negatives in steps when they came into use."""
         return None if self.used_from is None else self.used_from - self.step
 
     def take(self, account: Mapping[str, Any]) -> None:
-        """Take over the account of its generation."""
+        """Take over the statistics of its generation."""
         self.seconds, self.collections = account["seconds"], account["collections"]
 
     def describe(self) -> dict[str, Any]:
-        """For a report: what happened, and the account of all collections together and of each."""
+        """For a report: the outcome, and the statistics of all collections together and of each."""
         measures = together(self.collections) if self.collections else dict.fromkeys(MEASURES)
         return {
             "step": self.step,
@@ -168,13 +168,13 @@ class History:
 
     @property
     def current(self) -> Refresh:
-        """The one whose negatives are in use."""
+        """The refresh whose negatives are in use."""
         used = [refresh for refresh in self.refreshes if refresh.status in ("first", "used")]
         return max(used, key=lambda refresh: refresh.step)
 
     @property
     def pending(self) -> Refresh | None:
-        """The one that is under way."""
+        """The unfinished refresh."""
         return next((refresh for refresh in self.refreshes if refresh.status == "mining"), None)
 
     def in_use_at(self, step: int) -> int:
@@ -195,12 +195,12 @@ class History:
 
 
 def write_journal(path: Path, history: History) -> None:
-    """Keep the history where a run that was killed since its last checkpoint finds it."""
+    """Save the history for a run that is killed after its last checkpoint."""
     write_json(path, history.to_json())
 
 
 def used_after(path: Path, step: int) -> dict[int, int]:
-    """The refreshes that a run which was killed put to use after a step, as its journal says: step to used_from."""
+    """The refreshes that a killed run used after a step, from its journal: step to used_from."""
     try:
         journal = History.from_json(json.loads(path.read_text(encoding="utf-8")))
         return {r.step: r.used_from for r in journal.refreshes if r.used_from is not None and r.used_from > step}

@@ -1,4 +1,4 @@
-"""Mining while training goes on: in this process, or in one beside it that is handed snapshots of the model."""
+"""Mining during training, in this process or in a background process that gets snapshots of the model."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ _TAIL = 2000  # characters of its log that a failure quotes
 class BackgroundMiner:
     """Mines snapshots in a separate process, one at a time.
 
-    The process starts anew if it ended. It runs no code of the script that trains.
+    The process is restarted if it has ended. It does not run the training script's code.
 
     Args:
-        job: What stays the same over the refreshes.
+        job: What is the same for all refreshes.
         log: File for what the process prints.
 
     Raises:
@@ -58,7 +58,7 @@ class BackgroundMiner:
         self._folder: Path | None = None
 
     def start(self) -> None:
-        """Start the process if there is none, so that it has read its libraries when it is wanted."""
+        """Start the process if there is none, so that it has imported its libraries when it is needed."""
         if self._process is not None and self._process.poll() is None:
             return
         self._log.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +70,7 @@ class BackgroundMiner:
             "MKL_NUM_THREADS": threads,
             "TOKENIZERS_PARALLELISM": "false" if self._threads == 1 else "true",
         }
-        # In a process group that torchrun made, the child must not take itself for one of its processes.
+        # Under torchrun, the child must not take itself for one of the process group.
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             environment.pop(name, None)
         with open(self._log, "ab") as log:
@@ -94,7 +94,7 @@ class BackgroundMiner:
         self._send(json.dumps(command).encode() + b"\n")
 
     def ready(self) -> bool:
-        """Whether the generation is there.
+        """Whether the generation is finished.
 
         Raises:
             RuntimeError: The process ended without it; the message says how, with the end of its log.
@@ -116,7 +116,7 @@ class BackgroundMiner:
 
     @property
     def pid(self) -> int | None:
-        """The process's id; None where none was started."""
+        """The process id; None if none was started."""
         return self._process.pid if self._process is not None else None
 
     def _send(self, content: bytes) -> None:
@@ -168,23 +168,23 @@ class MiningJob:
 
 
 class Miner(Protocol):
-    """Mines one generation at a time. If a method raises, the refresh has failed."""
+    """Mines one generation at a time. An exception means that the refresh has failed."""
 
     def begin(self, step: int, previous: int) -> None:
-        """Begin to mine with the weights as they are, after ``step`` steps; the generation ``previous`` is in use."""
+        """Begin to mine with the current weights, after ``step`` steps; the generation ``previous`` is in use."""
 
     def take_up(self, step: int, previous: int) -> None:
-        """Go on with what was begun in a run that was stopped."""
+        """Continue what a stopped run had begun."""
 
     def finished(self, step: int, previous: int, *, wait: bool) -> bool:
-        """Whether the generation is there; ``wait`` until it is."""
+        """Whether the generation is finished; ``wait`` until it is."""
 
     def close(self) -> None:
         """End."""
 
 
 class InProcessMiner:
-    """Mines in this process when it is asked whether it has finished.
+    """Mines in this process, when asked whether it has finished.
 
     Args:
         job: What to mine.
@@ -196,14 +196,14 @@ class InProcessMiner:
         self._layout = layout
 
     def begin(self, step: int, previous: int) -> None:
-        """Nothing: the weights are there."""
+        """Nothing to do: the weights are here."""
 
     def take_up(self, step: int, previous: int) -> None:
-        """What was begun beside an earlier run cannot be gone on with here."""
+        """Not supported: what a background process of an earlier run had begun cannot be continued here."""
         raise RuntimeError("it was begun in another process, and this run refreshes synchronously")
 
     def finished(self, step: int, previous: int, *, wait: bool) -> bool:
-        """Mine, with the weights as they are."""
+        """Mine with the current weights."""
         with random_state_kept():
             mine_generation(
                 detached_copy(self._job.model),
@@ -252,14 +252,14 @@ class SubprocessMiner:
         self._process.start()
 
     def begin(self, step: int, previous: int) -> None:
-        """Copy the weights, and have them mined."""
+        """Copy the weights, and let the process mine."""
         # A run that was stopped may have mined this step too, with weights that may differ in their last bits.
         shutil.rmtree(self._layout.negatives(step), ignore_errors=True)
         write_trained(self._job.model, self._layout.snapshot(step))
         self.take_up(step, previous)
 
     def take_up(self, step: int, previous: int) -> None:
-        """Have the copy of the weights mined that lies on the disk, if that is not done already."""
+        """Mine with the copy of the weights on disk, unless that is done already."""
         if is_whole(self._layout.negatives(step)):
             return
         weights = self._layout.snapshot(step)
@@ -281,14 +281,14 @@ class SubprocessMiner:
 
 
 def _same_cluster(mining: Mapping[str, Any]) -> dict[str, Any]:
-    """Options that make the mining process join this one's cluster, where mining uses a cluster."""
+    """Options that let the mining process join this process's cluster, if mining uses one."""
     if mining.get("ray") is None:
         return {}
     return {"ray": address_of(ClusterOptions(ray=mining["ray"]))}
 
 
 def free_device(used: torch.device) -> str:
-    """A GPU that training does not use, or else what it uses."""
+    """A GPU that training does not use, otherwise the one that it uses."""
     if used.type != "cuda":
         return str(used)
     distributed = torch.distributed

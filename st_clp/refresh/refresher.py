@@ -1,4 +1,4 @@
-"""The course of the refreshes: begin one, use it when it is due, count it when it fails, and take it up again."""
+"""The course of the refreshes: begin one, use it when it is due, count failures, and resume."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HEARTBEAT = 0.2  # seconds
 
 
 class Processes:
-    """The processes of a training; one alone is the first."""
+    """The processes of a training; a single process is the first."""
 
     def __init__(self) -> None:
         distributed = torch.distributed
@@ -26,7 +26,7 @@ class Processes:
         self.first = not self.several or distributed.get_rank() == 0
 
     def share(self, value: Any) -> Any:
-        """What the first process has here, in all of them. All must come here at about the same time."""
+        """Broadcast the first process's value. All processes must call this at about the same time."""
         if not self.several:
             return value
         found = [value]
@@ -34,13 +34,12 @@ class Processes:
         return found[0]
 
     def from_first(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Let the first process work while the others wait.
+        """Call ``work`` in the first process while the others wait.
 
-        However long that takes, no collective operation does, so none runs into its time limit.
+        However long it takes, no single collective operation runs into its time limit.
 
         Args:
-            work: Must not raise.
-        """
+            work: The function; it must not raise."""
         if not self.several:
             return work()
         results: list[dict[str, Any]] = []
@@ -58,7 +57,7 @@ class Processes:
 
 
 def _on_device(work: Callable[[], None]) -> Callable[[], None]:
-    """The work on this thread's GPU: another thread would begin with the first one."""
+    """Make ``work`` use this thread's GPU: a new thread would use the first one."""
     if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
         return work
     device = torch.cuda.current_device()
@@ -74,7 +73,7 @@ logger = logging.getLogger(__name__)
 
 
 class Refresher:
-    """Goes through the refreshes of a run, in all processes of the training alike.
+    """Runs the refreshes, in all processes of the training.
 
     Args:
         layout: Where the files lie.
@@ -82,8 +81,8 @@ class Refresher:
         negatives: The negatives in use.
         miner: What mines; None in all processes but the first.
         asynchronous: Whether it mines beside the training.
-        record: Called with the history, for the next checkpoint, whenever it changes.
-        report: Called in the first process with each refresh that is over.
+        record: Called with the history whenever it changes, for the next checkpoint.
+        report: Called in the first process with each refresh that has ended.
     """
 
     def __init__(
@@ -108,21 +107,21 @@ class Refresher:
         self._replay: dict[int, int] = {}
 
     def start(self) -> None:
-        """Begin with the negatives of the dataset."""
+        """Start with the negatives of the dataset."""
         first = Refresh(0, "first", due=0, used_from=0)
         first.take(read_account(self._layout.negatives(0)))
         self.history.refreshes = [first]
         self._keep()
 
     def take_up(self, stored: list[dict[str, Any]], step: int) -> None:
-        """Go on from a checkpoint.
+        """Continue from a checkpoint.
 
         Args:
-            stored: The history that the checkpoint has.
-            step: The step that it was written at.
+            stored: The history in the checkpoint.
+            step: The step of the checkpoint.
 
         Raises:
-            RuntimeError: The negatives that were in use are not there.
+            RuntimeError: The negatives that were in use are missing.
         """
         self.history = History.from_json(stored)
         self._replay = self._processes.share(used_after(self._layout.journal, step))
@@ -146,7 +145,7 @@ class Refresher:
             self._keep()
 
     def begin(self, step: int, due: int, max_steps: int) -> None:
-        """Begin a refresh after ``step``, to be used from the step after ``due`` on."""
+        """Begin a refresh after ``step``, to be used after step ``due``."""
         pending = self.history.pending
         if pending is not None:
             logger.warning(
@@ -170,7 +169,7 @@ class Refresher:
             self.use_what_is_due(step)
 
     def use_what_is_due(self, step: int) -> None:
-        """Use the negatives of the refresh under way from the next step on, if it is due and they are there."""
+        """Use the negatives of the current refresh from the next step on, if it is due and finished."""
         refresh = self.history.pending
         if refresh is None or step < refresh.due:
             return
@@ -199,18 +198,18 @@ class Refresher:
             self._miner.close()
 
     def finish(self) -> None:
-        """Training is over: count a refresh that came too late."""
+        """Count a refresh that came too late, when training has ended."""
         pending = self.history.pending
         if pending is not None:
             pending.status = "unused"
             self._settle(pending)
 
     def _ask(self, refresh: Refresh, work: Callable[[Miner], None]) -> None:
-        """Let the first process's miner do something; all learn of its failure."""
+        """Call the first process's miner; all processes learn of a failure."""
         refresh.error = self._processes.share(self._try(work) if self._processes.first else None)
 
     def _try(self, work: Callable[[Miner], Any]) -> str | None:
-        """Do what may fail without ending the training. Returns why it failed."""
+        """Run something that may fail without ending the training; return why it failed."""
         assert self._miner is not None
         try:
             work(self._miner)
@@ -220,7 +219,7 @@ class Refresher:
         return None
 
     def _settle(self, refresh: Refresh) -> None:
-        """Keep what became of a refresh, and say it where it is over."""
+        """Record the state of a refresh, and report it if it has ended."""
         if refresh.error is not None:
             refresh.status = "failed"
         self._keep()
@@ -229,7 +228,7 @@ class Refresher:
             self._report(refresh)
 
     def _keep(self) -> None:
-        """Put the history where the next checkpoint takes it from, and where a killed run finds it."""
+        """Save the history for the next checkpoint and for a killed run."""
         self._record(self.history.to_json())
         if self._processes.first:
             try:

@@ -1,13 +1,13 @@
-"""The rows that are trained on: the training set, the generations of its negatives, and the batches made of them.
+"""The rows in use: the training set, the generations of its negatives, and batches of them.
 
-A generation is the rows that one refresh mined, as Arrow files in a folder, read through a memory map. They stand in
-the order of the training set, one file for each collection, so the number of a row is the same in every generation.
-Each process that builds batches, a data loader's workers among them, maps the same files.
+A generation is the rows that one refresh mined, as Arrow files in a folder, read through a memory map. They are in the
+order of the training set, one file for each collection, so a row has the same number in every generation. Every process
+that builds batches, data loader workers included, maps the same files.
 
 A data loader builds batches ahead: one in the Trainer's own loop, and more in worker processes. When negatives change
-between two steps, the batches that are waiting have the old ones. So a batch knows of which generation it is, and
-where it is asked for and negatives have changed since, it is built again, from the rows that it came from. Which rows
-make a batch is the sampler's choice, and the sampler never sees the negatives that refreshes bring.
+between two steps, the waiting batches have the old ones. So a batch records its generation, and if negatives have
+changed by the time it is used, it is built again from the same rows. The sampler chooses the rows of a batch and never
+sees refreshed negatives.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Generation:
         collections: How many collections there are.
 
     Raises:
-        FileNotFoundError: The generation is not there, or not whole.
+        FileNotFoundError: The generation does not exist or is incomplete.
     """
 
     def __init__(self, folder: Path, collections: int) -> None:
@@ -82,12 +82,12 @@ class Generation:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a generation was written here to its end."""
+    """Whether a complete generation is in this folder."""
     return (folder / ACCOUNT).is_file()
 
 
 def read_account(folder: Path) -> dict[str, Any]:
-    """The account of a generation: seconds, and what :func:`account_of` says of each collection."""
+    """The statistics of a generation: seconds, and :func:`account_of` for each collection."""
     return json.loads((folder / ACCOUNT).read_text(encoding="utf-8"))
 
 
@@ -95,7 +95,7 @@ def write_first(folder: Path, datasets: Mapping[str, Dataset]) -> None:
     """Write the rows that training begins with.
 
     Args:
-        folder: Where to; it appears whole or not at all.
+        folder: The folder; written atomically.
         datasets: Collection name to rows with their details.
     """
     with whole_folder(folder) as unfinished:
@@ -123,16 +123,16 @@ def mine_generation(
     folder: Path,
     stores: Path,
 ) -> None:
-    """Mine with a model, and write what is found for the rows of the training set.
+    """Mine with a model, and write the negatives of the training set's rows.
 
     Args:
-        model: As it is now; it is left in evaluation mode.
+        model: The model; it is left in evaluation mode.
         collections: Collection name to what its rows are of, in the order of the training set.
         options: What to mine.
         mining: Further arguments of :func:`st_clp.mining.mine`.
         previous: The generation in use, which says which rows there are.
         folder: Where to write; it appears whole or not at all.
-        stores: Folder for the embeddings, so that mining that was stopped goes on where it was.
+        stores: Folder for the embeddings, so that stopped mining can be resumed.
     """
     before = Generation(previous, len(collections))
     # The training set has its rows already: which of a query's positives it took must not change with the model.
@@ -210,7 +210,7 @@ def _short(name: str) -> str:
 
 @dataclass(frozen=True)
 class Layout:
-    """The folder of a run's refreshes.
+    """The files of a run's refreshes.
 
     Args:
         folder: The folder; all processes of a training must see the same one.
@@ -219,11 +219,11 @@ class Layout:
     folder: Path
 
     def negatives(self, step: int) -> Path:
-        """The generation that the weights after so many steps mined; that of step 0 is what training began with."""
+        """The generation mined by the weights after so many steps; training begins with that of step 0."""
         return self.folder / "negatives" / f"step-{step:08d}"
 
     def snapshot(self, step: int) -> Path:
-        """The weights that train, as they were after so many steps."""
+        """The trained weights after so many steps."""
         return self.folder / "snapshots" / f"step-{step:08d}.safetensors"
 
     @property
@@ -233,33 +233,33 @@ class Layout:
 
     @property
     def embeddings(self) -> Path:
-        """The embeddings of the weights that mined last, so that mining that was stopped goes on."""
+        """The embeddings of the latest mining, so that stopped mining can be resumed."""
         return self.folder / "embeddings"
 
     @property
     def journal(self) -> Path:
-        """The history as it is now, newer than that of a checkpoint."""
+        """The current history, newer than that of a checkpoint."""
         return self.folder / "refreshes.json"
 
     @property
     def log(self) -> Path:
-        """What the process that mines beside the training prints."""
+        """The output of the background mining process."""
         return self.folder / "mining.log"
 
     def remove_leftovers(self) -> None:
-        """Remove what killed processes left unfinished."""
+        """Remove unfinished files of killed processes."""
         for folder in (self.folder, self.folder / "negatives", self.folder / "snapshots"):
             remove_leftovers_in(folder)
 
     def clear(self) -> None:
-        """Remove what an earlier run left."""
+        """Remove the files of an earlier run."""
         for name in ("negatives", "snapshots", "embeddings"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         self.journal.unlink(missing_ok=True)
         self.log.unlink(missing_ok=True)
 
     def remove_before(self, step: int) -> None:
-        """Remove the generations that are older than that of a step, but for what training began with."""
+        """Remove the generations older than that of a step, except the first."""
         for path in (self.folder / "negatives").glob("step-*"):
             number = path.name.removeprefix("step-").partition(".")[0]
             if number.isdigit() and 0 < int(number) < step:
@@ -273,7 +273,7 @@ Features = list[dict[str, Any]]
 
 
 class Negatives:
-    """Which generation is in use, for this process and the data loader's workers.
+    """The generation in use, shared with the data loader's workers.
 
     Args:
         layout: Where the files lie.
@@ -295,16 +295,16 @@ class Negatives:
         return int(self._step)
 
     def use(self, step: int) -> None:
-        """Give the rows of this generation from now on, in every process that shares it.
+        """Use this generation from now on, in every process that shares it.
 
         Raises:
-            FileNotFoundError: That generation is not there.
+            FileNotFoundError: That generation does not exist.
         """
         self._generation(step)
         self._step[0] = step
 
     def fill(self, features: Features, step: int) -> Features:
-        """The rows with the negatives of a generation, and without their number."""
+        """The rows with the negatives of a generation, without their numbers."""
         generation = self._generation(step)
         filled = []
         for feature in features:
@@ -316,7 +316,7 @@ class Negatives:
         return filled
 
     def _generation(self, step: int) -> Generation | None:
-        """None of step 0: the dataset itself has those negatives."""
+        """The generation; None for step 0, whose negatives are in the dataset itself."""
         if self._open[0] != step:
             self._open = (
                 step,
@@ -340,7 +340,7 @@ class RefreshingCollator:
         negatives: The negatives in use.
 
     Attributes:
-        given: The generation of the batch that was asked for last; None before the first.
+        given: The generation of the latest batch; None before the first.
     """
 
     def __init__(self, collate: Callable[[Features], Any], negatives: Negatives) -> None:
@@ -361,12 +361,12 @@ class RefreshingCollator:
         return WaitingBatch(self._name, features, step, self.collate(features, step))
 
     def collate(self, features: Features, step: int) -> Any:
-        """A batch of these rows with the negatives of one generation."""
+        """Collate these rows with the negatives of one generation."""
         return self._collate(self.negatives.fill(features, step))
 
 
 class WaitingBatch:
-    """A batch that was built ahead. The Trainer's data loader moves it to the device when it is asked for."""
+    """A batch that was built ahead. The Trainer's data loader moves it to the device when it is used."""
 
     def __init__(self, collator: str, features: Features, step: int, content: Any) -> None:
         self._collator = collator
@@ -375,7 +375,7 @@ class WaitingBatch:
         self._content = content
 
     def to(self, device: Any, non_blocking: bool = False) -> Any:
-        """The batch on the device, built again if negatives have changed since."""
+        """Move the batch to the device, built again if negatives have changed."""
         collator = _COLLATORS[self._collator]
         step = collator.negatives.step
         content = self._content if step == self._step else collator.collate(self._features, step)
@@ -383,7 +383,7 @@ class WaitingBatch:
         return send_to_device(content, device, non_blocking=non_blocking)
 
     def pin_memory(self) -> WaitingBatch:
-        """In memory that an accelerator reads without a copy."""
+        """Pin the batch's memory."""
         self._content = pin_memory(self._content)
         return self
 
@@ -397,7 +397,7 @@ def named(
     """Collections and rows by name, in the same order.
 
     Raises:
-        ValueError: They do not belong together, or the rows lack what says where they are from.
+        ValueError: They do not match, or the rows lack the detail columns.
     """
     if isinstance(collections, Collection) != (not isinstance(rows, Mapping)):
         raise ValueError("give one collection and its rows, or two mappings with the same names")
@@ -422,10 +422,10 @@ def named(
 
 
 def mining_options_of(rows: Mapping[str, Dataset], options: MiningOptions | None) -> MiningOptions:
-    """The options, with as many negatives and queries as the rows have.
+    """The options, with the rows' numbers of negatives and queries.
 
     Raises:
-        ValueError: The options give other columns than the rows have.
+        ValueError: The options do not fit the rows' columns.
     """
     columns = [column for column in next(iter(rows.values())).column_names if column not in DETAIL_COLUMNS]
     negatives = sum(c.startswith("negative_") and c.removeprefix("negative_").isdigit() for c in columns)
@@ -445,13 +445,13 @@ def mining_options_of(rows: Mapping[str, Dataset], options: MiningOptions | None
 
 
 def columns_to_refresh(rows: Mapping[str, Dataset]) -> list[str]:
-    """The columns that a refresh replaces: negatives, their queries and the weights of these."""
+    """The columns that a refresh replaces: negatives, their queries and weights."""
     columns = next(iter(rows.values())).column_names
     return [c for c in columns if c not in DETAIL_COLUMNS and (c.startswith("negative_") or c == "label")]
 
 
 def to_train_on(rows: Mapping[str, Dataset]) -> Dataset | DatasetDict:
-    """The rows in the columns that a loss reads, and their numbers, counted through all collections."""
+    """The rows with the columns that a loss reads, and their numbers across all collections."""
     from datasets import DatasetDict
 
     sets, start = {}, 0

@@ -1,4 +1,4 @@
-"""A model as it is at one step: a copy in this process, or its trained weights on disk beside the rest of it."""
+"""Snapshots of a model at one step: a copy in this process, or its trained weights on disk."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from st_clp.files import whole_file
 
 
 def detached_copy(model: SentenceTransformer) -> SentenceTransformer:
-    """A copy to mine with, in evaluation mode, that leaves nothing of it in the model that is trained.
+    """A copy to mine with, in evaluation mode, without side effects on the trained model.
 
-    Neither training mode, nor what a mixture of experts counts, nor the precision that the Trainer wraps around
-    ``forward`` is touched. What does not train is shared, not copied.
+    Training mode, a mixture's counts and the Trainer's mixed precision wrapper around ``forward`` are not affected.
+    Frozen weights are shared, not copied.
     """
     return _copy(model, {id(p): p for p in model.parameters() if not p.requires_grad}).eval()
 
 
 def skeleton(model: SentenceTransformer) -> SentenceTransformer:
-    """A copy without weights, which another process can be sent; :func:`fill` gives it weights."""
+    """A copy without weights that can be sent to another process; :func:`fill` gives it weights."""
     empty = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
     copied = _copy(model, empty).eval()
     for module in copied.modules():
@@ -52,13 +52,13 @@ def _copy(model: SentenceTransformer, shared: dict[int, Any]) -> SentenceTransfo
 
 
 def write_frozen(model: SentenceTransformer, path: Path) -> None:
-    """Write the weights that do not train."""
+    """Write the frozen weights."""
     trained = _trained_names(model)
     _write(path, {name: tensor for name, tensor in model.state_dict().items() if name not in trained})
 
 
 def write_trained(model: SentenceTransformer, path: Path) -> None:
-    """Write the weights that train, and the buffers, which change too."""
+    """Write the trained weights, and the buffers, which change too."""
     trained = _trained_names(model)
     _write(path, {name: tensor for name, tensor in model.state_dict().items() if name in trained})
 
@@ -67,7 +67,7 @@ def fill(model: SentenceTransformer, *paths: Path) -> None:
     """Give a :func:`skeleton` the weights in these files.
 
     Raises:
-        ValueError: Some weight is in none of them.
+        ValueError: A weight is missing.
     """
     for path in paths:
         model.load_state_dict(load_file(path), strict=False, assign=True)
@@ -78,7 +78,7 @@ def fill(model: SentenceTransformer, *paths: Path) -> None:
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Restore the training's random state afterwards, so that what is drawn meanwhile does not change it."""
+    """Restore the random state afterwards, so that random draws within the context do not affect training."""
     python, numpy = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):

@@ -1,7 +1,7 @@
-"""The process that mines beside the training. It is told what to do by its standard input, and ends when that ends.
+"""The background mining process. It reads its tasks from standard input, and ends when that is closed.
 
-So it never outlives the training, however that ends; and if it ends by itself, its refresh has failed. It reads its
-libraries only after it listens: the training process waits until the whole model is handed over.
+So it never outlives the training, however that ends; and if it ends by itself, its refresh has failed. It imports its
+libraries only after it listens, because the training process waits until the whole model is handed over.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class Job:
 
 
 def main() -> None:
-    """Read a job, then mine each snapshot that is named, a line of JSON each."""
+    """Read a job, then mine each snapshot named by a line of JSON."""
     stream = sys.stdin.buffer
-    # Read at once and understood later: the training waits for the first and not for the second.
+    # Read at once, unpickle later: the training waits for the first and not for the second.
     (length,) = struct.unpack("!Q", stream.read(8))
     content = stream.read(length)
     commands: Queue[bytes] = Queue()

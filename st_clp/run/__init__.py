@@ -1,1 +1,1 @@
-"""The whole method as one run, what it will cost, what each part of it gains, and what it is made of."""
+"""The whole method as one run, its forecast, ablations, and their parts."""

@@ -1,8 +1,8 @@
-"""Weights between a base model's and those that training made of them.
+"""Average the weights of a fine-tuned model and its base.
 
-A mean of both is often better than either, on what was trained on and on everything else: weight-space ensembling
-(Wortsman et al. 2022, arXiv:2109.01903), model soups (Wortsman et al. 2022, arXiv:2203.05482), and for text embeddings
-LM-Cocktail (Xiao et al. 2023, arXiv:2311.13534).
+The average is often better than either, on the trained task and on others: weight-space ensembling (Wortsman et al.
+2022, arXiv:2109.01903), model soups (Wortsman et al. 2022, arXiv:2203.05482), and for text embeddings LM-Cocktail (Xiao
+et al. 2023, arXiv:2311.13534).
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def average(model: SentenceTransformer, base: SentenceTransformer, share: float) -> SentenceTransformer:
-    """Put every weight of a fine-tuned model between the base's and its own, in place, and return the model.
+    """Average the weights of a fine-tuned model with its base's, in place, and return the model.
 
     Args:
         model: The fine-tuned model; a mixture of experts too, each of whose experts is averaged with the dense weights
             that it came from.
-        base: The model that it was made of; it stays as it is.
-        share: How much of the fine-tuned weights: 0 gives the base's, 1 leaves all as it is.
+        base: The model that it was fine-tuned from; it is not changed.
+        share: The share of the fine-tuned weights: 0 gives the base's, 1 changes nothing.
 
     Raises:
         ValueError: The share is not from 0 to 1, or a weight of the model has no counterpart in the base.
@@ -55,13 +55,11 @@ def average(model: SentenceTransformer, base: SentenceTransformer, share: float)
 
 
 class WeightAverage:
-    """A model whose weights can be set to any mean of its trained and a base's weights.
+    """A model whose weights can be set to any average of its trained and its base's weights.
 
     Args:
         model: The fine-tuned model.
-        base: The model that it was made of.
-
-    Raises:
+        base: The model that it was fine-tuned from. Raises:
         ValueError: A weight of the model has no counterpart in the base.
     """
 
@@ -95,12 +93,12 @@ class WeightAverage:
 
 @dataclass(frozen=True)
 class ChosenShare:
-    """A share and why.
+    """The chosen share, and why.
 
     Attributes:
-        share: How much of the trained weights.
-        scores: Share to the mean nDCG@10 on the queries held out; empty where the share was given.
-        queries: How many these were.
+        share: The share of the trained weights.
+        scores: Share to the mean nDCG@10 on the held-out queries; empty if the share was given.
+        queries: The number of held-out queries.
     """
 
     share: float
@@ -128,15 +126,15 @@ class ChosenShare:
 
 
 def number_held_out(queries: int) -> int:
-    """Of so many training queries of a collection, how many a share is chosen by."""
+    """The number of a collection's training queries that are held out to choose a share."""
     return min(MOST_HELD_OUT, int(queries * HELD_OUT))
 
 
 def hold_out(rows: Sequence[TrainingRow], seed: int) -> tuple[list[TrainingRow], list[TrainingRow]]:
-    """(the rows to train on, those of the queries to choose a share by).
+    """Split into (the rows to train on, the rows of queries held out to choose a share).
 
-    A tenth of the queries is held out, 100 at most; none where there are fewer than ten. Queries made of sentences are
-    trained on in any case: the others are those that users ask.
+    A tenth of the queries is held out, 100 at most; none if there are fewer than ten. Queries made of sentences are
+    always trained on: the others are what users ask.
     """
     queries = sorted({row.query_id for row in rows if not is_made(row.query_id)})
     held = set(random.Random(seed).sample(queries, number_held_out(len(queries))))
@@ -150,18 +148,18 @@ def choose_share(
     trained_on: Mapping[str, Sequence[TrainingRow]],
     options: EvaluationOptions,
 ) -> ChosenShare:
-    """Try shares on rows that were not trained on, and set the model to the one that :func:`best_share` names.
+    """Try shares on held-out rows, and set the model to the one that :func:`best_share` returns.
 
-    Each query ranks some thousand documents: the positives and negatives of its collection's rows, so that it takes a
-    small part of an evaluation. Those of rows that were trained on are among them, because a query's own negatives are
-    what the base ranks too high, and by them alone any change would look like a gain. A share of 0 is tried too: the
-    result is never worse there than the base.
+    Each query ranks some thousand documents, the positives and negatives of its collection's rows, which takes a small
+    part of the time of an evaluation. Documents of rows that were trained on are among them: a query's own negatives
+    are what the base ranks too high, so with them alone any change would look like a gain. A share of 0 is tried too,
+    so on these queries the result is never worse than the base.
 
     Args:
         model: The fine-tuned model.
         averaging: Its weights and the base's.
-        held_out: Collection name to the rows that were not trained on.
-        trained_on: The same for the others.
+        held_out: Collection name to the held-out rows.
+        trained_on: The same for the rows that were trained on.
         options: How to encode.
     """
     evaluators = evaluators_of(held_out, trained_on, options)
@@ -185,17 +183,18 @@ def choose_share(
 
 
 def best_share(score: Callable[[float], float]) -> float:
-    """The share to use; never one that scores below the base.
+    """Choose the share to use; never one that scores below the base.
 
-    Queries that were held out ask for documents that were trained on, so they overrate the trained weights
-    (``benchmarks/recipe.md``). From a good base, the share nearest to a half is used, of those that do not score below
-    the base. Where training gains :data:`FAR_ABOVE` and more, it is the share that scores best; but three quarters in
-    place of all trained weights, unless that costs more than a quarter of the gain, as it would on a straight line
-    between the two, or a twentieth of it from a base that scores below :data:`KNOWS` and so has little to keep.
+    Held-out queries ask for documents that were trained on, so they overrate the trained weights
+    (``benchmarks/recipe.md``). From a good base, the share nearest to a half is used, among those that do not score
+    below the base. Where training gains :data:`FAR_ABOVE` or more, the share that scores best is used, but three
+    quarters in place of all trained weights, unless that costs more than a quarter of the gain (as it would on a
+    straight line between the two), or a twentieth of it from a base that scores below :data:`KNOWS` and so has little
+    to keep.
 
     Args:
-        score: The mean score on the queries held out of a share from 0 to 1. It costs an evaluation, so it is called
-            for no more shares than are needed to choose.
+        score: Returns the mean score of a share from 0 to 1 on the held-out queries. Each call costs an evaluation, so
+            it is called for as few shares as possible.
     """
 
     def gain(share: float) -> float:
@@ -216,7 +215,7 @@ def evaluators_of(
     trained_on: Mapping[str, Sequence[TrainingRow]],
     options: EvaluationOptions,
 ) -> list[CollectionEvaluator]:
-    """Evaluators by nDCG@10 of the rows that were held out, one for each collection that has some."""
+    """Evaluators by nDCG@10 of the held-out rows, one for each collection that has any."""
     return [
         CollectionEvaluator(_some_documents(name, rows, trained_on[name]), name, [METRIC], options=options)
         for name, rows in held_out.items()
@@ -225,7 +224,7 @@ def evaluators_of(
 
 
 def _some_documents(name: str, rows: Sequence[TrainingRow], others: Sequence[TrainingRow]) -> Collection:
-    """The queries of ``rows`` over all documents in them, and over as many of the others' as there is room for."""
+    """The queries of ``rows`` over all their documents, and as many of the others' as there is room for."""
     documents = _documents(rows)
     more = [pair for pair in _documents(others).items() if pair[0] not in documents]
     documents |= random.Random(0).sample(more, min(len(more), max(0, DOCUMENTS - len(documents))))

@@ -1,4 +1,4 @@
-"""The folder of a run: its settings, its finished stages, and what to go on from."""
+"""The folder of a run: its settings, its finished stages, and the files to resume from."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def first_stage(setting: str) -> str | None:
 
 
 class StageRecords:
-    """What the finished stages of a run have left: their results, and the sizes and digests of the files they wrote.
+    """The records of a run's finished stages: their results, and the sizes and digests of the files they wrote.
 
     Args:
         folder: Where the records are.

@@ -1,4 +1,4 @@
-"""What a run will cost, from a sample of its texts and a few timed batches: each stage's time, memory and disk."""
+"""Forecast a run from a sample of its texts and a few timed batches: each stage's time, memory and disk."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ TRIAL_SECONDS = 5.0  # for encoding, and for training
 DEPTH = 100  # of the search when evaluating
 LONG = 30 * 60.0  # seconds from which on it is said what would shorten the run
 CHECKPOINTS = 2  # that are kept at a time
-# Below so many operations no trial is worth its time: any processor has done them in some seconds.
+# Below so many operations a trial is not worth its time: any CPU does them in seconds.
 TRIFLE = 2e11
 
 
 @dataclass(frozen=True)
 class StageCost:
-    """What a stage will cost.
+    """The forecast of a stage.
 
     Attributes:
         name: The stage.
-        seconds: Of it; None where it is finished.
+        seconds: Its time; None if it is finished.
         work: A description of the work.
     """
 
@@ -55,16 +55,16 @@ class StageCost:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run will cost.
+    """The forecast of a run.
 
     Attributes:
-        stages: In their order.
-        step: Of training; None where it is finished.
-        disk: Bytes that the run will take at most.
-        disk_free: Bytes that are free where the run is.
-        memory_free: Bytes that are free on the model's device.
-        shorter: What would shorten the run.
-        left_out: What is not in the figures.
+        stages: In order.
+        step: The cost of a training step; None if training is finished.
+        disk: The most bytes that the run will take.
+        disk_free: Free bytes in the run's folder.
+        memory_free: Free bytes on the model's device.
+        shorter: How the run could be shortened.
+        left_out: What the figures do not include.
     """
 
     stages: tuple[StageCost, ...]
@@ -77,7 +77,7 @@ class Forecast:
 
     @property
     def seconds(self) -> float:
-        """Of all that is left to do."""
+        """The time of everything that is still to be done."""
         return sum(stage.seconds or 0.0 for stage in self.stages)
 
     def __str__(self) -> str:
@@ -105,7 +105,7 @@ class Forecast:
 
 
 def is_trifle(model: SentenceTransformer, settings: RunSettings, collections: Collections) -> bool:
-    """Whether the whole run takes some seconds on anything, so that a trial would be a large part of it."""
+    """Whether the whole run takes only seconds on any machine, so that a trial would be a large part of it."""
     longest = model.max_seq_length or 512
     texts = sum(collection.corpus.expected_size() or FIRST for collection in collections.evaluate)
     columns = 2 + settings.negatives_in_rows * (1 + settings.queries_in_rows)
@@ -117,13 +117,13 @@ def is_trifle(model: SentenceTransformer, settings: RunSettings, collections: Co
 def forecast(
     settings: RunSettings, collections: Collections, model: SentenceTransformer, directory: RunDirectory
 ) -> Forecast:
-    """What is left to do of a run, and what it will cost. Nothing is written, and the model stays as it is.
+    """Forecast what is left to do of a run. Nothing is written, and the model is not changed.
 
     Args:
         settings: The run's.
         collections: What it trains and evaluates on.
         model: The base model.
-        directory: The run's, of which nothing need be there.
+        directory: The run's folder, which need not exist.
     """
     return _Forecaster(settings, collections, model, directory).forecast()
 
@@ -175,7 +175,7 @@ class _Forecaster:
             assert step is not None
             return self._training(step)
         if name == MINE:
-            # What evaluating has encoded is there.
+            # What the evaluation has encoded is used again.
             seen = {collection.corpus_name for collection in self._collections.evaluate}
             return self._searching(name, self._collections.train, seen, self._settings.range_max)
         return self._searching(name, self._collections.evaluate, set(), DEPTH)
@@ -225,7 +225,7 @@ class _Forecaster:
 
     def _disk(self, step: StepCost | None) -> int:
         evaluated = {collection.corpus_name for collection in self._collections.evaluate}
-        # Embeddings of before are gone when those of after are made.
+        # The embeddings from before training are removed before those of after are made.
         stores = sum(
             texts.number * self._builder(texts.corpus).stored_bytes
             for texts in self._texts.values()
@@ -279,12 +279,12 @@ class _Forecaster:
 
 
 def _some_queries(collections: Iterable[Collection], seed: int) -> list[str]:
-    """Some of their queries, each as likely as any other: those made of sentences are longer than what people ask."""
+    """A uniform sample of their queries: those made of sentences are longer than those that people ask."""
     return sample_of((query for collection in collections for query in collection.queries.values()), seed)[0]
 
 
 class _Texts:
-    """What is known of a corpus's texts from a sample of its first documents."""
+    """Statistics of a corpus's texts from a sample."""
 
     def __init__(self, model: SentenceTransformer, corpus: Corpus, seed: int) -> None:
         self.corpus = corpus
@@ -296,7 +296,7 @@ class _Texts:
 
 
 def _count(corpus: Corpus) -> int:
-    """How many documents there are; counted where the corpus does not know, and known to every bar from then on."""
+    """The number of documents; counted if the corpus does not know it, and remembered for progress bars."""
     known = corpus.expected_size()
     if known is not None:
         return known
@@ -304,12 +304,12 @@ def _count(corpus: Corpus) -> int:
 
 
 def _rows(settings: RunSettings, collection: Collection) -> int:
-    """How many rows will be trained on, about: one for each answer that is known, of queries that are not held out."""
+    """About how many rows will be trained on: one for each known answer of queries that are not held out."""
     return sum(map(is_made, collection.positives())) + _asked(settings, collection)
 
 
 def _asked(settings: RunSettings, collection: Collection) -> int:
-    """How many of them are of queries that were asked."""
+    """How many of them belong to queries that people asked."""
     asked = [len(found) for query_id, found in collection.positives().items() if not is_made(query_id)]
     held_out = number_held_out(len(asked)) if settings.share_of_trained == "auto" else 0
     return round(sum(asked) * (1 - held_out / max(1, len(asked))))
@@ -321,7 +321,7 @@ def _free(folder: Path) -> int:
 
 
 def print_forecast(console: Console, found: Forecast) -> None:
-    """Print it, indented, as the first lines of a run."""
+    """Print the forecast, indented, as the first lines of a run."""
     console.print("[bold]What it will take[/bold], estimated from a few batches timed on this machine")
     for line in str(found).splitlines():
         console.print(f"  {line}", markup=False, soft_wrap=True)

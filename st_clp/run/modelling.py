@@ -1,4 +1,4 @@
-"""What a run's settings make of a name: the base model, what trains of it, and the loss."""
+"""Make a run's model and loss from its settings."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def model_name(model: str) -> str:
-    """What to call a model: its folder's name, with the folder above where that alone says nothing; or its Hub name."""
+    """A model's display name: its folder's name, with the parent's if that alone says nothing; or its Hub name."""
     if not model or not Path(model).is_dir():
         return model
     path = Path(model).resolve()
@@ -34,10 +34,10 @@ def model_name(model: str) -> str:
 
 
 def load_base_model(name: str, *, max_seq_length: int | None = None) -> SentenceTransformer:
-    """The model to fine-tune, from a folder or the Hugging Face Hub.
+    """Load the model to fine-tune from a folder or the Hugging Face Hub.
 
     Raises:
-        SettingsError: There is no such folder and no such model to be had, or it cannot be opened.
+        SettingsError: There is no such folder or model, or it cannot be loaded.
     """
     path = Path(name).expanduser()
     try:
@@ -54,10 +54,10 @@ def load_base_model(name: str, *, max_seq_length: int | None = None) -> Sentence
 
 
 def _require_tokenizers(model: SentenceTransformer) -> None:
-    """Refuse a folder without its tokenizer's files: transformers makes an empty one, which knows no word.
+    """Refuse a folder without tokenizer files: transformers would make an empty tokenizer.
 
     Raises:
-        ValueError: There is none of the files that such a tokenizer has.
+        ValueError: None of the tokenizer's files is there.
     """
     for module in model.modules():
         tokenizer = getattr(module, "tokenizer", None)
@@ -86,10 +86,10 @@ def _why_not_loaded(path: Path, error: Exception) -> str:
 
 
 def load_cross_encoder(name: str | None) -> CrossEncoder | None:
-    """The cross-encoder of that name, from a folder or the Hugging Face Hub; None where none is named.
+    """Load a cross-encoder from a folder or the Hugging Face Hub; None if none is named.
 
     Raises:
-        SettingsError: There is none to be had, or it cannot be opened.
+        SettingsError: It cannot be found or loaded.
     """
     if name is None:
         return None
@@ -102,7 +102,7 @@ def load_cross_encoder(name: str | None) -> CrossEncoder | None:
 
 
 def prepare_model(model: SentenceTransformer, settings: RunSettings) -> TrainableParameters:
-    """Make the model what the settings train: with experts where they ask for them, and all that does not train frozen.
+    """Prepare the model for training: add experts if the settings ask for them, and freeze what does not train.
 
     Raises:
         SettingsError: The model has no such part.
@@ -125,10 +125,10 @@ def prepare_model(model: SentenceTransformer, settings: RunSettings) -> Trainabl
 
 @contextmanager
 def compiled_layers(model: SentenceTransformer, backend: str = "inductor") -> Iterator[None]:
-    """Compile the layers of the model's encoders for a while, once for texts of all lengths.
+    """Compile the layers of the model's encoders within the context, once for texts of all lengths.
 
     Raises:
-        SettingsError: The encoder does not say what its layers are.
+        SettingsError: The encoder's layers cannot be found.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
@@ -145,7 +145,7 @@ def compiled_layers(model: SentenceTransformer, backend: str = "inductor") -> It
 
 
 def make_loss(model: SentenceTransformer, settings: RunSettings) -> nn.Module:
-    """CLPLoss as the settings have it; CachedCLPLoss where a mini-batch size is given."""
+    """CLPLoss with the settings; CachedCLPLoss if a mini-batch size is given."""
     options: dict[str, Any] = {
         "scale": settings.scale,
         "penalty_weight": settings.penalty_weight,
@@ -153,7 +153,7 @@ def make_loss(model: SentenceTransformer, settings: RunSettings) -> nn.Module:
         "queries_per_negative": settings.queries_in_rows,
         "in_batch_negatives": settings.in_batch_negatives,
         "encode_once": settings.of_documents,
-        # A trial is made by one process.
+        # A trial runs in one process.
         "gather_across_devices": settings.train_workers is not None and torch.distributed.is_initialized(),
     }
     if settings.mini_batch_size is not None:
@@ -162,6 +162,6 @@ def make_loss(model: SentenceTransformer, settings: RunSettings) -> nn.Module:
 
 
 def column_kinds(columns: list[str], query: str | None, document: str | None) -> dict[str, str]:
-    """Column to what belongs to queries or to documents, as the column holds the one or the other."""
+    """Map each column to ``query`` or ``document``, by what it holds; columns without a value are left out."""
     kinds = {name: query if name == "anchor" or name.startswith("negative_query") else document for name in columns}
     return {name: kind for name, kind in kinds.items() if kind}

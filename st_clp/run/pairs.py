@@ -1,7 +1,7 @@
-"""Training queries for documents without any: generated, checked, and saved as a collection to train on.
+"""Generate training queries for documents without any, check them, and save a collection to train on.
 
 After Dai et al. (2023), Promptagator, arXiv:2209.11755, and Wang et al. (2022), GPL, arXiv:2112.07577: a language model
-writes a query for a document, and the pair counts where a retriever finds the document by the query.
+writes a query for a document, and the pair is kept if a retriever finds the document by the query.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ DEV_SHARE, MOST_DEV = 0.1, 500  # of the documents, whose queries are kept for e
 
 @dataclass
 class PairsAccount:
-    """What became of the documents that were drawn.
+    """The statistics of the documents that were drawn.
 
     Attributes:
         drawn: How many there were.
-        left_out: Documents or queries that gave no pair: cause to count.
-        train, dev: Queries that are kept for training, and for evaluation.
-        given: Queries of the collection that were there before, which are kept too.
-        writing: Of the sources that wrote.
+        left_out: Documents or queries without a pair: cause to count.
+        train, dev: Queries kept for training and for evaluation.
+        given: Training queries that the collection had before, which are kept too.
+        writing: The statistics of the sources.
     """
 
     drawn: int
@@ -71,23 +71,24 @@ def write_pairs(
     encoding: Encoding | None = None,
     store_dir: str | os.PathLike[str] | None = None,
 ) -> PairsAccount:
-    """Have queries written for documents of a corpus, and write a collection in BEIR's format with them.
+    """Generate queries for documents of a corpus, and write a collection in BEIR's format with them.
 
     Args:
         corpus: The documents, all of which are in the new collection.
-        chain: What writes; the judgments are no part of it. What it wrote before is not paid for again.
-        output: The new folder; it appears whole or not at all.
-        number: Documents to draw, among those with some text that no given query asks for.
-        model: A query is kept where this model finds its document by it; None keeps all of them.
-        given: Training queries that there are; they are kept, and their documents get no other.
-        language: ISO 639 code of the documents, where it is known.
-        round_trip_k: Among how many of the best the document must be.
-        seed: Of the draws.
+        chain: The sources, without judgments. What they generated before is not paid for again.
+        output: The new folder; written atomically.
+        number: Documents to draw, among those with enough text that no given query asks for.
+        model: Keep a query only if this model finds its document by it; None keeps all.
+        given: Existing training queries; they are kept, and their documents get no others.
+        language: ISO 639 code of the documents, if known.
+        round_trip_k: The document must be among so many of the best.
+        seed: The random seed.
         encoding: How the model encodes; None takes the defaults.
-        store_dir: Keep the documents' embeddings there, so that a stopped check goes on; None keeps them in memory.
+        store_dir: A folder for the documents' embeddings, so that a stopped check can be resumed; None keeps them in
+            memory.
 
     Raises:
-        CollectionError: No document can have a query, or no query is left.
+        CollectionError: No document can get a query, or no query is left.
         EndpointError: An endpoint refuses the key or does not have the model.
     """
     asked_for = {doc_id for found in (given.positives() if given else {}).values() for doc_id in found}
@@ -122,7 +123,7 @@ def write_pairs(
 
 
 def _distinct(answers: Sequence[DocumentQueries], account: PairsAccount) -> dict[str, list[str]]:
-    """Document id to its queries, without those written for several documents: which of them answers is not known."""
+    """Document id to its queries, without those written for several documents, whose answer is not known."""
     times = Counter(query.text for answer in answers for query in answer.queries)
     if shared := sum(number for number in times.values() if number > 1):
         account.left_out["queries that were written for several documents"] = shared
@@ -142,7 +143,7 @@ def _write(
     with whole_folder(output) as folder:
         with open(folder / "corpus.jsonl", "w", encoding="utf-8") as file:
             for document in corpus:
-                # The text has the title in it, as models are to read it.
+                # The text includes the title, as models read it.
                 _line(file, {"_id": document.doc_id, "text": document.text})
         (folder / "qrels").mkdir()
         with (

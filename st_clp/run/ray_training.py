@@ -1,7 +1,7 @@
-"""Training on several machines: the training stage in each of Ray Train's workers, from the run's shared folder.
+"""Training on several machines: the training stage runs in each of Ray Train's workers, in the run's shared folder.
 
-The workers are the processes of a group, as torchrun would start them, and give the same weights. What the Trainer
-keeps in the folder is the checkpoint: where a worker is lost, all begin again from the last one.
+The workers form a process group, as with torchrun, and give the same weights. If a worker is lost, all start again from
+the Trainer's last checkpoint in the folder.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ def train_on_cluster(stage: TrainingStage) -> dict[str, Any]:
     """Train on the cluster that the settings name, in ``train_workers`` processes.
 
     Returns:
-        What the first of them returns of :meth:`TrainingStage.run`.
+        The first worker's result of :meth:`TrainingStage.run`.
 
     Raises:
-        Exception: What a worker has raised, with the name of the node that it was on.
+        Exception: An error raised by a worker; its message names the node.
         RuntimeError: Workers were lost five times.
-        SettingsError: There is no such cluster, or it has no room.
+        SettingsError: There is no such cluster, or it lacks room.
     """
     ray = connect(stage.settings)
     takes = _takes(stage.settings, ray)
@@ -57,7 +57,7 @@ def train_on_cluster(stage: TrainingStage) -> dict[str, Any]:
         failures, result = ray.get(telling.ended.remote())
         if result is not None:
             break
-        # A worker that failed has told why; one that was lost has not.
+        # A worker that failed has reported why; one that was lost has not.
         if failures and set(getattr(error, "worker_failures", failures)) <= set(failures):
             raise next(iter(failures.values())).as_error()
         if left == 0:
@@ -75,16 +75,16 @@ def train_on_cluster(stage: TrainingStage) -> dict[str, Any]:
 
 
 def _here(ray: Any) -> Any:
-    """Where this process is, which ends with it: nothing is told to a machine that may be lost."""
+    """Options that place an actor on this process's node, so that it is not on a machine that may be lost."""
     node = ray.get_runtime_context().get_node_id()
     return ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=False)
 
 
 def _takes(settings: RunSettings, ray: Any) -> dict[str, float]:
-    """What each worker takes of the cluster.
+    """The resources of each worker.
 
     Raises:
-        SettingsError: This machine is all of the cluster, and has no room for so many.
+        SettingsError: The cluster is this machine alone, and it lacks room for so many.
     """
     takes = {"CPU": float(settings.cpus_per_worker)}
     if gpus := gpus_per_worker(settings):
@@ -102,7 +102,7 @@ def _takes(settings: RunSettings, ray: Any) -> dict[str, float]:
 
 
 def _fit(stage: TrainingStage, here: dict[str, Any], takes: dict[str, float]) -> Exception | None:
-    """Have the workers train to the end; what Ray says where one of them was lost or has failed."""
+    """Train in the workers; return Ray's message if one of them was lost or failed."""
     from ray.train import RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -126,7 +126,7 @@ def _fit(stage: TrainingStage, here: dict[str, Any], takes: dict[str, float]) ->
 
 
 def _train_in_worker(here: dict[str, Any]) -> None:
-    """What each worker does."""
+    """Train in a worker."""
     settings = RunSettings(**here["settings"])
     telling = here["telling"]
     with contextlib.suppress(OSError):  # a machine without this folder has names that begin at the root
@@ -154,23 +154,23 @@ def _train_in_worker(here: dict[str, Any]) -> None:
 
 
 class _Progress(TrainerCallback):
-    """Tells how far the training is."""
+    """Reports the progress of training."""
 
     def __init__(self, telling: Any) -> None:
         self._telling = telling
         self._loss: float | None = None
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Remember the loss."""
+        """Store the loss."""
         logs = kwargs.get("logs") or {}
         self._loss = float(logs["loss"]) if "loss" in logs else self._loss
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """The first step, or that of the checkpoint."""
+        """Report the first step, or that of the checkpoint."""
         self._tell(state)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """A step further."""
+        """Report a step."""
         self._tell(state)
 
     def _tell(self, state: TrainerState) -> None:
@@ -179,7 +179,7 @@ class _Progress(TrainerCallback):
 
 
 class _Told:
-    """An actor that holds what the workers have reported."""
+    """An actor that collects the workers' reports."""
 
     def __init__(self) -> None:
         self._lines: list[str] = []
@@ -196,11 +196,11 @@ class _Told:
         self._at = number, last, loss
 
     def fail(self, rank: int, failure: Failure) -> None:
-        """The error of a worker; those that the others have of it come later."""
+        """Store a worker's error; other workers' errors caused by it come later."""
         self._failures[rank] = failure
 
     def finish(self, result: dict[str, Any]) -> None:
-        """What the training gave."""
+        """Store the result of the training."""
         self._result = result
 
     def look(self, seen: int) -> tuple[list[str], tuple[int, int, float | None] | None]:
@@ -213,7 +213,7 @@ class _Told:
 
 
 class _Shown:
-    """Shows what the workers tell, until the context ends."""
+    """Shows the workers' reports within the context."""
 
     def __init__(self, ray: Any, telling: Any, say: Callable[[str], None]) -> None:
         self._ray, self._telling, self._say = ray, telling, say
@@ -238,7 +238,7 @@ class _Shown:
             self._look()
 
     def _look(self) -> None:
-        """Show what is new."""
+        """Show new reports."""
         lines, at = self._ray.get(self._telling.look.remote(self._seen))
         self._seen += len(lines)
         for line in lines:

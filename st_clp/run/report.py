@@ -1,4 +1,4 @@
-"""What a run reports: the table on the terminal, ``report.json``, and the model card."""
+"""A run's report: the table in the terminal, ``report.json``, and the model card."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ HEADING = "## How it was fine-tuned"  # of our part of the model card
 
 
 def machine() -> dict[str, Any]:
-    """What the run ran on."""
+    """A description of the machine."""
     accelerators = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {"processor": platform.machine(), "threads": torch.get_num_threads(), "accelerators": accelerators}
 
 
 def mean_score(scores: Scores, metric: str) -> float:
-    """The mean over collections, each counting the same."""
+    """The mean over collections, each with the same weight."""
     return sum(values[metric] for values in scores.values()) / len(scores)
 
 
@@ -51,7 +51,7 @@ def score_rows(before: Scores, after: Scores) -> list[list[str]]:
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
-    """Name to its end: the collection's folder and its split, or as much more as tells the names apart."""
+    """Shorten names to the collection's folder and split, or as much more as makes them distinct."""
     found = {}
     for name in names:
         parts = name.split("/")
@@ -62,7 +62,7 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
 
 
 def print_scores(console: Console, before: Scores, after: Scores) -> None:
-    """The table on the terminal."""
+    """Print the table in the terminal."""
     table = Table(title="Before → after fine-tuning", title_justify="left", title_style="bold")
     table.add_column("collection", overflow="fold", min_width=NARROWEST)
     for metric in DEFAULT_METRICS:

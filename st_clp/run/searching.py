@@ -1,4 +1,4 @@
-"""Answers from a finished run: its model and the embeddings of the collections that it was evaluated on."""
+"""Search with a finished run: its model and the embeddings of the collections that it was evaluated on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from st_clp.settings import RunSettings, SettingsError
 
 @dataclass(frozen=True)
 class Answer:
-    """A document that was found: its score, collection, id and text."""
+    """A retrieved document: its score, collection, id and text."""
 
     score: float
     corpus_name: str
@@ -26,14 +26,14 @@ class Answer:
 
 
 class RunSearcher:
-    """Searches the corpora that a run was evaluated on, with the model that it made.
+    """Searches the corpora that a run was evaluated on with its model.
 
     Args:
         path: The run's output folder.
         corpora: Only these corpora (``miracl/ko``) or languages (``ko``); None or empty searches all.
 
     Raises:
-        SettingsError: The folder holds no finished run, or no corpus of that name.
+        SettingsError: The folder does not hold a finished run, or there is no corpus of that name.
     """
 
     def __init__(self, path: str | Path, corpora: list[str] | None = None) -> None:
@@ -51,7 +51,7 @@ class RunSearcher:
             raise SettingsError(f"{path} has no corpus {' or '.join(corpora or [])}")
         self.model = load(str(path))
         self._encoding = Encoding.of(settings)
-        # Embeddings that are not there any more, or not of this model, are made again.
+        # Embeddings that are missing, or not of this model, are made again.
         self._corpora = [
             (
                 collection,
@@ -66,7 +66,7 @@ class RunSearcher:
         ]
 
     def search(self, query: str, k: int = 5) -> list[Answer]:
-        """The k best documents of all corpora, best first."""
+        """Find the k best documents of all corpora, best first."""
         embedding = encode_queries(self.model, [query], encoding=self._encoding)
         answers = []
         for collection, store in self._corpora:

@@ -1,4 +1,4 @@
-"""Which splits of its collections a run trains and evaluates on."""
+"""The splits of its collections that a run trains and evaluates on, and their queries made of sentences."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EVAL_SPLITS = ("dev", "validation", "valid", "val", "test")
 
 @dataclass
 class Collections:
-    """What a run trains and evaluates on."""
+    """The collections that a run trains and evaluates on."""
 
     train: list[Collection]
     evaluate: list[Collection]
@@ -48,15 +48,15 @@ class Collections:
 
 
 def load_collections(settings: RunSettings, *, unasked: bool | None = None) -> Collections:
-    """Find and read the splits to train and to evaluate on.
+    """Find and load the splits to train and evaluate on.
 
     Args:
         settings: The run's.
-        unasked: Whether queries are made of sentences where the settings give no number of them; None decides by
+        unasked: Whether queries are made of sentences if the settings give no number of them; None decides by
             :func:`makes_unasked`.
 
     Raises:
-        CollectionError: A collection cannot be read, has nothing to train on, or nothing to evaluate on.
+        CollectionError: A collection cannot be read, or has nothing to train or evaluate on.
         SettingsError: A collection is named twice.
     """
     fields = settings.text_field or None
@@ -90,20 +90,20 @@ def load_collections(settings: RunSettings, *, unasked: bool | None = None) -> C
 
 
 def makes_unasked(settings: RunSettings) -> bool:
-    """Whether queries are made of sentences though the settings give no number of them.
+    """Whether queries are made of sentences by default, if the settings give no number of them.
 
-    They are worth their time where a training comes to every document several times. In batches of rows they would
-    take several times as long, so there none are.
+    They are worth their time if training sees every document several times. In batches of rows they would take several
+    times as long, so none are made there.
     """
     return settings.sentence_queries is None and not _needs_rows(settings)
 
 
 def with_sentence_queries(collection: Collection, settings: RunSettings, *, unasked: bool | None = None) -> Collection:
-    """The collection with as many queries made of sentences as the settings give, or with all that can be made.
+    """Add as many queries made of sentences as the settings give, or as can be made.
 
-    Where they give no number and queries are made unasked, there are :data:`SENTENCES` a document, on average and at
-    most, up to :data:`MOST_SENTENCES`, of documents drawn at random where these do not go round; none where people
-    asked so many.
+    If they give no number and queries are made by default, there are up to :data:`SENTENCES` a document and up to
+    :data:`MOST_SENTENCES` in all, of documents drawn at random if these do not suffice for all; none if people asked
+    that many.
     """
     wanted, each = settings.sentence_queries, 1
     if wanted is None and not (makes_unasked(settings) if unasked is None else unasked):
@@ -125,13 +125,13 @@ def with_sentence_queries(collection: Collection, settings: RunSettings, *, unas
 
 
 def _needs_rows(settings: RunSettings) -> bool:
-    """Whether batches are of rows, whatever is trained on: where something is asked for that only rows have."""
+    """Whether batches have to be of rows, because something is asked for that only rows have."""
     of_rows = settings.refresh_every is not None or not settings.in_batch_negatives or settings.names_penalty
     return settings.batches != "documents" and (of_rows or settings.batches == "rows")
 
 
 def settle_batches(settings: RunSettings, query_ids: Iterable[str]) -> RunSettings:
-    """The settings with ``batches=auto`` as what these training queries make of it."""
+    """Resolve ``batches=auto`` for these training queries."""
     if settings.batches != "auto":
         return settings
     documents = not _needs_rows(settings) and any(map(is_made, query_ids))
@@ -139,14 +139,14 @@ def settle_batches(settings: RunSettings, query_ids: Iterable[str]) -> RunSettin
 
 
 def in_turn(rows: Mapping[str, Sequence[TrainingRow]], settings: RunSettings) -> list[Mapping[str, list[TrainingRow]]]:
-    """What is trained on, one after the other: in batches of documents all queries, then those alone that people asked.
+    """The parts of the training: in batches of documents all queries, then only those that people asked.
 
-    Queries made of sentences teach a model its documents, and what people ask for is then learnt better than from both
-    together, where the made ones outnumber it (``benchmarks/recipe.md``).
+    Queries made of sentences teach a model its documents. Asked queries are then learnt better by themselves than among
+    made ones that outnumber them (``benchmarks/recipe.md``).
 
     Args:
         rows: Collection name to its rows.
-        settings: The run's, settled by :func:`settle_batches`.
+        settings: The run's settings, resolved by :func:`settle_batches`.
     """
     everything = {name: list(found) for name, found in rows.items()}
     asked = {name: [row for row in found if not is_made(row.query_id)] for name, found in rows.items()}
@@ -157,12 +157,12 @@ def in_turn(rows: Mapping[str, Sequence[TrainingRow]], settings: RunSettings) ->
 
 
 def find_eval_split(source: str, split: str | None) -> str | None:
-    """The split to evaluate on: what is asked for, or dev, validation or test; None where the source has no such."""
+    """The split to evaluate on: the given one, or dev, validation or test; None if the source has none of them."""
     return split or next((name for name in EVAL_SPLITS if name in Collection.splits(source)), None)
 
 
 def load_training_collections(settings: RunSettings) -> list[Collection]:
-    """Find and read the splits to train on, with all of their queries.
+    """Find and load the splits to train on, with all their queries.
 
     Raises:
         CollectionError: A collection cannot be read or has nothing to train on.
@@ -180,7 +180,7 @@ def load_training_collections(settings: RunSettings) -> list[Collection]:
 
 
 def _require_ids_for_run_files(collection: Collection) -> None:
-    """Refuse ids that a TREC run file cannot carry before anything is encoded, not after."""
+    """Refuse ids that cannot be written to a TREC run file, before anything is encoded."""
     for query_id, documents in collection.judgments.items():
         for kind, identifier in [("query", query_id), *(("document", doc_id) for doc_id in documents)]:
             if identifier.split() != [identifier]:
@@ -191,7 +191,7 @@ def _require_ids_for_run_files(collection: Collection) -> None:
 
 
 def _train_split(source: str, settings: RunSettings) -> str | None:
-    """The split to train on; None where the source names it itself."""
+    """The split to train on; None if the source's name includes it."""
     splits = Collection.splits(source)
     if settings.train_split in splits:
         return settings.train_split
@@ -204,10 +204,10 @@ def _train_split(source: str, settings: RunSettings) -> str | None:
 
 
 def _eval_split(source: str, settings: RunSettings) -> tuple[str, str] | None:
-    """(source, split) to evaluate on; None where there is none."""
+    """(source, split) to evaluate on; None if there is none."""
     splits = Collection.splits(source)
     if not splits and "/" in source:
-        # The source names a split, as miracl/ko/train does: look beside it.
+        # The source's name includes a split, like miracl/ko/train: look for its siblings.
         parent, _, own = source.rpartition("/")
         try:
             splits = [name for name in Collection.splits(parent) if name != own]

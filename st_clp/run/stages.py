@@ -49,13 +49,13 @@ def run(
     """Fine-tune a model for retrieval and evaluate it before and after.
 
     Args:
-        settings: Everything the run depends on.
-        resume: Go on with the run that is in the output folder from what it finished.
-        overwrite: Replace the run that is in the output folder.
+        settings: The run's settings.
+        resume: Resume the run in the output folder.
+        overwrite: Replace the run in the output folder.
         console: Where to print; None prints to the standard output.
 
     Returns:
-        The report that is in ``report.json`` too.
+        The report, which is also in ``report.json``.
 
     Raises:
         SettingsError: A setting, the model or the output folder cannot be used.
@@ -68,7 +68,7 @@ def run(
 def forecast_run(
     settings: RunSettings, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
 ) -> Forecast:
-    """What :func:`run` with the same arguments would cost. Input is checked as there, and nothing is written.
+    """Forecast the cost of :func:`run` with the same arguments. Input is checked as there, and nothing is written.
 
     Raises:
         CollectionError, SettingsError: As :func:`run`.
@@ -85,7 +85,7 @@ class _Run:
         self.base: SentenceTransformer | None = None
 
     def _check(self, *, resume: bool, overwrite: bool) -> None:
-        """Find everything that may be wrong with the input before the folder is made or anything is computed."""
+        """Check all input before the folder is made or anything is computed."""
         check_training_arguments(self.settings)
         self.directory.check(self.settings, resume=resume, overwrite=overwrite)
         self.mining_options = MiningOptions.of(self.settings)
@@ -101,12 +101,12 @@ class _Run:
             self._base_model()
 
     def forecast(self, *, resume: bool, overwrite: bool) -> Forecast:
-        """What is left to do, and what it will cost."""
+        """Forecast what is left to do."""
         self._check(resume=resume, overwrite=overwrite)
         return forecast(self.training, self.collections, self._base_model(), self.directory)
 
     def go(self, *, resume: bool, overwrite: bool) -> dict[str, Any]:
-        """Do it."""
+        """Run all stages that are not finished."""
         self._check(resume=resume, overwrite=overwrite)
         for name, (was, now) in self.directory.prepare(self.settings, resume=resume, overwrite=overwrite).items():
             self._say(f"{name} is {now!r} from here on; it was {was!r}")
@@ -138,14 +138,14 @@ class _Run:
             return {**result, "seconds": round(time.perf_counter() - started, 2)}
 
         result = self.directory.stage(name, timed, lambda: self._outputs(name))
-        # Not before the stage counts as finished: a run that is killed meanwhile would go on from what is left of it.
+        # Only after the stage counts as finished: a run that is killed before would resume from these files.
         served = {MINE: self.directory.work / "embeddings" / "before", TRAIN: self.directory.checkpoints}
         if name in served:
             shutil.rmtree(served[name], ignore_errors=True)
         return result
 
     def _outputs(self, name: str) -> list[Path]:
-        """The files that a stage writes and later ones, or the user, need."""
+        """The files of a stage that later stages or the user need."""
         if name == MINE:
             return [self.directory.rows_file(collection.name) for collection in self.collections.train]
         if name == TRAIN:
@@ -154,13 +154,13 @@ class _Run:
         return [path for path in folder.rglob("*") if path.is_file()]
 
     def _require_outputs(self) -> None:
-        """Let finished stages be done again whose files are gone or were changed since.
+        """Mark finished stages as not done if their files are missing or were changed.
 
         Raises:
-            SettingsError: The model was changed, perhaps on purpose: it is not for us to replace it.
+            SettingsError: The model was changed, perhaps on purpose, so it is not replaced.
         """
         records = self.directory.records
-        # By version 0.1.0 no outputs were noted: these files at least must be there.
+        # Version 0.1.0 did not record outputs: at least these files must exist.
         needed = {
             TRAIN: [self.directory.path / "modules.json"],
             MINE: [self.directory.rows_file(collection.name) for collection in self.collections.train],
@@ -168,7 +168,7 @@ class _Run:
             EVALUATE_AFTER: [self.directory.evaluation("after") / EVALUATION],
         }
         for name, files in needed.items():
-            # Mined rows have served once the model is trained.
+            # Mined rows are not needed once the model is trained.
             if self.directory.finished(name) is None or (name == MINE and self.directory.finished(TRAIN) is not None):
                 continue
             missing, changed = records.missing_and_changed(name, files)
@@ -184,9 +184,9 @@ class _Run:
                     records.forget(EVALUATE_AFTER)
 
     def _mined_unasked(self) -> bool | None:
-        """Whether what is mined has queries made of sentences; None where nothing is mined, or has to be mined again.
+        """Whether the mined rows have queries made of sentences; None if nothing is mined, or must be mined again.
 
-        Settings of the training, which may change after mining, decide whether any are made unasked.
+        Training settings, which may change after mining, decide whether any are made by default.
         """
         files = self.directory.mined_files()
         if not files or self.directory.finished(MINE) is None:
@@ -196,7 +196,7 @@ class _Run:
         return any(is_made(row.query_id) for file in files for row in read_rows(file))
 
     def _say(self, text: str) -> None:
-        """A line of a stage; names in it are not ours, so it holds no markup."""
+        """Print a line of a stage, without interpreting markup: names in it come from outside."""
         self.console.print(f"  {text}", markup=False, emoji=False, soft_wrap=True)
 
     def _base_model(self) -> SentenceTransformer:
@@ -208,12 +208,12 @@ class _Run:
         return {"scores": self._evaluate(self._base_model(), "before")}
 
     def _evaluate_after(self) -> dict[str, Any]:
-        # Evaluate the saved model, as it is loaded from the folder.
+        # Evaluate the saved model, loaded from the folder.
         model = load(str(self.directory.path))
         return {"scores": self._evaluate(model, "after"), "expert_usage": self._expert_usage(model)}
 
     def _expert_usage(self, model: SentenceTransformer) -> dict[str, Any] | None:
-        """How evenly the experts are used, by collection; None of a dense model."""
+        """The use of the experts by collection; None for a dense model."""
         if not is_moe(model):
             return None
         pairs = [
@@ -244,7 +244,7 @@ class _Run:
                 parts[name] = evaluator
         for name, found in scores.items():
             self._say(f"{name}: nDCG@10 {found['ndcg@10']:.4f}")
-        # The model after training is the one in the output folder.
+        # After training, the model is the one in the output folder.
         title = (
             model_name(self.settings.model) if when == "before" else f"{self.directory.path.resolve().name} (trained)"
         )

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What the Trainer takes without a word and then trains nothing with, or ends in a division by zero.
+# The Trainer accepts lower values silently and then trains nothing, or fails with a division by zero.
 LEAST_ARGUMENTS = {
     "gradient_accumulation_steps": 1,
     "per_device_train_batch_size": 1,
@@ -69,14 +69,14 @@ def make_trainer(
     """The Trainer of a run. Each collection is a separate dataset, so that a batch holds one language.
 
     Args:
-        model: Converted, and with what is not to train frozen.
+        model: The model, converted, with frozen weights where it does not train.
         datasets: Collection name to training rows in CLPLoss's columns.
         settings: The run's settings.
         checkpoints: Folder for checkpoints.
-        near: Which documents are near one another, for batches of documents.
-        refresh: What refreshes the negatives; its ``train_dataset`` is trained on.
+        near: Similar documents, for batches of documents.
+        refresh: Refreshes the negatives; its ``train_dataset`` is trained on.
         progress: Shows progress in place of the Trainer's own bar and lines.
-        before: The losses that were logged in earlier parts of the training, for the model's card.
+        before: The losses logged in earlier parts of the training, for the model's card.
 
     Raises:
         SettingsError: A training argument cannot be used here.
@@ -109,7 +109,7 @@ def make_trainer(
 
 
 class _NearDocuments:
-    """Makes the sampler of each collection. Checkpoints keep the arguments, and these need not hold all texts."""
+    """Makes the sampler of each collection. Pickled without its texts: checkpoints contain the arguments."""
 
     def __init__(self, near: Near) -> None:
         self._near = near
@@ -122,7 +122,7 @@ class _NearDocuments:
 
 
 def number_of_steps(settings: RunSettings, rows: Iterable[int]) -> int:
-    """Steps of a training, about: of so many rows of each collection, each batch of one of them."""
+    """About how many steps a training takes on so many rows of each collection, in batches of one collection."""
     together = settings.rows_in_batch * (settings.train_workers or 1)
     return max(1, int(sum(number // together + 1 for number in rows) * settings.number_of_epochs))
 
@@ -133,13 +133,13 @@ def make_refresh(
     settings: RunSettings,
     query_store: str | os.PathLike[str],
 ) -> AnceCallback | None:
-    """What refreshes the negatives as the settings have it; None where they are mined once.
+    """The callback that refreshes the negatives; None if they are mined once.
 
     Args:
         collections: Name to collection.
-        rows: The same names, to the rows that training begins with.
+        rows: Name to the rows that training begins with.
         settings: The run's settings.
-        query_store: What keeps the queries that are generated.
+        query_store: The store of generated queries.
     """
     if settings.steps_between_refreshes is None:
         return None
@@ -168,14 +168,14 @@ def make_refresh(
 
 
 def _where_to_mine(settings: RunSettings) -> dict[str, Any]:
-    """The options of the cluster, if it has room beside the training; the process that leads the training otherwise."""
+    """The options of the cluster if it has room besides the training; otherwise those of the leading process."""
     if settings.ray is None or not has_room(settings):
         return HERE
     return {name: getattr(settings, name) for name in names_of(ClusterOptions)}
 
 
 class LossInProgressBar(ProgressCallback):
-    """The Trainer's progress bar with the loss in it, in place of a line for each logged step."""
+    """The Trainer's progress bar with the loss in it, instead of a line for each logged step."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Show the latest loss."""
@@ -184,17 +184,17 @@ class LossInProgressBar(ProgressCallback):
 
 
 class EarlierLosses(TrainerCallback):
-    """Gives the model card the losses that its own callback does not see: of what came before.
+    """Adds the losses of earlier parts of the training to the model card.
 
     Args:
-        before: Of earlier parts of the training. Those that were logged before it was stopped are in its checkpoint.
+        before: Entries of earlier parts. Those logged before a stop are in the checkpoint.
     """
 
     def __init__(self, before: Sequence[Mapping[str, Any]]) -> None:
         self._before = before
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Take those of a training that was stopped from the checkpoint's state."""
+        """Add the losses; those of a stopped training come from the checkpoint's state."""
         model.model_card_data.training_logs = [
             {"Epoch": entry["epoch"], "Step": entry["step"], "Training Loss": entry["loss"]}
             for entry in [*self._before, *state.log_history]
@@ -218,12 +218,12 @@ def make_arguments(
         "seed": settings.seed,
         "data_seed": settings.seed,
         "logging_steps": max(1, steps // 50),
-        # About ten checkpoints in a training, so that little is lost when it is stopped.
+        # About ten checkpoints a training, so that little is lost when it is stopped.
         "save_strategy": "steps",
         "save_steps": max(1, steps // 10),
         "save_total_limit": 2,
         "report_to": "none",
-        # The Trainer would wait for the device in every step to leave losses that are NaN out of its log.
+        # With it the Trainer would wait for the device in every step, to filter NaN losses.
         "logging_nan_inf_filter": model.device.type == "cpu",
         "prompts": column_kinds(columns, model.prompts.get("query"), model.prompts.get("document")),
     }
@@ -238,10 +238,10 @@ def make_arguments(
 
 
 def read_training_arguments(settings: RunSettings) -> dict[str, Any]:
-    """``settings.training_arg`` with its numbers read by the kinds that the arguments declare.
+    """Read ``settings.training_arg``, with numbers of the declared types.
 
     Raises:
-        SettingsError: An argument is not known (the message gives the nearest one) or is no number where one is due.
+        SettingsError: An argument is unknown (the message suggests the nearest one) or has the wrong type.
     """
     kinds = get_type_hints(SentenceTransformerTrainingArguments)
     found = {}
@@ -271,16 +271,16 @@ def _read_argument(name: str, kind: Any, value: Any) -> Any:
 
 
 def check_training_arguments(settings: RunSettings) -> None:
-    """Build a Trainer with the run's arguments around a model of one weight, so that what it refuses is known at once.
+    """Build a Trainer with the run's arguments and a tiny model, so that errors in them are found at once.
 
     Raises:
-        SettingsError: An argument is not known, or it cannot be used.
+        SettingsError: An argument is unknown or cannot be used.
     """
     from datasets import Dataset
 
     if "output_dir" in read_training_arguments(settings):
         raise SettingsError("training_arg: output_dir is the run's own; name the run's folder with --output")
-    # A trial makes no repository.
+    # A trial must not create a repository.
     trial = dataclasses.replace(settings, training_arg={**settings.training_arg, "push_to_hub": False})
     columns = ["anchor", "positive", "negative_1", "negative_query_1"]
     model = SentenceTransformer(modules=[BoW(vocab=["a"]), Dense(1, 1)])

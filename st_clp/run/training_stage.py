@@ -1,6 +1,6 @@
 """The training stage of a run, in one process or in each of several: prepare the model, train, average, save.
 
-Several processes have the run's folder in common. All of them prepare and train; the first one writes.
+Several processes share the run's folder: all of them prepare and train, the first one writes.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from st_clp.settings import RunSettings
 
 
 class _HandBack(TrainerCallback):
-    """Hands freed memory back now and then, and when training ends.
+    """Returns freed memory to the system every few steps, and when training ends.
 
-    What the layers keep for the backward pass has other sizes in every batch, and of what glibc keeps of it only some
-    fits the next: in some hundred steps a process comes to hold twice what it uses. New pages cost time, so it is not
-    done after every step (``benchmarks/README.md``).
+    The sizes of activations differ from batch to batch, and only some of the blocks that glibc keeps fit the next one:
+        within some hundred steps a process holds twice what it uses. New pages cost time, so this is not done after
+        every step (``benchmarks/README.md``).
     """
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -47,7 +47,7 @@ class _HandBack(TrainerCallback):
 
 
 class _RemoveCheckpoints(TrainerCallback):
-    """Removes the checkpoints of the part of a training before this one, as soon as this one has its own."""
+    """Removes the checkpoints of the previous part of a training as soon as this part has one."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -60,13 +60,13 @@ class _RemoveCheckpoints(TrainerCallback):
 
 @dataclass(frozen=True)
 class TrainingStage:
-    """What is trained, and on what.
+    """The training stage of a run.
 
     Attributes:
         settings: The run's.
-        directory: The run's, with the mined rows in it.
-        collections: What the rows were mined from.
-        say: Called with lines for the user, by the first process alone.
+        directory: The run's folder, with the mined rows.
+        collections: The collections that the rows were mined from.
+        say: Called with lines for the user, in the first process only.
         progress: Shows progress in place of the Trainer's own bar.
     """
 
@@ -77,10 +77,10 @@ class TrainingStage:
     progress: TrainerCallback | None = None
 
     def run(self, model: SentenceTransformer) -> dict[str, Any]:
-        """Train the base model, which is changed by it, and save it in the run's folder.
+        """Train the base model in place, and save it in the run's folder.
 
         Returns:
-            What the report says of it; in all but the first of several processes nothing.
+            The report's entries; empty in all processes but the first.
         """
         collections = {slug(collection.name): collection for collection in self.collections}
         rows = {name: read_rows(self.directory.rows_file(collection.name)) for name, collection in collections.items()}
@@ -123,9 +123,9 @@ class TrainingStage:
         }
 
     def _finished_before(self, part: int) -> TrainerState | None:
-        """How a part of the training ended that a stopped run had finished; None of one that has to be trained.
+        """The state at the end of a part that a stopped run had finished; None if the part has to be trained.
 
-        Its weights are in the checkpoints of the next part.
+        Its weights are in the next part's checkpoints.
         """
         ended = self.directory.checkpoints_of(part) / TRAINER_STATE_NAME
         if not ended.is_file() or self.directory.last_checkpoint(part + 1) is None:
@@ -162,7 +162,7 @@ class TrainingStage:
     def _train(
         self, trainer: SentenceTransformerTrainer, part: int, settings: RunSettings, refresh: AnceCallback | None
     ) -> None:
-        """Train, from the last checkpoint where there is one."""
+        """Train, from the last checkpoint if there is one."""
         checkpoint = self.directory.last_checkpoint(part)
         if trainer.is_world_process_zero():
             if settings.of_documents and not part:
@@ -184,7 +184,7 @@ class TrainingStage:
     def _average(
         self, model: SentenceTransformer, held_out: dict[str, list[TrainingRow]], rows: dict[str, list[TrainingRow]]
     ) -> dict[str, Any] | None:
-        """Average the weights with the base's as the settings have it; what was chosen and why, None where nothing."""
+        """Average the weights with the base's; return the choice and its reasons, None if nothing is averaged."""
         settings = self.settings
         share = settings.share_of_trained
         if share == 1:
@@ -200,7 +200,7 @@ class TrainingStage:
         return chosen.to_dict()
 
     def _refreshes(self, refresh: AnceCallback | None) -> list[dict[str, Any]]:
-        """The account of each refresh, drawn too; empty where negatives were mined once."""
+        """The statistics of each refresh, also plotted; empty if negatives were mined once."""
         if refresh is None:
             return []
         failed = sum(found["status"] == "failed" for found in refresh.refreshes)
@@ -214,7 +214,7 @@ class TrainingStage:
 
 
 def _near(rows: Mapping[str, Sequence[TrainingRow]]) -> Near:
-    """Which documents are near one another: those that were mined as negatives for another's queries."""
+    """Similar documents: those that were mined as negatives for each other's queries."""
     every = [row for found in rows.values() for row in found]
     negatives = [[negative.text for negative in row.negatives] for row in every]
     return near_documents([row.positive for row in every], negatives)
@@ -225,7 +225,7 @@ def _asked_alone(rows: Mapping[str, Sequence[TrainingRow]]) -> str:
 
 
 def _losses(states: Sequence[TrainerState]) -> list[dict[str, Any]]:
-    """What was logged with a loss, steps and epochs counted through all parts of a training."""
+    """Log entries with a loss, with steps and epochs counted across all parts of a training."""
     found, steps, epochs = [], 0, 0.0
     for state in states:
         for entry in state.log_history:

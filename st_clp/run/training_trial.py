@@ -1,4 +1,4 @@
-"""What a step of training takes, from a few batches that are trained on a copy of the model and thrown away."""
+"""Measure the cost of a training step with a few batches on a copy of the model."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ ADAM_BYTES = 8  # its two moments of a parameter
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a step of training takes.
+    """The cost of a training step.
 
     Attributes:
-        seconds: Of a step with the run's batch size.
+        seconds: The time of a step with the run's batch size.
         batch_size: Rows of the largest batch that was tried.
         weights: Bytes of all weights.
-        trained: Bytes of the gradients and the optimizer's moments.
-        activations: Bytes that are kept for the backward pass of a batch of the run's size.
-        parameters: The numbers of weights that train, and of all.
+        trained: Bytes of gradients and optimizer moments.
+        activations: Bytes kept for the backward pass of a batch of the run's size.
+        parameters: The number of trained weights, and of all weights.
     """
 
     seconds: float
@@ -56,7 +56,7 @@ class StepCost:
 
     @property
     def memory(self) -> int:
-        """Bytes of all of it."""
+        """The sum of all bytes."""
         return self.weights + self.trained + self.activations
 
 
@@ -68,14 +68,14 @@ def try_steps(
     *,
     seconds: float,
 ) -> StepCost:
-    """Train a copy of the model for a few steps, first with very few rows a batch, then as many as the time allows.
+    """Train a copy of the model for a few steps, first with very few rows a batch, then with as many as time allows.
 
     Args:
-        model: The base model; it stays as it is.
+        model: The base model; it is not changed.
         settings: The run's.
-        queries: Texts that may stand for anchors and the queries of negatives.
-        documents: Texts that may stand for positives and negatives.
-        seconds: How long the trial may take, about.
+        queries: Sample texts for anchors and queries of negatives.
+        documents: Sample texts for positives and negatives.
+        seconds: About how long the trial may take.
     """
     trial = copy.deepcopy(model)
     trial.model_card_data.generate_widget_examples = False  # its card is never written
@@ -85,8 +85,8 @@ def try_steps(
     all_rows = settings.rows_in_batch
     few = min(QUERIES_PER_DOCUMENT, all_rows) if settings.of_documents else 1  # they share one document
     least = more = _try(trial, settings, rows, few, weights)
-    # What a step takes besides its rows, the optimizer's part, counts once: so a larger batch is tried too, unless so
-    # few rows take so long that it hardly matters.
+    # The optimizer's part of a step does not depend on the rows, so a larger batch is tried too, unless few rows take
+    # so long that it hardly matters.
     affordable = few * int(seconds / (least.seconds * (STEPS + 1)))
     if least.seconds <= LONG_ROW * seconds and few < all_rows:
         more = _try(trial, settings, rows, min(all_rows, max(2 * few, affordable)), weights)
@@ -106,14 +106,14 @@ def try_steps(
 
 
 def _at(tokens: float, few: tuple[float, float], more: tuple[float, float]) -> float:
-    """A figure for so many tokens, on the line through those for fewer and for more; through 0 where both are one."""
+    """Interpolate linearly between the figures for two numbers of tokens; through 0 if these are equal."""
     if more[0] <= few[0]:
         return few[1] / few[0] * tokens
     return few[1] + max(0.0, more[1] - few[1]) / (more[0] - few[0]) * (tokens - few[0])
 
 
 def _tokens(model: SentenceTransformer, settings: RunSettings, rows: Dataset, number: int) -> list[int]:
-    """The tokens of some batches of so many rows, padding included, of which larger batches have more."""
+    """The tokens of sample batches of so many rows, padding included: larger batches have more of it."""
     found = []
     for begin in range(0, len(rows) - number + 1, number)[: STEPS + 1]:
         columns = rows[begin : begin + number]
@@ -129,7 +129,7 @@ def _tokens(model: SentenceTransformer, settings: RunSettings, rows: Dataset, nu
 
 
 def _rows(settings: RunSettings, queries: Sequence[str], documents: Sequence[str]) -> Dataset:
-    """As many rows as the trials need, in the columns of a run's."""
+    """Rows for the trials, with the run's columns."""
     from datasets import Dataset
 
     number = settings.rows_in_batch * (STEPS + 1)
@@ -152,7 +152,7 @@ def _rows(settings: RunSettings, queries: Sequence[str], documents: Sequence[str
 
 
 class _Trial(NamedTuple):
-    """What a step of so many rows takes: seconds, and the bytes that autograd keeps meanwhile."""
+    """The cost of a step of so many rows: seconds, and the bytes that autograd keeps."""
 
     rows: int
     seconds: float
@@ -202,10 +202,10 @@ class _Clock(TrainerCallback):
 
 
 class _SavedBytes:
-    """Counts what autograd keeps for the backward pass, while it does.
+    """Counts the bytes that autograd keeps for the backward pass.
 
     Args:
-        apart: The storages that are there anyway: the weights'.
+        apart: Storages that do not count: those of the weights.
     """
 
     def __init__(self, apart: set[int]) -> None:
@@ -215,7 +215,7 @@ class _SavedBytes:
         self.most = 0
 
     def pack(self, tensor: Tensor) -> Any:
-        """Note a tensor that is kept."""
+        """Record a tensor that is kept."""
         storage = tensor.untyped_storage()
         place, size = storage.data_ptr(), storage.nbytes()
         if place in self._apart:

@@ -40,7 +40,7 @@ class ApproximateIndex:
     """A FAISS index over a store's embeddings.
 
     Its memory depends on the kind: ``IVF4096,PQ64`` takes 64 bytes a document, ``IVF4096,Flat`` and ``HNSW32`` hold all
-        embeddings as float32. Exact search over a store is the better choice up to some hundred thousand documents.
+    embeddings as float32. Exact search over a store is the better choice up to some hundred thousand documents.
 
     Args:
         model: Says which similarity function is used; cosine or dot product.

@@ -1,4 +1,4 @@
-"""A training loop that waits for nothing: texts are tokenised once, and lie on the model's device.
+"""A training loop without waiting: texts are tokenised once and stay on the model's device.
 
 It does what sentence-transformers' Trainer does with a run's settings (AdamW, a linear schedule with warm-up, clipped
 gradients, bfloat16 by autocast), and needs neither ``datasets`` nor ``accelerate``.
@@ -35,15 +35,15 @@ from st_clp.run.modelling import column_kinds, make_loss, prepare_model
 from st_clp.run.splits import settle_batches
 from st_clp.settings import RunSettings
 
-# What the trained weights do not depend on.
+# Settings that the trained weights do not depend on.
 AFTERWARDS = ("average_with_base", "output")
 
 
 class SharedWeights:
-    """Trained weights by the settings that they depend on; only of trainings that more than one variant has.
+    """Trained weights by the settings that they depend on, for trainings that several variants share.
 
     Args:
-        folder: Where to keep them until :meth:`clear`.
+        folder: The folder for the weights, until :meth:`clear`.
         variants: All variants.
     """
 
@@ -53,7 +53,7 @@ class SharedWeights:
         self._shared = {key for key, number in times.items() if number > 1}
 
     def load(self, model: SentenceTransformer, settings: RunSettings) -> Trained | None:
-        """Make the model what such a training left; None, and the model as it was, where none was kept."""
+        """Load the weights of such a training into the model; None, and no change, if there are none."""
         place = self._place(settings)
         if not (place / "trained.json").is_file():
             return None
@@ -66,7 +66,7 @@ class SharedWeights:
         return Trained(**read_json(place / "trained.json"))
 
     def keep(self, model: SentenceTransformer, settings: RunSettings, trained: Trained) -> None:
-        """Keep what a training left, where another variant has the same."""
+        """Save the weights of a training, if another variant has the same."""
         if _trained_alike(settings, ("learning_rate", "seed")) not in self._shared:
             return
         with whole_folder(self._place(settings)) as folder:
@@ -75,7 +75,7 @@ class SharedWeights:
             write_json(folder / "trained.json", asdict(trained))
 
     def clear(self) -> None:
-        """Remove all: every variant has what it needs."""
+        """Remove all weights."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _place(self, settings: RunSettings) -> Path:
@@ -83,13 +83,13 @@ class SharedWeights:
 
 
 def _trained_alike(settings: RunSettings, also: Sequence[str] = ()) -> str:
-    """A name that settings share whose trainings are the same; ``also`` names more that may differ."""
+    """A key that is equal for settings with the same training; ``also`` names further settings that may differ."""
     what = {name: value for name, value in settings.to_dict().items() if name not in (*AFTERWARDS, *also)}
     return hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def _changed(model: SentenceTransformer) -> dict[str, Tensor]:
-    """What training changes: the weights that train, and what is counted beside them."""
+    """The tensors that training changes: trained weights and counts."""
     trained: dict[str, Tensor] = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     return trained | dict(model.named_buffers())
 
@@ -101,13 +101,13 @@ TOKENISE_TOGETHER = 4096
 
 @dataclass(frozen=True)
 class Trained:
-    """How a training went.
+    """The outcome of a training.
 
     Attributes:
-        steps: How many there were.
-        seconds: Of the steps, without mining and tokenising.
-        losses: Of every step.
-        peak_memory: Bytes on the GPU at most; None elsewhere.
+        steps: The number of steps.
+        seconds: The time of the steps, without mining and tokenising.
+        losses: The loss of every step.
+        peak_memory: The most bytes on the GPU; None elsewhere.
     """
 
     steps: int
@@ -117,7 +117,7 @@ class Trained:
 
 
 def joined(parts: Sequence[Trained]) -> Trained:
-    """How a training went that had several parts."""
+    """The outcome of a training of several parts."""
     return Trained(
         sum(part.steps for part in parts),
         sum(part.seconds for part in parts),
@@ -134,14 +134,14 @@ def train(
     mine_again: Callable[[], Rows] | None = None,
     progress: str | None = None,
 ) -> Trained:
-    """Make the model what the settings train, and train it, in place.
+    """Prepare the model as the settings say, and train it, in place.
 
     Args:
         model: The base model, or a copy that may be changed.
         rows: Collection to its rows; a batch holds rows of one.
         settings: The run's, with its learning rate.
-        mine_again: Called after each epoch but the last for the next one's rows; None without refreshes.
-        progress: What to call the training in a progress bar; None shows none.
+        mine_again: Called after each epoch but the last, returns the next epoch's rows; None without refreshes.
+        progress: The title of the progress bar; None shows none.
     """
     settings = settle_batches(settings, (row.query_id for found in rows.values() for row in found))
     prepare_model(model, settings)
@@ -208,7 +208,7 @@ def _optimizer(
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     given = settings.training_arg
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # As the Trainer has it: biases and the weights of norms do not decay.
+    # As in the Trainer, biases and norms' weights do not decay.
     decaying = [parameter for parameter in trained if parameter.ndim > 1]
     others = [parameter for parameter in trained if parameter.ndim <= 1]
     groups = [
@@ -235,7 +235,7 @@ def _optimizer(
 def _in_order(
     batches: Mapping[str, _Batches], generator: random.Random
 ) -> Iterator[tuple[list[Features], Tensor | None]]:
-    """An epoch's batches: of each collection its rows in another order, and the batches of all mixed."""
+    """An epoch's batches: each collection's rows in a new order, and the batches of all collections mixed."""
     order = []
     for name in sorted(batches):
         order += [(name, chosen) for chosen in batches[name].shuffled(generator)]
@@ -262,7 +262,7 @@ class _Batches:
         self._labels = None if labels is None else torch.tensor(labels, device=model.device)
         prompts = column_kinds(list(columns), model.prompts.get("query"), model.prompts.get("document"))
         tasks = column_kinds(list(columns), "query", "document")
-        # Many rows share their negatives, and queries of negatives are other rows' anchors.
+        # Many rows share negatives, and queries of negatives are other rows' anchors.
         by_kind: dict[tuple[str | None, str], list[str]] = {}
         for name, texts in columns.items():
             by_kind.setdefault((prompts.get(name), tasks[name]), []).extend(texts)
@@ -275,11 +275,11 @@ class _Batches:
 
     @property
     def number(self) -> int:
-        """How many batches there are."""
+        """The number of batches."""
         return math.ceil(self._rows / self._size)
 
     def shuffled(self, generator: random.Random) -> list[list[int]]:
-        """Rows of each batch, in a new order."""
+        """The rows of each batch, in a new order."""
         if self._near is not None:
             return document_batches(
                 self._anchors, self._positives, self._near, batch_size=self._size, generator=generator
@@ -289,14 +289,14 @@ class _Batches:
         return [order[begin : begin + self._size] for begin in range(0, len(order), self._size)]
 
     def take(self, rows: Sequence[int]) -> tuple[list[Features], Tensor | None]:
-        """(a column's features each, labels) of these rows."""
+        """(the features of each column, labels) of these rows."""
         chosen = torch.tensor(rows)
         features = [table.take(places[chosen]) for table, places in self._columns]
         return features, None if self._labels is None else self._labels[chosen.to(self._labels.device)]
 
 
 class _Texts:
-    """Different texts, tokenised once and kept on the model's device."""
+    """Distinct texts, tokenised once and kept on the model's device."""
 
     def __init__(self, model: SentenceTransformer, texts: Iterable[str], prompt: str | None, task: str) -> None:
         self._place = {text: place for place, text in enumerate(dict.fromkeys(texts))}
@@ -321,11 +321,11 @@ class _Texts:
         self._lengths = self._features["attention_mask"].sum(dim=1).cpu()
 
     def places(self, texts: Iterable[str]) -> Tensor:
-        """Where these texts are."""
+        """The positions of texts."""
         return torch.tensor([self._place[text] for text in texts])
 
     def take(self, places: Tensor) -> Features:
-        """The features of the texts in these places, as wide as the longest of them."""
+        """The features of the texts at these positions, as wide as the longest of them."""
         width = max(1, int(self._lengths[places].max()))
         there = places.to(next(iter(self._features.values())).device)
         columns = slice(-width, None) if self._from_left else slice(0, width)
@@ -333,6 +333,6 @@ class _Texts:
 
 
 def _widened(tensor: Tensor, width: int, from_left: bool) -> Tensor:
-    """With padding up to the width; the attention mask says that it is none of the text."""
+    """Pad to the width; the attention mask excludes the padding."""
     more = width - tensor.shape[1]
     return torch.nn.functional.pad(tensor, (more, 0) if from_left else (0, more))

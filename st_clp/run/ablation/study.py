@@ -1,4 +1,4 @@
-"""Running an ablation: every variant with every seed, what they share done once, and what is done kept."""
+"""Run an ablation: every variant with every seed. Shared work is done once, and results are kept."""
 
 from __future__ import annotations
 
@@ -52,23 +52,23 @@ def ablate(
     overwrite: bool = False,
     console: Console | None = None,
 ) -> AblationTable:
-    """Train every variant with every seed, evaluate each, and test the differences.
+    """Train every variant with every seed, evaluate them, and test the differences.
 
-    Every variant has the same queries to train on, the same queries held out of them by which its learning rate is
-    chosen (with the first seed, among the same rates), and the same evaluation. What is done is kept in
-    ``settings.output``; the same call again goes on with what is not, more seeds and other variants may be added.
+    All variants have the same training queries, the same held-out queries by which their learning rates are chosen
+    (with the first seed, among the same rates), and the same evaluation. Results are kept in ``settings.output``; the
+    same call resumes, and seeds and variants may be added.
 
     Args:
-        settings: What all variants have in common; ``seed`` is the first seed.
-        variants: The rows; None takes :func:`default_variants`.
-        seeds: How many times each is trained.
+        settings: The settings that all variants share; ``seed`` is the first seed.
+        variants: The variants; None takes :func:`default_variants`.
+        seeds: How many seeds each is trained with.
         learning_rates: The rates to choose among.
-        unseen: Collections that are evaluated on and not trained on, for what training does to other languages.
-        overwrite: Begin anew where the folder holds an ablation.
+        unseen: Collections that are only evaluated on, to see what training does to other languages.
+        overwrite: Start over if the folder holds an ablation.
         console: Where to print; None prints to the standard output.
 
     Returns:
-        The table, which is in ``table.md``, ``table.json`` and ``table.tex`` too.
+        The table, which is also in ``table.md``, ``table.json`` and ``table.tex``.
 
     Raises:
         CollectionError: A collection cannot be read or used.
@@ -105,9 +105,9 @@ class Ablation:
         self._options = EvaluationOptions.of(settings, write_csv=False, **HERE)
 
     def go(self, *, overwrite: bool) -> AblationTable:
-        """Do what is not done, and make the table."""
+        """Do what is missing, and make the table."""
         self._begin(overwrite)
-        # Each variant adds its own queries made of sentences.
+        # Every variant adds its own queries made of sentences.
         collections = load_collections(dataclasses.replace(self.settings, sentence_queries=0))
         self.train = {slug(collection.name): collection for collection in collections.train}
         unseen = [self._load_unseen(source) for source in self._unseen]
@@ -130,7 +130,7 @@ class Ablation:
         return table
 
     def _begin(self, overwrite: bool) -> None:
-        """Make the folder, or refuse one that holds anything else."""
+        """Make the folder, or refuse one with other contents."""
         record = self.folder / RECORD
         shared = {name: value for name, value in self.settings.to_dict().items() if name != "learning_rate"}
         now = json.loads(json.dumps({"settings": shared, "learning_rates": list(self.rates), "unseen": self._unseen}))
@@ -185,7 +185,7 @@ class Ablation:
         return self.folder / "variants" / name / f"seed-{seed}"
 
     def _rate(self, variant: Variant) -> tuple[float, SentenceTransformer | None]:
-        """(the rate that does best on the queries held out; the model that it trained, where that was now)."""
+        """(the rate that scores best on the held-out queries; the model that it trained, if that was done now)."""
         if len(self.rates) == 1:
             return self.rates[0], None
         best: tuple[float, float, SentenceTransformer | None] = (-1.0, 0.0, None)
@@ -202,7 +202,7 @@ class Ablation:
         return best[1], best[2]
 
     def _cell(self, variant: Variant, rate: float, seed: int, trained: SentenceTransformer | None) -> Cell:
-        """A variant trained with a seed and evaluated: read, where that was done before."""
+        """A variant trained with a seed and evaluated, or read if that was done before."""
         folder = self._place(variant.name, seed)
         settings = with_rate(variant, rate, seed)
         found = self._read(folder / CELL, settings)
@@ -212,13 +212,13 @@ class Ablation:
             if trained is None or found is None:
                 trained, found = self._train(variant, settings)
             self._evaluate(trained, variant.name, folder)
-            # Last: a cell that has its record is whole.
+            # Written last: a cell with a record is complete.
             write_json(folder / CELL, found)
             self._say(f"{variant.name}, seed {seed}: {self._scores(folder)} ({duration(found['seconds'])} of training)")
         return Cell(rate, found["share"], found["held_out"], found["steps"], found["seconds"], found["peak_memory"])
 
     def _read(self, record: Path, settings: RunSettings) -> dict[str, Any] | None:
-        """What was noted there; None where nothing was.
+        """Read a record; None if there is none.
 
         Raises:
             SettingsError: It is of other settings.
@@ -236,7 +236,7 @@ class Ablation:
     def _train(self, variant: Variant, settings: RunSettings) -> tuple[SentenceTransformer, dict[str, Any]]:
         """(a trained copy of the base; its record)."""
         mined = {name: self._mined(name, collection, settings) for name, collection in self.train.items()}
-        # By the study's seed: every variant and seed has the same queries held out.
+        # With the study's seed: all variants and seeds have the same held-out queries.
         parts = {name: hold_out(rows, self.settings.seed) for name, rows in mined.items()}
         rows, held_out = ({name: part[which] for name, part in parts.items()} for which in (0, 1))
         if len(self.rates) > 1 and not any(held_out.values()):
@@ -276,7 +276,7 @@ class Ablation:
         rows: Mapping[str, Sequence[TrainingRow]],
         held_out: Mapping[str, Sequence[TrainingRow]],
     ) -> tuple[float, float | None]:
-        """(share of the trained weights that is kept; nDCG@10 on the queries held out)."""
+        """(chosen share of the trained weights; nDCG@10 on the held-out queries)."""
         share = settings.share_of_trained
         if share == "auto":
             chosen = choose_share(model, WeightAverage(model, self.base), held_out, rows, self._options)
@@ -299,7 +299,7 @@ class Ablation:
         }
 
     def _mined(self, name: str, collection: Collection, settings: RunSettings) -> list[TrainingRow]:
-        """The rows that the base mines with these settings: made once for all variants that mine alike."""
+        """The rows mined by the base with these settings, shared by all variants that mine alike."""
         unasked = makes_unasked(settings)
         what = {
             "mining": asdict(MiningOptions.of(settings)),
@@ -346,9 +346,9 @@ class Ablation:
 
 
 def _changed(was: Mapping[str, Any], now: RunSettings, *, where: str) -> list[str]:
-    """Each setting that results depend on and that is another now than in a record, with both values.
+    """Settings that affect results and differ from a record, with both values.
 
-    The record may be of a version with fewer settings: those were as they are by default.
+    Settings that the record's version did not have count as their defaults.
     """
     differences = RunSettings.from_dict(RunSettings.as_recorded(was), where=where).differences(now)
     return [

@@ -1,4 +1,4 @@
-"""The table of an ablation: scores over seeds, and what their differences are worth."""
+"""The table of an ablation: scores over seeds, with intervals and tests of their differences."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Cell:
-    """A variant trained with one seed; the seconds are those of its training, the memory is the GPU's at most."""
+    """A variant trained with one seed; with the seconds of training and the GPU's peak memory."""
 
     learning_rate: float
     share: float
@@ -32,10 +32,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Gain:
-    """How much better one row is than another on a collection, or on the mean of all.
+    """The gain of one row over another on a collection, or on the mean of all.
 
     Attributes:
-        difference: In the mean over seeds and queries.
+        difference: The mean over seeds and queries.
         low, high: Its 95 % bootstrap interval, over queries and seeds.
         p: Of a paired randomisation test of the queries' means over seeds, two-sided.
         p_adjusted: The same by Holm's method over the collections; of the mean, ``p``.
@@ -53,10 +53,10 @@ class Row:
     """A variant.
 
     Attributes:
-        name: What it is called.
+        name: Its name.
         scores: Collection to its nDCG@10, the mean over seeds.
         spread: Collection to the standard deviation over seeds; 0 with one seed.
-        cells: One for each seed; none of the base.
+        cells: One for each seed; none for the base.
         over_base, over_reference: Collection, or ``"mean"`` for that over all that were trained on, to the gain; empty
             for the row itself.
         unseen: The gains over the base on collections that were not trained on, and on their mean.
@@ -77,8 +77,8 @@ class AblationTable:
 
     Attributes:
         rows: The rows.
-        collections: What was trained on, by the evaluations' names.
-        reference: The row that all are compared with besides the base; None where there is none.
+        collections: The collections that were trained on, by the evaluations' names.
+        reference: The row that all are compared with besides the base; None if there is none.
     """
 
     rows: Sequence[Row]
@@ -86,7 +86,7 @@ class AblationTable:
     reference: str | None
 
     def lines(self) -> list[dict[str, str]]:
-        """The table as text: for each row, heading to what stands under it."""
+        """The table as text: for each row, heading to cell."""
         return [self._line(row) for row in self.rows]
 
     def _line(self, row: Row) -> dict[str, str]:
@@ -111,7 +111,7 @@ class AblationTable:
         return line
 
     def markdown(self) -> str:
-        """The table in Markdown, and what its figures are."""
+        """The table in Markdown, with a legend."""
         lines = self.lines()
         head = list(lines[0])
         rows = [head, ["---"] * len(head), *([line[name] for name in head] for line in lines)]
@@ -119,7 +119,7 @@ class AblationTable:
         return f"{table}\n\n{self.legend()}\n"
 
     def legend(self) -> str:
-        """What the figures are."""
+        """The legend."""
         seeds = max((len(row.cells) for row in self.rows), default=0)
         return (
             f"nDCG@10 in points, the mean over {seeds} seeds (± their standard deviation); differences with their 95 % "
@@ -152,16 +152,16 @@ def make_table(
     unseen: Sequence[str] = (),
     seed: int = 0,
 ) -> AblationTable:
-    """The table of what was evaluated.
+    """Make the table from evaluations.
 
     Args:
-        evaluations: Row to its evaluations, one for each seed; one alone of the base, which comes first.
-        cells: Row to how each of these was trained.
+        evaluations: Row to its evaluations, one for each seed; a single one for the base, which comes first.
+        cells: Row to the cell of each of these.
         unseen: The collections that were not trained on.
-        seed: Of the resampling.
+        seed: The seed of the resampling.
 
     Raises:
-        EvaluationError: Evaluations are of other queries, judgments or documents.
+        EvaluationError: Evaluations have different queries, judgments or documents.
     """
     (base,) = evaluations[BASE]
     for found in evaluations.values():
@@ -201,9 +201,9 @@ def _gains(
     collections: Sequence[str],
     seed: int,
 ) -> dict[str, Gain]:
-    """Collection, and ``"mean"``, to the gain of one row over another."""
+    """The gains of one row over another, by collection and for ``"mean"``."""
     pairs = max(len(own), len(other))
-    # Seeds are paired; the base, which was not trained, stands beside each of them.
+    # Seeds are paired; the base, which was not trained, is paired with each of them.
     differences = {
         key: np.stack([own[place % len(own)][key] - other[place % len(other)][key] for place in range(pairs)])
         for key in collections
@@ -223,11 +223,11 @@ def _gains(
 
 
 def _interval(differences: Sequence[np.ndarray], seed: int) -> tuple[float, float]:
-    """The 95 % bootstrap interval of the mean over collections: queries are drawn again, and seeds are.
+    """The 95 % bootstrap interval of the mean over collections, resampling queries and seeds.
 
     Args:
         differences: (seeds, queries) of each collection.
-        seed: Of the draws.
+        seed: The random seed.
     """
     generator = np.random.default_rng(seed)
     seeds = len(differences[0])
@@ -243,7 +243,7 @@ def _interval(differences: Sequence[np.ndarray], seed: int) -> tuple[float, floa
 
 
 def _gain(gains: Mapping[str, Gain]) -> str:
-    """The mean's, or the only collection's: ``"+1.23 [0.40, 2.10], p 0.012"``."""
+    """The gain of the mean, or of the only collection, as text: ``"+1.23 [0.40, 2.10], p 0.012"``."""
     if not gains:
         return ""
     gain = gains.get(OVERALL) or next(iter(gains.values()))

@@ -1,4 +1,4 @@
-"""What is compared: variants, each a name and what it changes of a run's settings."""
+"""The variants of an ablation: a name and the changes to a run's settings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from st_clp.settings import RunSettings, SettingsError
 
 BASE = "base"  # the model as it is, which is a row of every table
 
-# What all variants share, so that they differ in nothing but what they say.
+# Settings that all variants share, so that they differ only in their changes.
 SHARED = (
     "model",
     "collection",
@@ -32,13 +32,13 @@ SHARED = (
     "encode_batch_size",
 )
 
-# As the paper has it: the queries that were asked, in batches of rows.
+# As in the paper: asked queries, in batches of rows.
 _ASKED = {"sentence_queries": 0, "batches": "rows", "experts": 0}
 _WHOLE = {**_ASKED, "train": "all", "average_with_base": "1"}
 _PLAIN = {**_WHOLE, "penalty_weight": 0.0}
 _DEFAULT: dict[str, dict[str, Any]] = {
     "pairs": {**_PLAIN, "num_negatives": 0},
-    # No score is that low, so all candidates are refused and random documents take their places.
+    # No score is that low, so all candidates are refused and random documents replace them.
     "random": {
         **_PLAIN,
         "range_min": 0,
@@ -61,9 +61,9 @@ class Variant:
     """A row of the table.
 
     Attributes:
-        name: What to call it, a file name too.
-        settings: Of the run that it is.
-        changes: What it changes of the settings that all have.
+        name: Its name, also used in file names.
+        settings: The run's settings.
+        changes: Its changes to the shared settings.
     """
 
     name: str
@@ -72,15 +72,15 @@ class Variant:
 
 
 def default_variants(settings: RunSettings) -> list[Variant]:
-    """The rows of the paper's table and ours: pairs alone, random negatives, ANCE, CLP, what trains, averaging."""
+    """The rows of the paper's table and ours: pairs, random negatives, ANCE, CLP, what trains, averaging."""
     return make_variants(settings, _DEFAULT, "the built-in variants")
 
 
 def read_variants(path: str | Path, settings: RunSettings) -> list[Variant]:
-    """Variants from a YAML file: a mapping of names to what each changes of the settings.
+    """Read variants from a YAML file: names to changes of the settings.
 
     Raises:
-        SettingsError: The file cannot be read, or a variant cannot be meant.
+        SettingsError: The file cannot be read, or a variant is invalid.
     """
     found = read_mapping(
         path, "file of variants", "names and what each changes, such as `ance: {penalty_weight: 0}`", SettingsError
@@ -94,12 +94,12 @@ def make_variants(settings: RunSettings, changes: Mapping[Any, Any], where: str)
     """Variants by name.
 
     Args:
-        settings: What all have in common.
-        changes: Name to what the variant changes of it.
-        where: Where they are from, for messages.
+        settings: The shared settings.
+        changes: Name to the variant's changes.
+        where: Their origin, for messages.
 
     Raises:
-        SettingsError: A name or a value that cannot be meant, or something that all variants share.
+        SettingsError: A name or value is invalid, or is shared by all variants.
     """
     variants = []
     for name, own in changes.items():
@@ -126,7 +126,7 @@ def make_variants(settings: RunSettings, changes: Mapping[Any, Any], where: str)
     return variants
 
 
-# Training arguments that the loop of an ablation minds.
+# Training arguments that the ablation's loop supports.
 ARGUMENTS = ("weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon")
 
 
