@@ -253,20 +253,21 @@ def require_field(
     accepted = (*kinds, int) if float in kinds else kinds
     if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in kinds):
         expected = " or ".join("null" if one is type(None) else one.__name__ for one in kinds)
-        raise error(f"{where}: {name!r} must be {expected}, not {_shown(value)}{ending}")
+        raise error(f"{where}: {name!r} must be {expected}, not {shown(value)}{ending}")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         low, high = (float("-inf") if least is None else least), (float("inf") if most is None else most)
         if not low <= value <= high:
-            raise error(f"{where}: {name!r} must be between {low:g} and {high:g}, not {_shown(value)}{ending}")
+            raise error(f"{where}: {name!r} must be between {low:g} and {high:g}, not {shown(value)}{ending}")
     return value
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any, most: int = 80) -> str:
+    """A value as a message shows it, in at most so many characters."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # an integer of too many digits, or nested too deep
-        text = type(value).__name__
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    except (ValueError, RecursionError):  # an integer of thousands of digits, or nested too deep
+        text = f"a {type(value).__name__} too large to show"
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def content_digest(path: str | os.PathLike[str]) -> str:

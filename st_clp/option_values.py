@@ -12,6 +12,8 @@ from numbers import Integral, Real
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+from st_clp.files import shown
+
 LARGEST_INT = 2**63 - 1  # what the libraries below can hold
 
 
@@ -139,15 +141,6 @@ def _as_number(name: str, kind: type, value: Any, number: Any) -> Any:
         return float(number)
     except OverflowError:
         raise SettingsError(f"{name} must be a finite number, got {shown(value)}") from None
-
-
-def shown(value: Any) -> str:
-    """The value as a message shows it, cut off where it is long."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an integer of thousands of digits, or nested too deep
-        text = f"a {type(value).__name__} too large to show"
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 # What looks like a variable's name even if it is not set: capitals with an underscore, unlike a key.

@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 from st_clp.declaring import option
-from st_clp.files import read_mapping, write_text
-from st_clp.option_values import SettingsError, shown
+from st_clp.files import read_mapping, shown, write_text
+from st_clp.option_values import SettingsError
 from st_clp.options import (
     DataOptions,
     EncodingOptions,

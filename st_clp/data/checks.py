@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from st_clp.files import shown
+
 
 class CollectionError(ValueError):
     """A collection cannot be read or used as asked; the message names the place and the remedy."""
@@ -151,15 +153,6 @@ def add_judgment(
         cause = "judgments that came again with another grade (the last one counts)"
         counts[cause] = counts.get(cause, 0) + 1
     grades[doc_id] = grade
-
-
-def shown(value: Any) -> str:
-    """A value for a message, shortened."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an integer of too many digits, or nested too deep
-        text = type(value).__name__
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def readable_path(path: str | os.PathLike[str]) -> str:

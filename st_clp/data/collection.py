@@ -9,9 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from st_clp.data.checks import CollectionError, require_grade, require_id, require_ids, require_text, shown
+from st_clp.data.checks import CollectionError, require_grade, require_id, require_ids, require_text
 from st_clp.data.corpus import Corpus, Document, MemoryCorpus
 from st_clp.data.registry import find_source
+from st_clp.files import shown
 
 logger = logging.getLogger(__name__)
 

@@ -23,11 +23,12 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from st_clp.declaring import names_of
 from st_clp.distributed import has_room
 from st_clp.encoding import hardware_has_bf16
+from st_clp.files import shown
 from st_clp.losses import DocumentBatchSampler
 from st_clp.losses.document_batches import Near
 from st_clp.mining import TrainingRow
 from st_clp.mining.rows import to_dataset
-from st_clp.option_values import read_number, shown
+from st_clp.option_values import read_number
 from st_clp.options import HERE, ClusterOptions, MiningOptions, QueryOptions, RefreshOptions
 from st_clp.refresh import AnceCallback
 from st_clp.run.modelling import column_kinds, load_cross_encoder, make_loss

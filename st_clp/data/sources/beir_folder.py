@@ -14,11 +14,11 @@ from st_clp.data.checks import (
     readable_path,
     require_grade,
     require_id,
-    shown,
 )
 from st_clp.data.collection import Collection
 from st_clp.data.corpus import Corpus, Document, FileCorpus, find_file, id_field, read_jsonl, read_lines, text_field
 from st_clp.data.registry import register_source
+from st_clp.files import shown
 
 DEFAULT_FIELDS = ("title", "text")
 
