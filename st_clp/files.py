@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 import st_clp
 
@@ -22,6 +24,8 @@ try:
     import fcntl
 except ImportError:  # Windows: there a file that is open cannot be removed, which is all the lock is for
     fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
 
 UNFINISHED = ".partial"
 """How the name of a file or folder ends that is being written."""
@@ -125,6 +129,26 @@ def _make_unfinished(target: Path) -> tuple[Path, int | None]:
 
 def _own_name(target: Path) -> str:
     return f"{target.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}{UNFINISHED}"
+
+
+@contextmanager
+def locked(path: Path, work: str) -> Iterator[None]:
+    """Wait until no other process holds the lock file ``path``, and hold it. A killed process releases it.
+
+    Args:
+        path: The file; it is made, and stays.
+        work: What the other process is doing, for the notice while this one waits.
+    """
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.warning("another process is %s; waiting for it", work)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def remove_leftovers(path: str | os.PathLike[str]) -> None:

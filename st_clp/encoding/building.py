@@ -7,14 +7,13 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
@@ -38,6 +37,7 @@ from st_clp.encoding.shards import (
     write_manifest,
 )
 from st_clp.encoding.working_model import Task, model_fingerprint, resolve_dtype
+from st_clp.files import locked
 from st_clp.options import ComputeDtype, Encoding
 
 logger = logging.getLogger(__name__)
@@ -372,16 +372,6 @@ def _require_own(folder: Path) -> None:
             )
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Wait until no other process is building this store. A killed process releases the lock."""
-    lock = FileLock(_named(folder, LOCK))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        logger.warning("another process is making %s; waiting for it", folder)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+def _alone(folder: Path) -> AbstractContextManager[None]:
+    """Hold the lock for building this store."""
+    return locked(_named(folder, LOCK), f"making {folder}")

@@ -22,9 +22,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from filelock import FileLock, Timeout
-
 from st_clp.data import Document
+from st_clp.files import locked
 from st_clp.queries.interface import DocumentQueries, GeneratingSource, QuerySource, Usage
 
 logger = logging.getLogger(__name__)
@@ -183,16 +182,8 @@ class QueryStore:
         if self.path is None:
             yield
             return
-        lock = FileLock(self.path.with_name(f"{self.path.name}.lock"))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            logger.warning("another process is generating into %s; waiting for it", self.path)
-            lock.acquire()
-        try:
+        with locked(self.path.with_name(f"{self.path.name}.lock"), f"generating into {self.path}"):
             yield
-        finally:
-            lock.release()
 
     def put(self, key: Key, answer: StoredAnswer) -> None:
         """Store an answer."""
