@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import logging
 import os
 import sqlite3
 import threading
@@ -25,8 +24,6 @@ from typing import NamedTuple
 from st_clp.data import Document
 from st_clp.files import locked
 from st_clp.queries.interface import DocumentQueries, GeneratingSource, QuerySource, Usage
-
-logger = logging.getLogger(__name__)
 
 FORMAT = 2  # 1, of versions before 0.2.0, had further tables, for processes that generated at the same time
 NANO = 10**9  # money is counted in whole billionths, so that sums are exact

@@ -12,12 +12,15 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 KEY = "sk-a-key-of-the-campaigns-0123456789"
 ENVIRONMENT = {
@@ -146,6 +149,8 @@ def _be_the_child(
         os.environ.update(environment)
         for name in (name for name, value in environment.items() if not value):
             del os.environ[name]
+        # The lock that tqdm has is shared by all children: one that is killed with it in hand would stop the others.
+        tqdm.set_lock(threading.RLock())
         if setup is not None:
             setup()
         work()

@@ -11,12 +11,14 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
 
 import torch
 from sentence_transformers import SentenceTransformer
+from tqdm import tqdm
 
 from st_clp import Collection, mine_hard_negatives
 
@@ -47,6 +49,8 @@ def begin(model: SentenceTransformer, collection: Collection, folder: Path) -> i
     """Mine in a child process; its id. How many texts it encodes goes to a file."""
     child = os.fork()
     if child == 0:
+        # All children share tqdm's own lock: one that is killed with it in hand would stop the others.
+        tqdm.set_lock(threading.RLock())
         encoded: list[str] = []
         original = model.preprocess
 
