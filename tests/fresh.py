@@ -7,6 +7,7 @@ be tested so: for that there is ``subprocess``.
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import signal
@@ -74,6 +75,8 @@ def _origin() -> subprocess.Popen[str]:
 def _serve() -> None:
     """Fork a process for each line, and answer with what it returned."""
     assert "st_clp" not in sys.modules
+    gc.collect()
+    gc.freeze()  # so that no garbage collection of a child's looks at it
     for line in sys.stdin:
         task = json.loads(line)
         child = os.fork()
