@@ -59,6 +59,12 @@ def run_fresh(
     return done
 
 
+def run_fresh_script(script: Path, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run a script as ``python script`` would, in a process as :func:`run_fresh` has it."""
+    code = f"import runpy, sys; sys.argv[0] = {str(script)!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
+    return run_fresh(code, *arguments, check=check)
+
+
 @lru_cache
 def _origin() -> subprocess.Popen[str]:
     process = subprocess.Popen(
@@ -100,6 +106,8 @@ def _run(task: dict[str, Any]) -> int:
         exec(compile(task["code"], "<string>", "exec"), {"__name__": "__main__"})
     except SystemExit as error:
         returned = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
         returned = 1

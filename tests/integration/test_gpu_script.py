@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.fresh import run_fresh_script
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 
 
@@ -31,7 +33,7 @@ def test_it_runs_at_sizes_at_which_nothing_is_measured() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_device_it_says_what_can_be_done() -> None:
-    found = run()
+    found = run_fresh_script(SCRIPT, check=False)
     assert found.returncode == 1
     assert "--device cpu --small" in found.stderr
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from st_clp.losses import CLPLoss
+from tests.fresh import run_fresh_script
 
 # Rows 0 to 1 are the first process's, 2 to 3 the second's; the weights in the two differ.
 LABELS = torch.tensor([[1.0, 1.0], [0.5, 1.0], [0.0, 0.0], [0.1, 0.0]])
@@ -76,11 +74,7 @@ def results(
         {"model": str(tiny_model_path), "guide": str(guide_path), "columns": batch, "cases": cases}, folder / "cases.pt"
     )
     script = Path(__file__).parent / "two_processes.py"
-    command = [sys.executable, str(script), str(folder / "cases.pt"), str(folder / "out.pt")]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_fresh_script(script, folder / "cases.pt", folder / "out.pt")
     return torch.load(folder / "out.pt", weights_only=True)
 
 

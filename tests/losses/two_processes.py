@@ -12,17 +12,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from sentence_transformers import SentenceTransformer
 from torch.nn.parallel import DistributedDataParallel
+
+import st_clp.losses
 
 PROCESSES = 2
 
 
 def compute(job: dict[str, Any], case: dict[str, Any], rank: int) -> dict[str, Any]:
-    # Not at the top: the process that only starts the others would take seconds to import them.
-    from sentence_transformers import SentenceTransformer
-
-    import st_clp.losses
-
     model = SentenceTransformer(job["model"], device="cpu").double().train()
     model[0].auto_model.pooler = None  # DDP waits for parameters that nothing uses
     if case.get("guided"):
@@ -55,4 +53,5 @@ def work(rank: int, rendezvous: str, cases: str, out: str) -> None:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(work, (os.path.join(folder, "rendezvous"), *sys.argv[1:3]), nprocs=PROCESSES)
+        arguments = os.path.join(folder, "rendezvous"), *sys.argv[1:3]
+        torch.multiprocessing.start_processes(work, arguments, nprocs=PROCESSES, start_method="fork")

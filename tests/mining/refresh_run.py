@@ -218,4 +218,6 @@ if __name__ == "__main__":
         import torch
 
         meeting = str(Path(sys.argv[1]).with_suffix(".rendezvous"))
-        torch.multiprocessing.spawn(work, (content, meeting), nprocs=content["processes"])
+        torch.multiprocessing.start_processes(
+            work, (content, meeting), nprocs=content["processes"], start_method="fork"
+        )

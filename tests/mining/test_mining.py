@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from st_clp.mining import MinedNegatives, MiningOptions
 from st_clp.mining import mine as mine_by_options
 from st_clp.mining.rows import read_rows, write_rows
 from tests import toy
+from tests.fresh import run_fresh
 
 
 def mine(
@@ -274,16 +273,16 @@ def test_rows_survive_the_file_and_are_training_rows_again(tiny_model: SentenceT
 
 
 WRITING = """
-import sys
-from pathlib import Path
+import os, sys
 from st_clp.mining.rows import read_rows, require_writable, write_rows
 rows = read_rows(sys.argv[1])
-print("ready", flush=True)
-sys.stdin.readline()
+other = os.fork()
 for _ in range(400):
     require_writable(sys.argv[2])
     write_rows(sys.argv[2], rows)
     assert read_rows(sys.argv[2]) == rows
+if other:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]))
 """
 
 
@@ -291,17 +290,7 @@ def test_two_processes_may_write_the_same_rows(tiny_model: SentenceTransformer, 
     """As where two mine into one folder, of which the store lets one encode and the other wait."""
     mined = mine(tiny_model, make_collection(), num_negatives=2, show_progress_bar=False)
     write_rows(tmp_path / "rows.jsonl", mined.rows)
-    command = [sys.executable, "-c", WRITING, str(tmp_path / "rows.jsonl"), str(tmp_path / "shared.jsonl")]
-    writers = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    assert [writer.stdout.readline() for writer in writers if writer.stdout] == ["ready\n"] * 2
-    for writer in writers:  # both have begun before the first is waited for
-        assert writer.stdin is not None
-        writer.stdin.write("go\n")
-        writer.stdin.flush()
-    assert [(writer.communicate()[1], writer.returncode) for writer in writers] == [("", 0)] * 2
+    assert run_fresh(WRITING, tmp_path / "rows.jsonl", tmp_path / "shared.jsonl").stderr == ""
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "shared.jsonl"]
 
 

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +18,7 @@ from transformers import TrainerCallback
 
 from st_clp import upcycle
 from st_clp.mining import MiningOptions, mine
+from tests.fresh import run_fresh_script
 
 SCRIPT = Path(__file__).parent / "refresh_run.py"
 OPTIONS = MiningOptions(num_negatives=2, range_max=8)
@@ -117,10 +117,7 @@ def test_mining_beside_uses_the_weights_it_began_with_and_a_killed_process_is_a_
 def run_script(tmp_path: Path, name: str, **job: Any) -> subprocess.CompletedProcess[str]:
     file = tmp_path / f"{name}.json"
     file.write_text(json.dumps(job))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), str(file)], capture_output=True, text=True, timeout=240, env=environment
-    )
+    return run_fresh_script(SCRIPT, file, check=False)
 
 
 def test_a_run_killed_in_the_middle_of_a_refresh_goes_on_with_the_same_batches(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +17,7 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 
 import st_clp
 from st_clp.moe import ExpertUsageCallback, TrainableParameters
+from tests.fresh import run_fresh
 
 TEXTS = ["a cat on the river", "the king", "what is the capital of a country", "red green blue " * 8]
 
@@ -194,13 +193,15 @@ def test_a_compiled_model_gives_the_same(tiny_model: SentenceTransformer) -> Non
 
 
 DISTRIBUTED = """
-import gc, sys, torch
+import gc, os, sys, torch
 import torch.distributed as dist
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 import st_clp
-rank, path, store = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+path, store = sys.argv[1:]
 torch.set_num_threads(1)
+other = os.fork()
+rank = int(other == 0)
 dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
 
 
@@ -227,14 +228,10 @@ work()
 gc.collect()  # what holds connections goes before they are closed, not while Python ends
 dist.barrier()  # neither closes its connections while the other still uses them
 dist.destroy_process_group()
+if other:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]))
 """
 
 
 def test_two_processes_stay_alike_and_miss_no_gradient(tiny_model_path: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", DISTRIBUTED]
-    workers = [
-        subprocess.Popen([*command, str(rank), str(tiny_model_path), str(tmp_path / "store")], stderr=subprocess.PIPE)
-        for rank in (0, 1)
-    ]
-    errors = [worker.communicate(timeout=300)[1].decode()[-3000:] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], errors
+    run_fresh(DISTRIBUTED, tiny_model_path, tmp_path / "store")
