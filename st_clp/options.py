@@ -412,6 +412,16 @@ class ExpertOptions(Options):
                 f"experts={self.experts} with experts_per_token={self.experts_per_token}: a mixture needs at least "
                 "two experts and no fewer than each token goes to; 0 experts trains the dense model"
             )
+        if self.experts == 0 and self.experts_per_token != 1:
+            raise SettingsError(
+                f"experts_per_token={self.experts_per_token} needs experts, no fewer than each token goes to; give "
+                "their number as experts, or leave this out: the dense model has none"
+            )
+        if self.experts == 0 and self.projection != "intermediate":
+            raise SettingsError(
+                f"projection={self.projection} needs experts: it is what they are made of; to train the dense model's "
+                "projections name them with train: intermediate or output"
+            )
         if self.experts == 0 and self.train in ("moe", "router"):
             raise SettingsError(f"train={self.train} needs experts; with experts=0 train intermediate, output or all")
 

@@ -78,6 +78,8 @@ def test_the_command_line_comes_before_the_file_and_both_before_defaults(
         ({"penalty": "euclid"}, "penalty must be one of cosine, contrastive, got 'euclid'"),
         ({"experts": 2, "experts_per_token": 3}, "no fewer than each token goes to"),
         ({"experts": 0, "train": "moe"}, "train=moe needs experts"),
+        ({"experts_per_token": 2}, "experts_per_token=2 needs experts"),
+        ({"projection": "output"}, "projection=output needs experts"),
         ({"scale": None}, "scale has no value"),
         ({"seed": -1}, "seed must be at least 0 and at most 4,294,967,295, got -1"),
         ({"seed": 2**40}, "seed must be at least 0 and at most 4,294,967,295"),

@@ -83,7 +83,11 @@ CASES = [
     _run("a penalty weight of 2", "penalty_weight must be at least 0 and at most 1", "--penalty-weight", "2"),
     _run("a holdout of all", "holdout must be", "--holdout", "0.95"),
     _run("one expert", "a mixture needs at least two experts", "--experts", "1"),
-    _run("more experts a token than there are", "no fewer than each token goes to", "--experts-per-token", "3"),
+    _run(
+        "more experts a token than there are", "no fewer than each token", "--experts", "2", "--experts-per-token", "3"
+    ),
+    _run("experts a token without experts", "give their number as experts", "--experts-per-token", "3"),
+    _run("a projection for no experts", "name them with train", "--projection", "output"),
     _run("range_min beyond range_max", "range_min", "--range-min", "100"),
     _run("a refresh now and then", "refresh_every must be a number of steps", "--refresh-every", "sometimes"),
     _run("a refresh beside training without one", "refresh_async needs refresh_every", "--refresh-async"),
