@@ -43,13 +43,14 @@ WORDS = (
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
-# What takes long: whole runs, processes that are started or killed, real text, a browser.
+# What takes long: whole runs, processes that are started or killed, compiled models, real text, a browser.
 SLOW = (
     "campaigns/ distributed/ integration/ test_real_text test_processes in_browser test_package test_packaging "
     "test_refresh "
     "encoding/test_store queries/test_store queries/test_endpoint queries/test_budget queries/test_pairs "
     "moe/test_saving moe/test_training moe/test_card moe/test_specialization losses/test_training "
-    "evaluators/test_benchmarks evaluators/test_beir_search test_what_a_batch_frees test_pytrec_eval_is_needed"
+    "evaluators/test_benchmarks evaluators/test_beir_search test_what_a_batch_frees test_pytrec_eval_is_needed "
+    "test_layers_that_are_compiled test_a_compiled_model test_a_whole_model_compiles"
 ).split()
 
 
