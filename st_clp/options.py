@@ -466,6 +466,12 @@ class TrainingOptions(SeedOption):
     )
     warmup: float = option(0.1, "Warm-up steps: a share of all steps, or a number of at least 1.", least=0)
     bf16: bool | None = option(None, "Train in bfloat16. By default if the hardware supports it.")
+    dropout: float | None = option(
+        None,
+        "Dropout while training. 0 trains without it, in less time and memory. By default the model's own.",
+        least=0,
+        most=0.9,
+    )
     compile_layers: bool = option(
         False,
         "Compile the encoder's layers for the training. This helps if a GPU waits for Python, as with small models or "

@@ -108,6 +108,8 @@ def prepare_model(model: SentenceTransformer, settings: RunSettings) -> Trainabl
         SettingsError: The model has no such part.
     """
     set_seed(settings.seed)  # the routers start at random
+    if settings.dropout is not None:
+        set_dropout(model, settings.dropout)
     if settings.experts and not is_moe(model):
         upcycle(
             model,
@@ -121,6 +123,25 @@ def prepare_model(model: SentenceTransformer, settings: RunSettings) -> Trainabl
         return train_only(model, what)
     except ValueError as error:
         raise SettingsError(f"train={what}: {error} Or train the whole model: --train all") from error
+
+
+def set_dropout(model: nn.Module, share: float) -> None:
+    """Set the dropout of all layers, for training; a saved model has what its configuration says.
+
+    Raises:
+        SettingsError: The model has no layers with dropout.
+    """
+    layers = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    # Some encoders have no layer for that of attention, but a number.
+    attentions: list[Any] = [
+        module for module in model.modules() if isinstance(getattr(module, "attention_dropout", None), float)
+    ]
+    if share and not layers and not attentions:
+        raise SettingsError("dropout: this model has no layers with dropout; leave it out")
+    for layer in layers:
+        layer.p = share
+    for attention in attentions:
+        attention.attention_dropout = share
 
 
 @contextmanager
