@@ -468,7 +468,7 @@ class TrainingOptions(SeedOption):
     bf16: bool | None = option(None, "Train in bfloat16. By default if the hardware supports it.")
     dropout: float | None = option(
         None,
-        "Dropout while training. 0 trains without it, in less time and memory. By default the model's own.",
+        "Dropout while training. 0 trains without it, in less memory on a CPU. By default the model's own.",
         least=0,
         most=0.9,
     )
