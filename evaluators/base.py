@@ -35,7 +35,8 @@ class EvaluationCall:
         show_progress_bar: Show one progress bar over the documents of all collections.
 
     Attributes:
-        bar: The progress bar."""
+        bar: The progress bar.
+    """
 
     def __init__(self, model: SentenceTransformer, corpora: Iterable[Corpus], *, show_progress_bar: bool) -> None:
         self.model = model

@@ -4,8 +4,9 @@ A folder holds four files that only grow, and a manifest:
 
     embeddings.bin   rows of float16 or float32
     ids.jsonl        a document's id on each line, as JSON
-    keys.bin         16 bytes for each text, by which embeddings are used again shards.jsonl     for each shard its
-    number of rows and a checksum of its part of the three files manifest.json    what the embeddings are of
+    keys.bin         16 bytes for each text, by which embeddings are used again
+    shards.jsonl     for each shard its number of rows and a checksum of its part of the three files
+    manifest.json    what the embeddings are of
 
 A shard is valid once its line is in ``shards.jsonl``; bytes after the last shard are cut off when a stopped run is
 resumed. Its checksum also covers the model, task, precision and width, so that a shard of another model counts as

@@ -39,7 +39,8 @@ class Processes:
         However long it takes, no single collective operation runs into its time limit.
 
         Args:
-            work: The function; it must not raise."""
+            work: The function; it must not raise.
+        """
         if not self.several:
             return work()
         results: list[dict[str, Any]] = []
