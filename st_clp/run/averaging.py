@@ -59,7 +59,9 @@ class WeightAverage:
 
     Args:
         model: The fine-tuned model.
-        base: The model that it was fine-tuned from. Raises:
+        base: The model that it was fine-tuned from.
+
+    Raises:
         ValueError: A weight of the model has no counterpart in the base.
     """
 
