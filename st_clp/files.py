@@ -285,13 +285,13 @@ def require_field(
     return value
 
 
-def shown(value: Any, most: int = 80) -> str:
-    """A value as a message shows it, in at most so many characters."""
+def shown(value: Any) -> str:
+    """A value as a message shows it, in at most 80 characters."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits, or nested too deep
         text = f"a {type(value).__name__} too large to show"
-    return text if len(text) <= most else f"{text[: most - 3]}..."
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def content_digest(path: str | os.PathLike[str]) -> str:

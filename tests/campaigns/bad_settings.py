@@ -84,7 +84,12 @@ CASES = [
     _run("a holdout of all", "holdout must be", "--holdout", "0.95"),
     _run("one expert", "a mixture needs at least two experts", "--experts", "1"),
     _run(
-        "more experts a token than there are", "no fewer than each token", "--experts", "2", "--experts-per-token", "3"
+        "more experts a token than there are",
+        "no fewer than each token goes to",
+        "--experts",
+        "2",
+        "--experts-per-token",
+        "3",
     ),
     _run("experts a token without experts", "give their number as experts", "--experts-per-token", "3"),
     _run("a projection for no experts", "name them with train", "--projection", "output"),

@@ -66,5 +66,5 @@ def test_a_model_without_dropout_and_a_share_beyond_bounds_are_refused() -> None
     set_dropout(model, 0.0)
     with pytest.raises(SettingsError, match="dropout: this model has no layers with dropout"):
         set_dropout(model, 0.1)
-    with pytest.raises(SettingsError, match="dropout must be at least 0 and at most 0"):
+    with pytest.raises(SettingsError, match=r"dropout must be at least 0 and at most 0\.9, got 1"):
         RunSettings(dropout=1.0)
