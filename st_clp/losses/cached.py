@@ -18,8 +18,10 @@ from torch import Tensor
 from st_clp.declaring import with_parameters_of
 from st_clp.losses.batch import Batch, Inputs
 from st_clp.losses.clp import CLPLoss
+from st_clp.losses.columns import drop_foreign_features
 from st_clp.losses.forward import shortest_first
 from st_clp.losses.gradcache import get_batch_size, validate_mini_batch_num_tokens
+from st_clp.losses.host_texts import host_texts
 
 
 class CachedCLPLoss(CachedLossMixin, CLPLoss):
@@ -108,15 +110,18 @@ class CachedCLPLoss(CachedLossMixin, CLPLoss):
     __init__.__signature__ = with_parameters_of(CLPLoss.__init__, __init__)  # type: ignore[attr-defined]
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
-        columns, inputs = self._prepare(sentence_features, labels)
-        by_length = [self._by_length(column) for column in columns]
+        features = list(sentence_features)
+        drop_foreign_features(features)
+        with host_texts(features) as known:
+            columns, _, inputs = self._prepare(features, known, labels)
+            by_length = [self._by_length(column) for column in columns]
         inputs = replace(inputs, back=[back for _, back in by_length])
         # The cache hands its second argument on to calculate_loss untouched.
         return self.forward_cached([column for column, _ in by_length], cast(Tensor, inputs))
 
     def _by_length(self, column: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
         if self.mini_batch_num_tokens is None and get_batch_size(column) <= self.mini_batch_size:
-            return column, None  # it is one mini-batch, as wide in any order
+            return dict(column), None  # it is one mini-batch, as wide in any order
         return shortest_first(column)
 
     def calculate_loss(

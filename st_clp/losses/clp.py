@@ -7,13 +7,14 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.util import cos_sim, similarity_fct_name
 from torch import Tensor, nn
 
-from st_clp.losses.batch import Batch, Inputs, text_codes
+from st_clp.losses.batch import Batch, Inputs
 from st_clp.losses.choices import Direction, HardnessMode, MarginStrategy, Options, PartitionMode, Similarity
 from st_clp.losses.columns import (
     Column,
@@ -26,7 +27,9 @@ from st_clp.losses.columns import (
 from st_clp.losses.forward import distinct_texts, embed_by_length
 from st_clp.losses.gradcache import get_batch_size
 from st_clp.losses.guide import Guide
+from st_clp.losses.host_texts import HostTexts, host_texts, on_device
 from st_clp.losses.objective import PENALTIES, objective
+from st_clp.losses.text_codes import text_codes
 from st_clp.options import LossOptions, MiningSettings
 
 
@@ -241,12 +244,14 @@ class CLPLoss(nn.Module):
         check_settings(self)
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
-        columns, inputs = self._prepare(sentence_features, labels)
-        num_queries = inputs.layout.num_queries
-        embeddings = [
-            *embed_by_length(self.model, columns[:num_queries]),
-            *embed_by_length(self.model, columns[num_queries:]),
-        ]
+        features = list(sentence_features)
+        drop_foreign_features(features)
+        with host_texts(features) as known:
+            columns, known, inputs = self._prepare(features, known, labels)
+            number = inputs.layout.num_queries
+            embeddings = embed_by_length(
+                self.model, [columns[:number], columns[number:]], [known[:number], known[number:]]
+            )
         return self._objective(self._assemble(embeddings, inputs))
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
@@ -271,25 +276,35 @@ class CLPLoss(nn.Module):
         return self._assemble(columns, Inputs(layout, weights))
 
     def _prepare(
-        self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None
-    ) -> tuple[list[dict[str, Any]], Inputs]:
-        """Bring the columns into "queries first" order, and collect what the objective needs besides embeddings."""
-        features = list(sentence_features)
-        drop_foreign_features(features)
-        columns, layout, weights = self._arrange(features, labels, _batch_size(features[0]))
+        self, features: list[dict[str, Any]], known: list[HostTexts | None], labels: Tensor | None
+    ) -> tuple[list[dict[str, Any]], list[HostTexts | None], Inputs]:
+        """Bring the columns into "queries first" order, and collect what the objective needs besides embeddings.
+
+        Args:
+            features: The columns, in the order of the dataset.
+            known: What the host knows of the texts of each.
+            labels: ``(batch, n * m)``, or None.
+        """
+        pairs, layout, weights = self._arrange(
+            list(zip(features, known, strict=True)), labels, _batch_size(features[0])
+        )
+        columns, known = [column for column, _ in pairs], [texts for _, texts in pairs]
+        number = layout.num_queries
         # Before any forward pass: modules may change the features in place.
-        codes = [text_codes(column) for column in columns[layout.num_queries :]]
-        known = [code for code in codes if code is not None]
-        texts = torch.stack(known, dim=1) if len(known) == len(codes) else None
+        codes = _codes(columns[number:], known[number:])
         guide = None
         if self.guide is not None:
-            guide = self.guide.embed(columns, layout.num_queries, **self._guide_mini_batch())
+            guide = self.guide.embed(columns, number, **self._guide_mini_batch())
         places = None
-        if self.encode_once and texts is not None:
-            found = distinct_texts(columns[layout.num_queries :], texts)
+        if self.encode_once and codes is not None:
+            found = distinct_texts(columns[number:], known[number:], codes)
             if found is not None:
-                columns, places = [*columns[: layout.num_queries], found[0]], found[1]
-        return columns, Inputs(layout, weights, texts, guide, places)
+                columns, known, places = (
+                    [*columns[:number], found.features],
+                    [*known[:number], found.known],
+                    found.places,
+                )
+        return columns, known, Inputs(layout, weights, codes, guide, places)
 
     def _arrange(
         self, columns: list[Column], labels: Tensor | None, batch_size: int
@@ -361,6 +376,16 @@ class CLPLoss(nn.Module):
     primaryClass={cs.IR}
 }
 """
+
+
+def _codes(columns: list[dict[str, Any]], known: list[HostTexts | None]) -> Tensor | None:
+    """``(batch, columns)``, equal numbers for equal texts; None where the inputs are not tokens."""
+    there = [texts.codes for texts in known if texts is not None]
+    if len(there) == len(columns):
+        return on_device(np.stack(there, axis=1), columns[0]["input_ids"].device)
+    codes = [text_codes(column) for column in columns]
+    found = [code for code in codes if code is not None]
+    return torch.stack(found, dim=1) if len(found) == len(codes) else None
 
 
 def _batch_size(features: dict[str, Any]) -> int:

@@ -124,7 +124,7 @@ def _tokens(model: SentenceTransformer, settings: RunSettings, rows: Dataset, nu
         if settings.of_documents:
             documents = sorted(set(documents))
         lengths = token_counts(model, queries, "query"), token_counts(model, documents, "document")
-        found.append(max(1, sum(tokens_to_embed(of_texts, model) for of_texts in lengths)))
+        found.append(max(1, tokens_to_embed(lengths, model.device)))
     return found
 
 

@@ -171,5 +171,5 @@ def test_the_trainer_takes_it(tiny_model: SentenceTransformer, tmp_path: Path) -
     )
     read.clear()
     trainer.train()
-    # Two batches of 12 rows; the three documents of a neighbourhood are one another's negatives.
-    assert read == [12, 6, 12, 6]
+    # Two batches of 12 rows, each one pass; the three documents of a neighbourhood are one another's negatives.
+    assert read == [18, 18]

@@ -225,13 +225,13 @@ def test_prompts(loss_class: Any, fresh: Any, rows: Dataset, train: Train) -> No
 
 
 @pytest.mark.parametrize("penalty", ["cosine", "contrastive"])
-def test_short_queries_share_one_forward_and_documents_another(
+def test_short_texts_share_one_forward_and_long_ones_another(
     penalty: str, fresh: Any, rows: Dataset, train: Train
 ) -> None:
     model = fresh()
     shapes: list[tuple[int, ...]] = []
     model[0].register_forward_pre_hook(lambda module, inputs: shapes.append(tuple(inputs[0]["input_ids"].shape)))
-    longer = " of the old country in the north and the south"
+    longer = " of the old country in the north and the south" * 3
     rows = rows.map(lambda row: {name: row[name] + longer for name in NAMES if name.endswith(("positive", "negative"))})
     queries = [text for name in NAMES if name == "anchor" or name.endswith("query") for text in rows[name]]
     documents = [text for name in NAMES if name.endswith(("positive", "negative")) for text in rows[name]]
@@ -239,7 +239,14 @@ def test_short_queries_share_one_forward_and_documents_another(
     assert widths[0] < widths[1]
     train(model, rows, CLPLoss(model, penalty=penalty), max_steps=3)
     # "negative" begins the name "negative_query", which makes the Trainer put the one's tokens into the other.
-    assert shapes == [(15, widths[0]), (15, widths[1])] * 3
+    short, long = shapes[::2], shapes[1::2]
+    assert len(short) == len(long) == 3
+    for (few, narrow), (others, wide) in zip(short, long, strict=True):
+        assert few + others == 30
+        # Documents, and a query where it takes less with them than all other queries as wide as it is.
+        assert 15 <= others <= 16
+        assert narrow <= widths[0]
+        assert wide == widths[1]
 
 
 def test_several_datasets_with_several_losses(fresh: Any, rows: Dataset, train: Train) -> None:
