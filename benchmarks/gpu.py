@@ -18,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,6 @@ import torch
 import transformers
 from sentence_transformers import SentenceTransformer
 from sentence_transformers import __version__ as sentence_transformers_version
-from sentence_transformers.base.losses.merged_forward import embed_columns
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
@@ -40,7 +39,10 @@ from transformers import PreTrainedTokenizerFast, XLMRobertaConfig, XLMRobertaMo
 import st_clp
 from st_clp import CLPLoss
 from st_clp.encoding import encode_documents
+from st_clp.encoding.attention import use_known_padding
 from st_clp.encoding.token_lists import TokenLists
+from st_clp.losses import passes
+from st_clp.losses.host_texts import KEY, HostTexts
 from st_clp.moe import MoESettings
 from st_clp.moe.convert import build_experts
 
@@ -76,15 +78,21 @@ class Setting:
 # ---------------------------------------------------------------------------------------------- texts and models
 
 
-def make_texts(number: int, words: int, seed: int = 0) -> list[str]:
-    """Texts of pseudo-words, of about so many words each and of unequal length, in which few words are frequent."""
+def make_texts(number: int, words: int, seed: int = 0, spread: float | None = None) -> list[str]:
+    """Texts of pseudo-words, of about so many words each and of unequal length, in which few words are frequent.
+
+    With a spread, lengths are drawn from a log-normal distribution, as those of passages are: most are short, few long.
+    """
     draw = random.Random(seed)
     letters = "aeiou", "bcdfghklmnprstvz"
     vocabulary = [
         "".join(draw.choice(letters[place % 2]) for place in range(draw.randint(2, 9))) for _ in range(20_000)
     ]
     weights = [1 / (rank + 3) for rank in range(len(vocabulary))]
-    lengths = [max(3, int(words * draw.uniform(0.4, 1.4))) for _ in range(number)]
+    lengths = [
+        max(3, int(words * (draw.uniform(0.4, 1.4) if spread is None else draw.lognormvariate(0, spread))))
+        for _ in range(number)
+    ]
     drawn = iter(draw.choices(vocabulary, weights, k=sum(lengths)))
     return [" ".join(next(drawn) for _ in range(length)) for length in lengths]
 
@@ -393,10 +401,20 @@ def layers(setting: Setting) -> None:
 
 
 class Step:
-    """A training step under bfloat16 autocast: loss, gradients, their norm, the optimizer."""
+    """A training step under bfloat16 autocast: loss, gradients, their norm, the optimizer.
+
+    Planned, the data collator has told the loss what the host knows of the texts, and masks are not looked at, as in
+    `st-clp run`.
+    """
 
     def __init__(
-        self, name: str, model: SentenceTransformer, loss: nn.Module, columns: list[list[str]], setting: Setting
+        self,
+        name: str,
+        model: SentenceTransformer,
+        loss: nn.Module,
+        columns: list[list[str]],
+        setting: Setting,
+        planned: bool = False,
     ) -> None:
         self.name, self.model, self.loss, self.setting = name, model.train(), loss, setting
         features = [model.preprocess(column) for column in columns]
@@ -405,6 +423,10 @@ class Step:
             {name: value.to(setting.device) if isinstance(value, Tensor) else value for name, value in column.items()}
             for column in features
         ]
+        if planned:
+            use_known_padding(model[0].model)
+            for there, column in zip(self.features, features, strict=True):
+                there[KEY] = HostTexts.of(column)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=setting.on_gpu)
 
@@ -427,46 +449,40 @@ class Step:
         return second - first, third - second, last - third
 
 
-class OnePass(CLPLoss):
-    """The same loss by one forward pass for queries and documents: less for the host to do, more padding."""
-
-    def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
-        columns, inputs = self._prepare(sentence_features, labels)
-        return self._objective(self._assemble(embed_columns(self.model, columns, separate_first=False), inputs))
-
-
 def steps(setting: Setting, texts: list[str], tokenizer: PreTrainedTokenizerFast) -> None:
     """Whole steps: which part trains, with which loss, eager and compiled."""
     base = make_model(setting.shape("multilingual-e5-small's size"), tokenizer, setting.device)
     batch, negatives = (2, 1) if setting.small else (32, 4)
-    short = [" ".join(text.split()[:10]) for text in texts]
-    columns = [short[:batch], *[texts[batch * at : batch * (at + 1)] for at in range(1, 2 + negatives)]]
-    asked = [short[batch * at : batch * (at + 1)] for at in range(7, 7 + negatives)]
     made = []
-    for name, change, loss, given in (
-        ("pairs, all weights, MNRL", "all", MultipleNegativesRankingLoss, columns[:2]),
-        ("pairs, all weights, CLPLoss", "all", CLPLoss, columns[:2]),
-        (f"{negatives} negatives, all weights, MNRL", "all", MultipleNegativesRankingLoss, columns),
-        (f"{negatives} negatives, all weights, CLPLoss", "all", CLPLoss, [*columns, *asked]),
-        (f"{negatives} negatives, intermediate dense, CLPLoss", "intermediate", CLPLoss, [*columns, *asked]),
-        (
-            f"{negatives} negatives, intermediate dense, CLPLoss in one pass",
-            "intermediate",
-            OnePass,
-            [*columns, *asked],
-        ),
-        (f"{negatives} negatives, 2 experts, CLPLoss", "moe", CLPLoss, [*columns, *asked]),
-    ):
-        for compiled in (False, True) if setting.on_gpu else (False,):
-            model = copy.deepcopy(base)
-            if change == "moe":
-                model = st_clp.upcycle(model, 2)
-            if change != "all":
-                st_clp.train_only(model, change)
-            if compiled:
-                for layer in model[0].model.encoder.layer:
-                    layer.compile(dynamic=True)
-            made.append(Step(f"{name}{', compiled' if compiled else ''}", model, loss(model), given, setting))
+    unlike = make_texts(batch * 16, 3 if setting.small else 60, spread=0.8)
+    for kind, documents in (("", texts), ("unlike lengths, ", unlike)):
+        short = [" ".join(text.split()[:10]) for text in documents]
+        columns = [short[:batch], *[documents[batch * at : batch * (at + 1)] for at in range(1, 2 + negatives)]]
+        asked = [short[batch * at : batch * (at + 1)] for at in range(7, 7 + negatives)]
+        few, many = f"{kind}pairs", f"{kind}{negatives} negatives"
+        cases: list[tuple[str, str, Callable[..., nn.Module], list[list[str]], bool]] = [
+            (f"{few}, all weights, MNRL", "all", MultipleNegativesRankingLoss, columns[:2], False),
+            (f"{few}, all weights, CLPLoss", "all", CLPLoss, columns[:2], False),
+            (f"{few}, all weights, CLPLoss, planned", "all", CLPLoss, columns[:2], True),
+            (f"{many}, all weights, MNRL", "all", MultipleNegativesRankingLoss, columns, False),
+            (f"{many}, all weights, CLPLoss", "all", CLPLoss, [*columns, *asked], False),
+            (f"{many}, all weights, CLPLoss, planned", "all", CLPLoss, [*columns, *asked], True),
+            (f"{many}, intermediate dense, CLPLoss", "intermediate", CLPLoss, [*columns, *asked], False),
+            (f"{many}, intermediate dense, CLPLoss, planned", "intermediate", CLPLoss, [*columns, *asked], True),
+            (f"{many}, 2 experts, CLPLoss, planned", "moe", CLPLoss, [*columns, *asked], True),
+        ]
+        for name, change, loss, given, planned in cases:
+            for compiled in (False, True) if setting.on_gpu and not kind else (False,):
+                model = copy.deepcopy(base)
+                if change == "moe":
+                    model = st_clp.upcycle(model, 2)
+                if change != "all":
+                    st_clp.train_only(model, change)
+                if compiled:
+                    for layer in model[0].model.encoder.layer:
+                        layer.compile(dynamic=True)
+                named = f"{name}{', compiled' if compiled else ''}"
+                made.append(Step(named, model, loss(model), given, setting, planned))
     times = in_turn({step.name: step for step in made}, setting, rounds=8)
     rows = [
         [step.name, f"{step.tokens:,}", f"{times[step.name]:.1f}", f"{queued(step, setting):.1f}",
@@ -486,28 +502,29 @@ def host(setting: Setting, texts: list[str], tokenizer: PreTrainedTokenizerFast)
     base = make_model((2 if setting.small else 12, 16, 32), tokenizer, "cpu")
     columns = [[" ".join(text.split()[:8]) for text in texts[at : at + 2]] for at in range(0, 16, 2)]
     rows = []
-    for name, change, on_device in (
-        ("all weights", "all", False),
-        ("intermediate projections, dense", "intermediate", False),
-        ("2 experts, as on a processor", "moe", False),
-        ("2 experts, as on a GPU", "moe", True),
+    for name, change, on_device, planned in (
+        ("all weights", "all", False, False),
+        ("all weights, planned as for a GPU", "all", False, True),
+        ("intermediate projections, dense", "intermediate", False, False),
+        ("intermediate projections, dense, planned as for a GPU", "intermediate", False, True),
+        ("2 experts, as on a processor", "moe", False, False),
+        ("2 experts, as on a GPU", "moe", True, False),
+        ("2 experts, as on a GPU, planned", "moe", True, True),
     ):
         model = copy.deepcopy(base)
         if change == "moe":
             model = st_clp.upcycle(model, 2)
         if change != "all":
             st_clp.train_only(model, change)
-        step = Step(name, model, CLPLoss(model), columns, here)
-        with routed_as_on_a_gpu(on_device):
+        step = Step(name, model, CLPLoss(model), columns, here, planned)
+        with routed_as_on_a_gpu(on_device), planned_as_on_a_gpu(planned):
             step()
             forward, backward, rest = (min(times) for times in zip(*[step.timed() for _ in range(9)], strict=True))
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
                 step()
         operations = sum(event.count for event in profile.key_averages() if event.key.startswith("aten::"))
         rows.append([name, f"{forward:.1f}", f"{backward:.1f}", f"{rest:.1f}", f"{operations:,}"])
-    table(
-        ["a step of 2 forward passes", "forwards, ms", "backwards, ms", "optimizer, ms", "operations, views too"], rows
-    )
+    table(["a step", "forwards, ms", "backwards, ms", "optimizer, ms", "operations, views too"], rows)
     some = texts[:1024]
     base.max_seq_length = 256
     lists = TokenLists.of(base, base.preprocess, "document", None, some)
@@ -539,6 +556,19 @@ def routed_as_on_a_gpu(really: bool) -> Iterator[None]:
     finally:
         for module, function in zip(modules, before, strict=True):
             module.stays_on_device = function
+
+
+@contextmanager
+def planned_as_on_a_gpu(really: bool) -> Iterator[None]:
+    """Plan a step's passes on a processor by what they cost on a GPU; or not at all, as there without lengths."""
+    before = passes.ON_CPU, HostTexts.of
+    passes.ON_CPU = passes.ON_GPU
+    if not really:
+        HostTexts.of = lambda features: None
+    try:
+        yield
+    finally:
+        passes.ON_CPU, HostTexts.of = before
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ _PUBLIC = {
     "CLPLoss": "st_clp.losses",
     "CachedCLPLoss": "st_clp.losses",
     "DocumentBatchSampler": "st_clp.losses",
+    "plan_on_host": "st_clp.losses",
     "MoETransformer": "st_clp.moe",
     "upcycle": "st_clp.moe",
     "train_only": "st_clp.moe",
@@ -29,7 +30,7 @@ _PUBLIC = {
 
 if TYPE_CHECKING:
     from st_clp.data import Collection
-    from st_clp.losses import CachedCLPLoss, CLPLoss, DocumentBatchSampler
+    from st_clp.losses import CachedCLPLoss, CLPLoss, DocumentBatchSampler, plan_on_host
     from st_clp.mining import mine_hard_negatives
     from st_clp.moe import MoETransformer, load, to_dense, train_only, upcycle
     from st_clp.refresh import AnceCallback
@@ -46,6 +47,7 @@ __all__ = [
     "average",
     "load",
     "mine_hard_negatives",
+    "plan_on_host",
     "to_dense",
     "train_only",
     "upcycle",

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
@@ -58,6 +58,22 @@ def attend_by(
 def use_known_padding(model: PreTrainedModel) -> bool:
     """Let a model that uses PyTorch's attention go by :func:`known_padding`; returns whether it does."""
     return attend_by(model, NAME, sdpa_attention_forward, make_mask)
+
+
+@contextmanager
+def masks_unread(model: nn.Module) -> Iterator[None]:
+    """Let the encoders within a model make their masks without looking at them, so that the host does not wait.
+
+    Every batch counts as padded unless :func:`known_padding` says otherwise. Encoders whose attention is not PyTorch's
+    own stay as they are.
+    """
+    encoders = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    changed = [encoder for encoder in encoders if use_known_padding(encoder)]
+    try:
+        yield
+    finally:
+        for encoder in changed:
+            encoder.set_attn_implementation(REPLACED)
 
 
 def make_mask(*args: Any, **kwargs: Any) -> Tensor | None:

@@ -157,7 +157,7 @@ class CLPLoss(nn.Module):
                 ``positive - abs(positive) * margin``.
             encode_once: Encode a document that stands in the batch more than once only once. The loss is the same, but
                 for dropout, which all of its places then share. It pays where rows have documents in common, as with
-                :class:`DocumentBatchSampler`; a GPU is waited for once a step.
+                :class:`DocumentBatchSampler`. A GPU is waited for once a step, unless :func:`plan_on_host` was called.
             check_finite: Look for NaN and infinite embeddings in every step and name the column that has them. This
                 waits for the device, so it is for debugging.
 
@@ -192,8 +192,9 @@ class CLPLoss(nn.Module):
             - ``BatchSamplers.NO_DUPLICATES`` keeps duplicates out of a batch. Mind that it takes empty texts for
               duplicates of each other too; where many negatives have no query, rely on this loss's own check instead.
             - Give the anchors and the queries of the negatives one prompt, and the documents one: columns that are
-              prepared alike share a forward pass. In one process on a CPU they share several, each for texts of similar
-              length, so that little of them is padding; loss and gradients are the same, but for dropout.
+              prepared alike share a forward pass. In one process on a CPU, and on a GPU after :func:`plan_on_host`,
+              they share several, each for texts of similar length, so that little of them is padding; loss and gradients
+              are the same, but for dropout.
 
         Relations:
             - :class:`MultipleNegativesRankingLoss` is this loss with ``penalty_weight=0``, where no two documents of a

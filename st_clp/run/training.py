@@ -24,7 +24,7 @@ from st_clp.declaring import names_of
 from st_clp.distributed import has_room
 from st_clp.encoding import hardware_has_bf16
 from st_clp.files import shown
-from st_clp.losses import DocumentBatchSampler
+from st_clp.losses import DocumentBatchSampler, plan_on_host
 from st_clp.losses.document_batches import Near
 from st_clp.mining import TrainingRow
 from st_clp.mining.rows import to_dataset
@@ -97,6 +97,7 @@ def make_trainer(
         loss=make_loss(model, settings),
         callbacks=[refresh] if refresh is not None else None,
     )
+    plan_on_host(trainer)
     trainer.add_callback(EarlierLosses(before))
     if refresh is not None:
         refresh.log = trainer.log

@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from st_clp.data import Collection
+from st_clp.encoding.attention import masks_unread
 from st_clp.losses.document_batches import Near, near_documents
 from st_clp.memory import HAND_BACK_EVERY, hand_back_freed_memory
 from st_clp.mining.rows import TrainingRow, read_rows, to_dataset
@@ -34,8 +35,8 @@ class _HandBack(TrainerCallback):
     """Returns freed memory to the system every few steps, and when training ends.
 
     The sizes of activations differ from batch to batch, and only some of the blocks that glibc keeps fit the next one:
-        within some hundred steps a process holds twice what it uses. New pages cost time, so this is not done after
-        every step (``benchmarks/README.md``).
+    within some hundred steps a process holds twice what it uses. New pages cost time, so this is not done after every
+    step (``benchmarks/README.md``).
     """
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -175,7 +176,10 @@ class TrainingStage:
         if model.device.type == "cpu":
             trainer.add_callback(_HandBack())
         try:
-            with compiled_layers(model) if settings.compile_layers else nullcontext():
+            with (
+                compiled_layers(model) if settings.compile_layers else nullcontext(),
+                masks_unread(model) if model.device.type == "cuda" else nullcontext(),
+            ):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             if refresh is not None:
