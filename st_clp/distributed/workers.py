@@ -9,15 +9,19 @@ whose result lies on disk under its own name, which is how stopped work is taken
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import re
 import socket
+import sys
 import time
+import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from st_clp.distributed.cluster import connect, import_ray, keep
+from st_clp.distributed.idle import keep_idle, release_idle, take_idle
 from st_clp.options import ClusterOptions
 
 logger = logging.getLogger(__name__)
@@ -25,6 +29,7 @@ logger = logging.getLogger(__name__)
 Piece = TypeVar("Piece", bound=tuple[Any, ...])
 
 IN_HAND = 2  # pieces that a worker has at a time, so that it never waits for the next
+RELEASED_SECONDS = 5.0  # within which Ray knows that a stopped worker has left room
 LOOK_SECONDS = 5.0  # between looks at whether the cluster has grown
 PATIENCE = 30.0  # seconds without any worker, after which it is said
 TRIES = 5  # workers that may be lost at one piece, before the piece itself counts as the cause
@@ -34,7 +39,7 @@ class Workers:
     """A pool of processes: each builds a callable once, such as a model on its device, and calls it on pieces of work.
 
     Use them as a context. As many are started as the cluster has room for, more when it grows, and not more than
-    ``options.workers``.
+    ``options.workers``. At the end they are kept for a few seconds, for the next stage of this process.
 
     Args:
         options: Which cluster, and what each worker takes of it.
@@ -54,7 +59,10 @@ class Workers:
         remote = self._ray.remote(_Worker)
         self._kind = remote.options(max_restarts=0, **self._takes)
         self._all: list[Any] = []
+        self._taken: list[Any] = []  # of those, the ones that were idle, until they have answered
+        self._running: dict[Any, tuple[Any, Any]] = {}
         self._looked = 0.0
+        self._name = uuid.uuid4().hex
         self.lost = 0
 
     @property
@@ -66,6 +74,11 @@ class Workers:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if exception == (None, None, None) and not self._running:
+            for worker in self._all:
+                worker.forget.remote()
+            keep_idle(self._all, self._takes)
+            return
         for worker in self._all:
             self._ray.kill(worker, no_restart=True)
 
@@ -82,7 +95,7 @@ class Workers:
         work = _Queue(pieces)
         ready: dict[Any, int] = {}  # worker to how many pieces it has in hand
         starting: dict[Any, Any] = {}
-        running: dict[Any, tuple[Any, Piece]] = {}
+        running: dict[Any, tuple[Any, Piece]] = self._running
         waiting_since, failed_starts = time.monotonic(), 0
         while True:
             starting.update(self._start())
@@ -90,7 +103,7 @@ class Workers:
                 piece, alone = work.next(idle=ready[worker] == 0)
                 if piece is None:
                     break
-                running[worker.call.remote(self._kept, *piece)] = worker, piece
+                running[worker.call.remote(self._name, self._kept, *piece)] = worker, piece
                 ready[worker] += IN_HAND if alone else 1
             if work.over and not running:
                 return
@@ -112,12 +125,15 @@ class Workers:
                     running.pop(reference, None)
                     if piece is not None:
                         work.again(piece)
+                    elif worker in self._taken:
+                        self._taken.remove(worker)
                     elif (failed_starts := failed_starts + 1) >= TRIES:
                         raise RuntimeError(_why_not_started(error)) from error
                     continue
                 starting.pop(reference, None)
                 running.pop(reference, None)
                 if begun:
+                    self._taken = [other for other in self._taken if other is not worker]
                     ready[worker] = failed_starts = 0
                     continue
                 if worker in ready:
@@ -133,8 +149,10 @@ class Workers:
         if worker in self._all:
             self._all.remove(worker)
             self._ray.kill(worker, no_restart=True)
-            self.lost += 1
             self._looked = 0.0
+            if worker in self._taken:
+                return  # it was lost while it was idle, and with it nothing
+            self.lost += 1
             kind = "out of memory" if isinstance(error, self._ray.exceptions.OutOfMemoryError) else "gone"
             logger.warning("a worker is lost (%s); others go on with its work", kind)
 
@@ -143,7 +161,10 @@ class Workers:
         if time.monotonic() - self._looked < LOOK_SECONDS and self._all:
             return {}
         self._looked = time.monotonic()
-        new = [self._kind.remote() for _ in range(self._room() - len(self._all))]
+        missing = self._room() - len(self._all)
+        taken = take_idle(self._takes, missing)
+        self._taken += taken
+        new = [*taken, *(self._kind.remote() for _ in range(missing - len(taken)))]
         self._all += new
         return {worker.ready.remote(): worker for worker in new}
 
@@ -169,9 +190,16 @@ def gpus_per_worker(options: ClusterOptions) -> float:
 
 
 def has_room(options: ClusterOptions) -> bool:
-    """Whether the cluster has room for a worker beside what it is doing now."""
-    free = connect(options).available_resources()
-    return free.get("CPU", 0) >= options.cpus_per_worker and free.get("GPU", 0) >= gpus_per_worker(options)
+    """Whether the cluster has room for a worker beside what it is doing now; idle workers of this process make room."""
+    ray = connect(options)
+    ends = time.monotonic() + (RELEASED_SECONDS if release_idle() else 0)
+    while True:
+        free = ray.available_resources()
+        if free.get("CPU", 0) >= options.cpus_per_worker and free.get("GPU", 0) >= gpus_per_worker(options):
+            return True
+        if time.monotonic() >= ends:
+            return False
+        time.sleep(0.1)
 
 
 class _Queue:
@@ -260,22 +288,31 @@ class _Worker:
 
     def __init__(self) -> None:
         self._made: Callable[..., Any] | None = None
+        self._pool = ""
 
     def ready(self) -> bool:
         """Whether the process is there. The first call makes the callable, so that its errors are reported."""
         return True
 
-    def call(self, kept: list[Any], *piece: Any) -> Any:
+    def forget(self) -> None:
+        """Let go of what was made, with a model's memory."""
+        self._made = None
+        gc.collect()
+        if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+    def call(self, pool: str, kept: list[Any], *piece: Any) -> Any:
         """The result, or the failure.
 
         Args:
+            pool: Names the pool that this worker belongs to now.
             kept: References to what makes the thing to call, and to its arguments; the first call fetches them.
             *piece: The arguments.
         """
         try:
-            if self._made is None:
+            if self._made is None or self._pool != pool:
                 make, *arguments = import_ray().get(kept)
-                self._made = make(*arguments)
+                self._made, self._pool = make(*arguments), pool
             return self._made(*piece)
         except Exception as error:  # of whatever the call reads, encodes and writes
             return Failure(error, socket.gethostname())

@@ -193,8 +193,8 @@ class CLPLoss(nn.Module):
               duplicates of each other too; where many negatives have no query, rely on this loss's own check instead.
             - Give the anchors and the queries of the negatives one prompt, and the documents one: columns that are
               prepared alike share a forward pass. In one process on a CPU, and on a GPU after :func:`plan_on_host`,
-              they share several, each for texts of similar length, so that little of them is padding; loss and gradients
-              are the same, but for dropout.
+              they share several, each for texts of similar length, so that little of the work is for padding. Loss and
+              gradients are the same, but for dropout.
 
         Relations:
             - :class:`MultipleNegativesRankingLoss` is this loss with ``penalty_weight=0``, where no two documents of a

@@ -19,7 +19,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from st_clp.distributed import Failure, connect, gpus_per_worker, import_ray
+from st_clp.distributed import Failure, connect, gpus_per_worker, import_ray, release_idle
 from st_clp.distributed.cluster import LOCAL
 from st_clp.queries.own_text import is_made
 from st_clp.run.folder import RunDirectory
@@ -47,6 +47,7 @@ def train_on_cluster(stage: TrainingStage) -> dict[str, Any]:
     """
     ray = connect(stage.settings)
     takes = _takes(stage.settings, ray)
+    release_idle()
     made = any(is_made(query_id) for collection in stage.collections for query_id in collection.queries)
     result = None
     for left in reversed(range(TRIES)):

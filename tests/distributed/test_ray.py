@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 from evaluators import CollectionEvaluator
 from st_clp.cli import app
 from st_clp.data import Collection, CollectionError, Corpus, MemoryCorpus
-from st_clp.distributed import Workers
+from st_clp.distributed import Workers, has_room, idle, release_idle
 from st_clp.encoding import EmbeddingStore, building, parts
 from st_clp.mining import MiningOptions, mine
 from st_clp.option_values import SettingsError
@@ -33,7 +33,7 @@ from st_clp.options import ClusterOptions, QueryOptions
 from st_clp.queries import make_chain
 from st_clp.queries.query_store import Key
 from st_clp.search import search_rows
-from tests.distributed.ending import Ending
+from tests.distributed.ending import Ending, Named
 from tests.distributed.words import (
     NUMBER,
     SlowCorpus,
@@ -58,7 +58,7 @@ from pathlib import Path
 import torch
 from sentence_transformers import SentenceTransformer
 from st_clp.data import Collection
-from st_clp.distributed import Workers
+from st_clp.distributed import Workers, has_room, idle, release_idle
 from st_clp.encoding import EmbeddingStore
 from tests.distributed.words import count_texts
 torch.set_num_threads(1)
@@ -388,6 +388,36 @@ def test_a_machine_without_the_collection_the_store_or_the_model_is_named(
     assert re.match(
         rf"ValueError on node .*: the model that is to write queries, '{hidden}/t5', cannot be loaded", model
     )
+
+
+def done_by(name: str, numbers: range = range(8), **on: Any) -> tuple[set[str], set[int], int]:
+    """(what the workers were given, their processes, how many were lost)"""
+    with Workers(ClusterOptions(**{**ON, **on}), Named, name) as workers:
+        found = [result for _, result in workers.run((number,) for number in numbers)]
+    return {given for given, _ in found}, {process for _, process in found}, workers.lost
+
+
+def test_the_next_stage_has_the_workers_of_the_one_before(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    release_idle()
+    _, first, _ = done_by("one")
+    assert done_by("other") == ({"other"}, first, 0)
+    # One that is lost meanwhile is replaced, and counts for nothing.
+    psutil.Process(first.pop()).kill()
+    names, second, lost = done_by("third")
+    assert (names, lost) == ({"third"}, 0)
+    # Those that fail are not kept, nor those that take something else.
+    with pytest.raises(ValueError, match="no such number"):
+        done_by("fourth", range(-1, 4))
+    assert not done_by("fifth")[1] & second
+    _, sixth, _ = done_by("sixth", workers=3)
+    assert has_room(ClusterOptions(ray="auto"))  # they end at once for whoever needs the room
+    psutil.wait_procs([psutil.Process(process) for process in sixth if psutil.pid_exists(process)], timeout=20)
+    assert not any(map(psutil.pid_exists, sixth))
+    monkeypatch.setattr(idle, "IDLE_SECONDS", 0.5)
+    _, last, _ = done_by("last", cpus_per_worker=1)
+    gone, alive = psutil.wait_procs([psutil.Process(process) for process in last], timeout=20)
+    assert gone
+    assert not alive
 
 
 def test_work_that_ends_every_worker_is_named_after_five(cluster: Cluster) -> None:

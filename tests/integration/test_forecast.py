@@ -170,7 +170,7 @@ def test_weights_in_another_precision_are_kept_once_and_not_for_each_row(
             tiny_model,
             settings_of(tmp_path, tmp_path, tmp_path, experts=0, batch_size=rows, bf16=True),
             TEXTS[:1],
-            TEXTS[:1],
+            [4 * TEXTS[0]],
             seconds=1000,
         ).activations
         for rows in (16, 32, 48)
