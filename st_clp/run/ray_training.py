@@ -11,17 +11,15 @@ import logging
 import os
 import shutil
 import socket
-import threading
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from st_clp.distributed import Failure, connect, gpus_per_worker, import_ray, release_idle
 from st_clp.distributed.cluster import LOCAL
 from st_clp.queries.own_text import is_made
+from st_clp.run.cluster_reports import ReportActor, ShownReports
 from st_clp.run.folder import RunDirectory
 from st_clp.run.modelling import load_base_model
 from st_clp.run.splits import load_collections
@@ -31,7 +29,6 @@ from st_clp.settings import RunSettings, SettingsError
 logger = logging.getLogger(__name__)
 
 TRIES = 5  # times that the workers may be lost before it is said
-LOOK_SECONDS = 0.5  # between looks at what the workers have to tell
 
 
 def train_on_cluster(stage: TrainingStage) -> dict[str, Any]:
@@ -51,9 +48,9 @@ def train_on_cluster(stage: TrainingStage) -> dict[str, Any]:
     made = any(is_made(query_id) for collection in stage.collections for query_id in collection.queries)
     result = None
     for left in reversed(range(TRIES)):
-        telling = ray.remote(_Told).options(num_cpus=0, scheduling_strategy=_here(ray)).remote()
+        telling = ray.remote(ReportActor).options(num_cpus=0, scheduling_strategy=_here(ray)).remote()
         here = {"settings": stage.settings.to_dict(), "unasked": made, "cwd": os.getcwd(), "telling": telling}
-        with _Shown(ray, telling, stage.say):
+        with ShownReports(ray, telling, stage.say):
             error = _fit(stage, here, takes)
         failures, result = ray.get(telling.ended.remote())
         if result is not None:
@@ -177,79 +174,3 @@ class _Progress(TrainerCallback):
     def _tell(self, state: TrainerState) -> None:
         if state.is_world_process_zero:
             self._telling.step.remote(state.global_step, state.max_steps, self._loss)
-
-
-class _Told:
-    """An actor that collects the workers' reports."""
-
-    def __init__(self) -> None:
-        self._lines: list[str] = []
-        self._at: tuple[int, int, float | None] | None = None
-        self._failures: dict[int, Failure] = {}
-        self._result: dict[str, Any] | None = None
-
-    def say(self, text: str) -> None:
-        """A line for the user."""
-        self._lines.append(text)
-
-    def step(self, number: int, last: int, loss: float | None) -> None:
-        """How far the training is."""
-        self._at = number, last, loss
-
-    def fail(self, rank: int, failure: Failure) -> None:
-        """Store a worker's error; other workers' errors caused by it come later."""
-        self._failures[rank] = failure
-
-    def finish(self, result: dict[str, Any]) -> None:
-        """Store the result of the training."""
-        self._result = result
-
-    def look(self, seen: int) -> tuple[list[str], tuple[int, int, float | None] | None]:
-        """(lines from the ``seen``-th on, how far the training is)."""
-        return self._lines[seen:], self._at
-
-    def ended(self) -> tuple[dict[int, Failure], dict[str, Any] | None]:
-        """(the errors by worker, the first one first; the result)."""
-        return self._failures, self._result
-
-
-class _Shown:
-    """Shows the workers' reports within the context."""
-
-    def __init__(self, ray: Any, telling: Any, say: Callable[[str], None]) -> None:
-        self._ray, self._telling, self._say = ray, telling, say
-        self._seen = 0
-        self._bar: tqdm | None = None
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._keep_looking, daemon=True)
-
-    def __enter__(self) -> _Shown:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._over.set()
-        self._thread.join()
-        self._look()
-        if self._bar is not None:
-            self._bar.close()
-
-    def _keep_looking(self) -> None:
-        while not self._over.wait(LOOK_SECONDS):
-            self._look()
-
-    def _look(self) -> None:
-        """Show new reports."""
-        lines, at = self._ray.get(self._telling.look.remote(self._seen))
-        self._seen += len(lines)
-        for line in lines:
-            self._say(line)
-        if at is None:
-            return
-        step, last, loss = at
-        if self._bar is None:
-            self._bar = tqdm(total=last, desc="Training", unit=" steps", initial=step)
-        self._bar.total, self._bar.n = last, step  # each part of a training has its own number
-        if loss is not None:
-            self._bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-        self._bar.refresh()

@@ -42,6 +42,7 @@ from tests.distributed.words import (
     count_texts,
     counted,
 )
+from tests.fresh import run_fresh
 from tests.toy import write_beir
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'st-clp[ray]'")
@@ -50,27 +51,6 @@ from ray.cluster_utils import Cluster
 
 ON = {"ray": "auto", "workers": 2}
 ROUNDS = int(os.environ.get("ST_CLP_KILL_ROUNDS", "1"))  # make campaign has four
-
-
-KILLING = """
-import sys
-from pathlib import Path
-import torch
-from sentence_transformers import SentenceTransformer
-from st_clp.data import Collection
-from st_clp.distributed import Workers, has_room, idle, release_idle
-from st_clp.encoding import EmbeddingStore
-from tests.distributed.words import count_texts
-torch.set_num_threads(1)
-lost = set()
-lose = Workers._lose
-Workers._lose = lambda self, worker, *rest: (lost.add(worker), lose(self, worker, *rest))[1]
-collection = Collection.load(sys.argv[2], split="train")
-model = SentenceTransformer(sys.argv[1], device="cpu")
-count_texts(model, Path(sys.argv[4]), killed_at=3 * 512)
-EmbeddingStore.build(model, collection, sys.argv[3], ray="local", workers=1, show_progress_bar=False)
-print("lost", len(lost))
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +72,16 @@ def expected(
     return content(folder)
 
 
+@pytest.fixture
+def run_command() -> Callable[..., str]:
+    def run(*arguments: str) -> str:
+        result = CliRunner().invoke(app, list(arguments))
+        assert result.exit_code == 0, result.output
+        return " ".join(result.output.split())
+
+    return run
+
+
 def test_the_store_has_the_bytes_of_one_process_and_nothing_is_left_beside_it(
     cluster: Cluster,
     collection: Collection,
@@ -103,27 +93,6 @@ def test_the_store_has_the_bytes_of_one_process_and_nothing_is_left_beside_it(
     assert content(tmp_path / "store") == expected
     assert len(built) == NUMBER
     assert {path.name for path in tmp_path.iterdir()} <= {"store", "store.lock"}
-
-
-@pytest.mark.parametrize("where", ["folder", "address"])
-def test_a_killed_worker_costs_the_shard_that_it_was_at_and_no_more(
-    tiny_model: SentenceTransformer, tmp_path: Path, where: str, request: pytest.FixtureRequest
-) -> None:
-    """In a process of its own: the workers take the credentials from the environment that the cluster starts with."""
-    collection = collection_of_words(4608)  # a part of eight shards, and one more
-    source = write_beir(collection, tmp_path / "collection")
-    tiny_model.save(str(tmp_path / "model"))
-    place = f"{request.getfixturevalue('bucket')}/store" if where == "address" else str(tmp_path / "store")
-    arguments = [str(tmp_path / "model"), str(source), place, str(tmp_path / "count")]
-    done = subprocess.run([sys.executable, "-c", KILLING, *arguments], capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert "lost 1" in done.stdout
-    count_texts(tiny_model, tmp_path / "count-here")
-    here = EmbeddingStore.build(tiny_model, collection, tmp_path / "here", show_progress_bar=False)
-    assert counted(tmp_path / "count") <= counted(tmp_path / "count-here") + 512
-    there = EmbeddingStore.open(place)
-    assert list(there.ids) == list(here.ids)
-    assert np.array_equal(np.concatenate(list(there.blocks())), np.concatenate(list(here.blocks())))
 
 
 def test_mining_and_evaluation_are_those_of_one_process(
@@ -264,51 +233,6 @@ def test_workers_and_nodes_killed_at_random_moments_cost_nothing(
     assert {path.name for path in tmp_path.iterdir()} <= {"store", "store.lock", "count"}
 
 
-SLOWLY = """
-import sys
-import torch
-from sentence_transformers import SentenceTransformer
-from st_clp.encoding import EmbeddingStore, parts
-from tests.distributed.words import SlowCorpus, collection_of_words
-torch.set_num_threads(1)
-parts.PART_DOCUMENTS = 512
-model = SentenceTransformer(sys.argv[1], device="cpu")
-corpus = SlowCorpus("words", {d.doc_id: d.text for d in collection_of_words().corpus}, pause=0.1)
-print("begins", flush=True)
-EmbeddingStore.build(model, corpus, sys.argv[2], ray="local", workers=2, show_progress_bar=False)
-"""
-
-
-def test_a_driver_killed_at_random_moments_loses_nothing_and_one_process_goes_on_with_its_parts(
-    tiny_model: SentenceTransformer, tiny_model_path: Path, expected: dict[str, bytes], tmp_path: Path
-) -> None:
-    """Each begins while workers of the one before it may still be there."""
-    generator = random.Random(0)
-    store = tmp_path / "store"
-    command = [sys.executable, "-c", SLOWLY, str(tiny_model_path), str(store)]
-
-    def on_disk() -> int:
-        found = list(tmp_path.glob("store.partial*/**/shards.jsonl"))
-        return sum(len(path.read_bytes().splitlines()) for path in found if path.exists())
-
-    for seconds in (*(generator.uniform(3, 8) for _ in range(ROUNDS)), 120):
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "begins\n"
-            ends = time.monotonic() + seconds
-            # The last is killed as soon as there is something for others to go on with.
-            while process.poll() is None and time.monotonic() < ends and not (seconds == 120 and on_disk()):
-                time.sleep(0.01)
-            process.kill()
-    assert on_disk() or store.exists()
-    count_texts(tiny_model, tmp_path / "count")
-    corpus = SlowCorpus("words", {d.doc_id: d.text for d in collection_of_words().corpus}, pause=0)
-    EmbeddingStore.build(tiny_model, corpus, store, show_progress_bar=False)
-    assert content(store) == expected
-    assert not (tmp_path / "count").exists() or counted(tmp_path / "count") <= NUMBER - 512
-    assert {path.name for path in tmp_path.iterdir()} <= {"store", "store.lock", "count"}
-
-
 def test_what_goes_wrong_on_a_node_is_said_with_its_name(
     cluster: Cluster, tiny_model: SentenceTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -316,78 +240,6 @@ def test_what_goes_wrong_on_a_node_is_said_with_its_name(
     corpus: Corpus = MemoryCorpus("bad", texts)
     with pytest.raises(CollectionError, match=r"on node .*: bad: document 'd2' is no valid text"):
         EmbeddingStore.build(tiny_model, corpus, tmp_path / "store", show_progress_bar=False, **ON)
-
-
-NODES = """
-import sys
-from ray.cluster_utils import Cluster
-nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-print(nodes.address, flush=True)
-sys.stdin.read()
-nodes.shutdown()
-"""
-
-ABSENT = """
-import subprocess, sys
-from pathlib import Path
-import ray
-from sentence_transformers import SentenceTransformer
-from st_clp.data import Collection, Document, corpus
-from st_clp.encoding import EmbeddingStore
-from st_clp.options import ClusterOptions, QueryOptions
-from st_clp.queries import make_chain
-from st_clp.search import exact
-model_path, t5_path, here, nodes = sys.argv[1:]
-folder = Path(here, "hidden")
-hiding = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$1" -c "$2"', folder, sys.executable, nodes]
-cluster = subprocess.Popen(hiding, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-ray.init(address=cluster.stdout.readline().strip(), log_to_driver=False, logging_level="ERROR")
-corpus.SMALL_CORPUS_BYTES = 0  # a larger one is not sent but read where it is encoded
-exact.SHARD_ROWS = 1000  # a smaller store is searched by the process that asks
-model = SentenceTransformer(model_path, device="cpu")
-collection = Collection.load(str(folder / "collection"), split="train")
-store = EmbeddingStore.build(model, collection, folder / "store", show_progress_bar=False)
-on = {"ray": "auto", "workers": 1}
-there = ClusterOptions(**on)
-def said(what):
-    try:
-        what()
-    except Exception as error:
-        print(type(error).__name__, error, flush=True)
-def write_queries():
-    options = QueryOptions(query_max_tokens=4)
-    store = Path(here, "queries")
-    with make_chain(f"local:{t5_path}", options, store=store, show_progress_bar=False, cluster=there) as chain:
-        chain.generate([Document(str(n), f"river {n}") for n in range(300)])
-said(lambda: EmbeddingStore.build(model, collection, Path(here, "s"), show_progress_bar=False, **on))
-said(lambda: exact.search_rows(model, store.rows(range(2)), store, 3, cluster=there))
-said(write_queries)
-ray.shutdown()
-cluster.communicate("")
-"""
-
-
-def test_a_machine_without_the_collection_the_store_or_the_model_is_named(
-    tiny_model_path: Path, tiny_t5_path: Path, tmp_path: Path
-) -> None:
-    """The machines of this cluster do not see a folder that the process which asks does."""
-    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
-        pytest.skip("this machine gives processes no view of their own of the disk (unshare)")
-    hidden = tmp_path / "hidden"
-    write_beir(collection_of_words(5000), hidden / "collection")
-    shutil.copytree(tiny_t5_path, hidden / "t5")
-    arguments = [str(tiny_model_path), str(hidden / "t5"), str(tmp_path), NODES]
-    done = subprocess.run([sys.executable, "-c", ABSENT, *arguments], capture_output=True, text=True, timeout=240)
-    collection, store, model = done.stdout.splitlines()
-    found = "(every machine of the cluster must find it there)"
-    assert re.fullmatch(
-        rf"CollectionError on node .*: {hidden}/collection/corpus.jsonl is not there {re.escape(found)}", collection
-    )
-    assert re.fullmatch(rf"FileNotFoundError on node .*: {hidden}/store holds no finished embedding store.*", store)
-    assert store.endswith(found)
-    assert re.match(
-        rf"ValueError on node .*: the model that is to write queries, '{hidden}/t5', cannot be loaded", model
-    )
 
 
 def done_by(name: str, numbers: range = range(8), **on: Any) -> tuple[set[str], set[int], int]:
@@ -450,6 +302,180 @@ def test_wrong_use_is_said_before_anything_is_done(
         mine(tiny_model, collection, workers=2)
 
 
+def test_the_command_line_builds_a_store_and_evaluates_from_it_on_the_cluster(
+    cluster: Cluster, collection: Collection, tiny_model_path: Path, tmp_path: Path, run_command: Callable[..., str]
+) -> None:
+    source = write_beir(collection, tmp_path / "collection")
+    common = ["--model", str(tiny_model_path), "--collection", str(source), "--ray", "auto", "--workers", "2"]
+    text = run_command("store", "build", *common, "--output", str(tmp_path / "stores"))
+    assert "2,500 documents" in text
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "stores").rglob("embeddings.bin")}
+    command = ["mine", *common, "--output", str(tmp_path / "out"), "--store", str(tmp_path / "stores")]
+    run_command(*command, "--num-negatives", "1", "--range-max", "5")
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+# Those that follow are in processes of their own, each with its own cluster: the workers above are kept between tests.
+
+KILLING = """
+import sys
+from pathlib import Path
+import torch
+from sentence_transformers import SentenceTransformer
+from st_clp.data import Collection
+from st_clp.distributed import Workers, has_room, idle, release_idle
+from st_clp.encoding import EmbeddingStore
+from tests.distributed.words import count_texts
+torch.set_num_threads(1)
+lost = set()
+lose = Workers._lose
+Workers._lose = lambda self, worker, *rest: (lost.add(worker), lose(self, worker, *rest))[1]
+collection = Collection.load(sys.argv[2], split="train")
+model = SentenceTransformer(sys.argv[1], device="cpu")
+count_texts(model, Path(sys.argv[4]), killed_at=3 * 512)
+EmbeddingStore.build(model, collection, sys.argv[3], ray="local", workers=1, show_progress_bar=False)
+print("lost", len(lost))
+"""
+
+
+@pytest.mark.parametrize("where", ["folder", "address"])
+def test_a_killed_worker_costs_the_shard_that_it_was_at_and_no_more(
+    tiny_model: SentenceTransformer, tmp_path: Path, where: str, request: pytest.FixtureRequest
+) -> None:
+    """In a process of its own: the workers take the credentials from the environment that the cluster starts with."""
+    collection = collection_of_words(4608)  # a part of eight shards, and one more
+    source = write_beir(collection, tmp_path / "collection")
+    tiny_model.save(str(tmp_path / "model"))
+    place = f"{request.getfixturevalue('bucket')}/store" if where == "address" else str(tmp_path / "store")
+    arguments = [str(tmp_path / "model"), str(source), place, str(tmp_path / "count")]
+    done = run_fresh(KILLING, *arguments, env=os.environ)
+    assert "lost 1" in done.stdout
+    count_texts(tiny_model, tmp_path / "count-here")
+    here = EmbeddingStore.build(tiny_model, collection, tmp_path / "here", show_progress_bar=False)
+    assert counted(tmp_path / "count") <= counted(tmp_path / "count-here") + 512
+    there = EmbeddingStore.open(place)
+    assert list(there.ids) == list(here.ids)
+    assert np.array_equal(np.concatenate(list(there.blocks())), np.concatenate(list(here.blocks())))
+
+
+SLOWLY = """
+import sys
+import torch
+from sentence_transformers import SentenceTransformer
+from st_clp.encoding import EmbeddingStore, parts
+from tests.distributed.words import SlowCorpus, collection_of_words
+torch.set_num_threads(1)
+parts.PART_DOCUMENTS = 512
+model = SentenceTransformer(sys.argv[1], device="cpu")
+corpus = SlowCorpus("words", {d.doc_id: d.text for d in collection_of_words().corpus}, pause=0.1)
+print("begins", flush=True)
+EmbeddingStore.build(model, corpus, sys.argv[2], ray="local", workers=2, show_progress_bar=False)
+"""
+
+
+def test_a_driver_killed_at_random_moments_loses_nothing_and_one_process_goes_on_with_its_parts(
+    tiny_model: SentenceTransformer, tiny_model_path: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Each begins while workers of the one before it may still be there."""
+    generator = random.Random(0)
+    store = tmp_path / "store"
+    command = [sys.executable, "-c", SLOWLY, str(tiny_model_path), str(store)]
+
+    def on_disk() -> int:
+        found = list(tmp_path.glob("store.partial*/**/shards.jsonl"))
+        return sum(len(path.read_bytes().splitlines()) for path in found if path.exists())
+
+    for seconds in (*(generator.uniform(3, 8) for _ in range(ROUNDS)), 120):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "begins\n"
+            ends = time.monotonic() + seconds
+            # The last is killed as soon as there is something for others to go on with.
+            while process.poll() is None and time.monotonic() < ends and not (seconds == 120 and on_disk()):
+                time.sleep(0.01)
+            process.kill()
+    assert on_disk() or store.exists()
+    count_texts(tiny_model, tmp_path / "count")
+    corpus = SlowCorpus("words", {d.doc_id: d.text for d in collection_of_words().corpus}, pause=0)
+    EmbeddingStore.build(tiny_model, corpus, store, show_progress_bar=False)
+    assert content(store) == expected
+    assert not (tmp_path / "count").exists() or counted(tmp_path / "count") <= NUMBER - 512
+    assert {path.name for path in tmp_path.iterdir()} <= {"store", "store.lock", "count"}
+
+
+NODES = """
+import sys
+from ray.cluster_utils import Cluster
+nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+print(nodes.address, flush=True)
+sys.stdin.read()
+nodes.shutdown()
+"""
+
+
+ABSENT = """
+import subprocess, sys
+from pathlib import Path
+import ray
+from sentence_transformers import SentenceTransformer
+from st_clp.data import Collection, Document, corpus
+from st_clp.encoding import EmbeddingStore
+from st_clp.options import ClusterOptions, QueryOptions
+from st_clp.queries import make_chain
+from st_clp.search import exact
+model_path, t5_path, here, nodes = sys.argv[1:]
+folder = Path(here, "hidden")
+hiding = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$1" -c "$2"', folder, sys.executable, nodes]
+cluster = subprocess.Popen(hiding, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+ray.init(address=cluster.stdout.readline().strip(), log_to_driver=False, logging_level="ERROR")
+corpus.SMALL_CORPUS_BYTES = 0  # a larger one is not sent but read where it is encoded
+exact.SHARD_ROWS = 1000  # a smaller store is searched by the process that asks
+model = SentenceTransformer(model_path, device="cpu")
+collection = Collection.load(str(folder / "collection"), split="train")
+store = EmbeddingStore.build(model, collection, folder / "store", show_progress_bar=False)
+on = {"ray": "auto", "workers": 1}
+there = ClusterOptions(**on)
+def said(what):
+    try:
+        what()
+    except Exception as error:
+        print(type(error).__name__, error, flush=True)
+def write_queries():
+    options = QueryOptions(query_max_tokens=4)
+    store = Path(here, "queries")
+    with make_chain(f"local:{t5_path}", options, store=store, show_progress_bar=False, cluster=there) as chain:
+        chain.generate([Document(str(n), f"river {n}") for n in range(300)])
+said(lambda: EmbeddingStore.build(model, collection, Path(here, "s"), show_progress_bar=False, **on))
+said(lambda: exact.search_rows(model, store.rows(range(2)), store, 3, cluster=there))
+said(write_queries)
+ray.shutdown()
+cluster.communicate("")
+"""
+
+
+def test_a_machine_without_the_collection_the_store_or_the_model_is_named(
+    tiny_model_path: Path, tiny_t5_path: Path, tmp_path: Path
+) -> None:
+    """The machines of this cluster do not see a folder that the process which asks does."""
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("this machine gives processes no view of their own of the disk (unshare)")
+    hidden = tmp_path / "hidden"
+    write_beir(collection_of_words(5000), hidden / "collection")
+    shutil.copytree(tiny_t5_path, hidden / "t5")
+    arguments = [str(tiny_model_path), str(hidden / "t5"), str(tmp_path), NODES]
+    done = run_fresh(ABSENT, *arguments)
+    collection, store, model = done.stdout.splitlines()
+    found = "(every machine of the cluster must find it there)"
+    assert re.fullmatch(
+        rf"CollectionError on node .*: {hidden}/collection/corpus.jsonl is not there {re.escape(found)}", collection
+    )
+    assert re.fullmatch(rf"FileNotFoundError on node .*: {hidden}/store holds no finished embedding store.*", store)
+    assert store.endswith(found)
+    assert re.match(
+        rf"ValueError on node .*: the model that is to write queries, '{hidden}/t5', cannot be loaded", model
+    )
+
+
 NOWHERE = """
 import sys
 sys.modules["ray"] = None if sys.argv[1] == "missing" else sys.modules.get("ray")
@@ -499,8 +525,7 @@ print("same", all(map(np.array_equal, there.blocks(), here.blocks())), len(there
 def test_an_object_store_that_is_full_costs_nothing(tmp_path: Path) -> None:
     """The model alone is larger than it: Ray then uses the disk."""
     source = write_beir(collection_of_words(600), tmp_path / "collection")
-    command = [sys.executable, "-c", FULL, str(source), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = run_fresh(FULL, source, tmp_path, check=False)
     assert "same True 600" in done.stdout, done.stderr[-3000:]
 
 
@@ -524,26 +549,3 @@ def test_a_local_cluster_listens_on_the_loopback_address_alone() -> None:
     found = json.loads(done.stdout.splitlines()[-1])
     assert found
     assert set(found) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
-
-
-def test_the_command_line_builds_a_store_and_evaluates_from_it_on_the_cluster(
-    cluster: Cluster, collection: Collection, tiny_model_path: Path, tmp_path: Path, run_command: Callable[..., str]
-) -> None:
-    source = write_beir(collection, tmp_path / "collection")
-    common = ["--model", str(tiny_model_path), "--collection", str(source), "--ray", "auto", "--workers", "2"]
-    text = run_command("store", "build", *common, "--output", str(tmp_path / "stores"))
-    assert "2,500 documents" in text
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "stores").rglob("embeddings.bin")}
-    command = ["mine", *common, "--output", str(tmp_path / "out"), "--store", str(tmp_path / "stores")]
-    run_command(*command, "--num-negatives", "1", "--range-max", "5")
-    assert {path: path.stat().st_mtime_ns for path in before} == before
-
-
-@pytest.fixture
-def run_command() -> Callable[..., str]:
-    def run(*arguments: str) -> str:
-        result = CliRunner().invoke(app, list(arguments))
-        assert result.exit_code == 0, result.output
-        return " ".join(result.output.split())
-
-    return run

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.fresh import run_fresh
+
 LANGUAGES = ("ko", "fa", "hi", "ja")
 CODE = """
 import json, sys
@@ -51,10 +53,8 @@ def test_four_languages_on_a_cluster_are_those_of_one_process(tmp_path: Path) ->
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'st-clp[ray]'")
     script = Path(os.environ["ST_CLP_REAL_DATA"]) / "build_miracl_home.py"
     subprocess.run([sys.executable, str(script), str(tmp_path / "home")], check=True)
-    environment = {**os.environ, "IR_DATASETS_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", CODE, str(tmp_path), *LANGUAGES]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    environment = {"IR_DATASETS_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    done = run_fresh(CODE, tmp_path, *LANGUAGES, env=environment)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["there"] == found["here"]
     assert all(found["here"][language]["rows"] for language in LANGUAGES)

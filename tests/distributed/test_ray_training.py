@@ -35,7 +35,7 @@ from tests.toy import write_beir
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'st-clp[ray]'")
 
 
-STEPS = 6 * (180 // 8)  # 20 of the 200 queries are held out for evaluation
+STEPS = 3 * (180 // 8)  # 20 of the 200 queries are held out for evaluation
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +56,10 @@ def settings(tiny_model_path: Path, source: Path, tmp_path_factory: pytest.TempP
         num_negatives=2,
         range_max=20,
         batch_size=4,
-        epochs=6,
-        training_arg={"save_steps": 20},
+        epochs=3,
+        training_arg={"save_steps": 10},
         experts=2,
-        refresh_every="50",
+        refresh_every="25",
         average_with_base="0.5",
         ray="auto",
         train_workers=2,
