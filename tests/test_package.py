@@ -79,7 +79,7 @@ BELOW: Mapping[str, set[str]] = {
 }
 # What is in a room. A package stands for everything in it that is not named itself.
 ROOMS: Mapping[str, str] = {
-    "commands": "cli",
+    "commands": "cli __main__",
     "run": "run recipe",
     "refresh": "refresh",
     "mining": "mining",

@@ -332,7 +332,7 @@ def test_a_warning_of_ours_is_seen_once(collection_path: Path, tiny_model_path: 
     for split in ("train", "dev"):
         with open(collection / "qrels" / f"{split}.tsv", "a", encoding="utf-8") as file:
             file.write("absent\td1\t1\n")
-    command = [sys.executable, "-m", "st_clp.cli", "run", "--model", tiny_model_path, "--output", tmp_path / "out"]
+    command = [sys.executable, "-m", "st_clp", "run", "--model", tiny_model_path, "--output", tmp_path / "out"]
     command += ["--collection", collection, "--epochs", "1", "--num-negatives", "1"]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
     lines = [line for line in done.stderr.splitlines() if "left out 1 judgments of a query" in line]
