@@ -13,13 +13,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 from typer.testing import CliRunner
 
 from evaluators.evaluation import read_evaluation
-from st_clp import Collection, cli
+from st_clp import CachedCLPLoss, CLPLoss, Collection, cli
+from st_clp.losses.host_texts import KEY
 from st_clp.mining import TrainingRow, mine, to_dataset
 from st_clp.options import MiningOptions
 from st_clp.run.ablation import ablate, default_variants, read_variants
@@ -49,9 +51,23 @@ def scores_of(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("mini_batch_size", [None, 16])
 @pytest.mark.parametrize("experts", [0, 2])
 def test_the_loop_trains_as_the_trainer_does(
-    tiny_model: SentenceTransformer, collection_path: Path, tmp_path: Path, experts: int, mini_batch_size: int | None
+    tiny_model: SentenceTransformer,
+    collection_path: Path,
+    tmp_path: Path,
+    experts: int,
+    mini_batch_size: int | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With all rows in one batch their order does not matter, and nothing else is drawn."""
+    told: list[bool] = []
+    loss_class = CLPLoss if mini_batch_size is None else CachedCLPLoss
+    forward = loss_class.forward
+
+    def watched(self: Any, columns: list[dict[str, Any]], labels: Any = None) -> torch.Tensor:
+        told.append(all(KEY in column for column in columns))
+        return forward(self, columns, labels)
+
+    monkeypatch.setattr(loss_class, "forward", watched)
     rows = mine(tiny_model, Collection.load(str(collection_path), split="train"), MiningOptions(num_negatives=2)).rows
     settings = settings_of(
         tmp_path,
@@ -83,6 +99,7 @@ def test_the_loop_trains_as_the_trainer_does(
     # A token between two experts that are all but alike goes to the one or the other by rounding.
     assert np.abs(ours - theirs).max() < (0.3 if experts else 0.02) * np.abs(ours - before).max()
     assert np.abs(ours - before).max() > 0.004
+    assert told == [True] * 12  # by either, so that on a GPU the loss need not wait to know its texts
 
 
 def test_every_row_is_there_and_a_second_call_trains_nothing(

@@ -252,7 +252,12 @@ def test_a_training_is_the_same_and_the_loss_is_told(
         for _ in range(2 * planned):  # once is enough, and twice does no harm
             plan_on_host(trainer)
         seen.clear()
+        told: list[bool] = []
+        trainer.loss.register_forward_pre_hook(
+            lambda loss, inputs, told=told: told.append(all(KEY in column for column in inputs[0]))
+        )
         trainer.train()
+        assert told == [planned] * 2
         weights.append(torch.cat([one.detach().flatten() for one in model.parameters()]))
         calls.append(list(seen))
     assert torch.equal(*weights)

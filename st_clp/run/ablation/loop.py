@@ -14,6 +14,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from st_clp.encoding import hardware_has_bf16
+from st_clp.encoding.attention import masks_unread
 from st_clp.files import read_json, whole_folder, write_json
 from st_clp.losses.document_batches import Near, document_batches, near_documents
+from st_clp.losses.host_texts import KEY, HostTexts, on_device
 from st_clp.memory import HAND_BACK_EVERY, hand_back_freed_memory
 from st_clp.mining import TrainingRow
 from st_clp.mining.rows import columns_of
@@ -164,14 +167,15 @@ def train(
             batches = {name: _Batches(model, found, settings) for name, found in mine_again().items()}
             model.train()
         started = time.perf_counter()
-        for features, labels in _in_order(batches, generator):
-            losses.append(_step(model, loss, features, labels, optimizer, settings))
-            schedule.step()
-            bar.update()
-            if not on_gpu and (len(losses) % HAND_BACK_EVERY == 0 or len(losses) == steps):
-                hand_back_freed_memory()
-            if len(losses) == steps:
-                break
+        with masks_unread(model) if on_gpu else nullcontext():
+            for features, labels in _in_order(batches, generator):
+                losses.append(_step(model, loss, features, labels, optimizer, settings))
+                schedule.step()
+                bar.update()
+                if not on_gpu and (len(losses) % HAND_BACK_EVERY == 0 or len(losses) == steps):
+                    hand_back_freed_memory()
+                if len(losses) == steps:
+                    break
         if on_gpu:
             torch.cuda.synchronize(model.device)
         seconds += time.perf_counter() - started
@@ -313,12 +317,14 @@ class _Texts:
         self._same = {
             name: value for name, value in parts[0].items() if not isinstance(value, Tensor) or value.ndim < 2
         }
-        self._features = {
-            name: torch.cat([_widened(part[name], width, self._from_left) for part in parts]).to(model.device)
+        features = {
+            name: torch.cat([_widened(part[name], width, self._from_left) for part in parts])
             for name in parts[0]
             if name not in self._same
         }
-        self._lengths = self._features["attention_mask"].sum(dim=1).cpu()
+        self._lengths = features["attention_mask"].sum(dim=1)
+        self._host = HostTexts.of(features)
+        self._features = {name: value.to(model.device) for name, value in features.items()}
 
     def places(self, texts: Iterable[str]) -> Tensor:
         """The positions of texts."""
@@ -327,9 +333,10 @@ class _Texts:
     def take(self, places: Tensor) -> Features:
         """The features of the texts at these positions, as wide as the longest of them."""
         width = max(1, int(self._lengths[places].max()))
-        there = places.to(next(iter(self._features.values())).device)
+        there = on_device(places.numpy(), next(iter(self._features.values())).device)
         columns = slice(-width, None) if self._from_left else slice(0, width)
-        return {**self._same, **{name: value[there, columns] for name, value in self._features.items()}}
+        known = {} if self._host is None else {KEY: self._host[places.numpy()]}
+        return {**self._same, **{name: value[there, columns] for name, value in self._features.items()}, **known}
 
 
 def _widened(tensor: Tensor, width: int, from_left: bool) -> Tensor:
