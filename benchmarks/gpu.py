@@ -472,7 +472,9 @@ def steps(setting: Setting, texts: list[str], tokenizer: PreTrainedTokenizerFast
             (f"{many}, 2 experts, CLPLoss, planned", "moe", CLPLoss, [*columns, *asked], True),
         ]
         for name, change, loss, given, planned in cases:
-            for compiled in (False, True) if setting.on_gpu and not kind else (False,):
+            # Compiling takes a while, so only what is to be compared with one another.
+            compare = setting.on_gpu and not kind and (planned or loss is MultipleNegativesRankingLoss)
+            for compiled in (False, True) if compare else (False,):
                 model = copy.deepcopy(base)
                 if change == "moe":
                     model = st_clp.upcycle(model, 2)
