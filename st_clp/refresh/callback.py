@@ -21,20 +21,12 @@ from st_clp.data import Collection
 from st_clp.declaring import shows, takes
 from st_clp.mining.miner import mine
 from st_clp.options import MiningOptions, RefreshOptions
+from st_clp.refresh.generations import is_whole, write_first
 from st_clp.refresh.history import MEASURES, Refresh
 from st_clp.refresh.mining_process import InProcessMiner, Miner, MiningJob, SubprocessMiner, free_device
 from st_clp.refresh.refresher import Processes, Refresher
-from st_clp.refresh.rows_in_use import (
-    Layout,
-    Negatives,
-    RefreshingCollator,
-    columns_to_refresh,
-    is_whole,
-    mining_options_of,
-    named,
-    to_train_on,
-    write_first,
-)
+from st_clp.refresh.rows_in_use import Layout, Negatives, RefreshingCollator
+from st_clp.refresh.training_set import columns_to_refresh, mining_options_of, named, to_train_on
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict

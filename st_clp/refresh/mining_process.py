@@ -23,7 +23,8 @@ from sentence_transformers import SentenceTransformer
 from st_clp.data import Collection
 from st_clp.distributed import address_of
 from st_clp.options import ClusterOptions, MiningOptions
-from st_clp.refresh.rows_in_use import Layout, is_whole, mine_generation
+from st_clp.refresh.generations import is_whole, mine_generation
+from st_clp.refresh.rows_in_use import Layout
 from st_clp.refresh.snapshot import detached_copy, random_state_kept, skeleton, write_frozen, write_trained
 from st_clp.refresh.worker import Job
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from st_clp.refresh.generations import read_account
 from st_clp.refresh.history import History, Refresh, used_after, write_journal
 from st_clp.refresh.mining_process import Miner
-from st_clp.refresh.rows_in_use import Layout, Negatives, read_account
+from st_clp.refresh.rows_in_use import Layout, Negatives
 
 HEARTBEAT = 0.2  # seconds
 

@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def _mine(job: Job, command: dict[str, Path]) -> None:
-    from st_clp.refresh.rows_in_use import mine_generation
+    from st_clp.refresh.generations import mine_generation
     from st_clp.refresh.snapshot import fill
 
     fill(job.model, job.frozen, command["snapshot"])

@@ -22,7 +22,8 @@ from transformers import TrainerCallback
 from st_clp import AnceCallback, CLPLoss, mine_hard_negatives
 from st_clp.data import CollectionError
 from st_clp.option_values import SettingsError
-from st_clp.refresh.rows_in_use import Layout, is_whole
+from st_clp.refresh.generations import is_whole
+from st_clp.refresh.rows_in_use import Layout
 from st_clp.run.folder import RunDirectory
 from st_clp.run.ray_training import train_on_cluster
 from st_clp.run.splits import load_collections

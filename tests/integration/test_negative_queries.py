@@ -93,7 +93,7 @@ def test_refreshed_negatives_have_queries_of_the_same_sources(
         accounts.append((options["query_store"], found.account.query_sources))
         return found
 
-    monkeypatch.setattr("st_clp.refresh.rows_in_use.mine", recorded)
+    monkeypatch.setattr("st_clp.refresh.generations.mine", recorded)
     output = tmp_path / "out"
     result = invoke(
         *("--model", tiny_model_path, "--collection", collection_path, "--output", output, "--epochs", 1, "--no-bf16"),

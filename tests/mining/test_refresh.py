@@ -26,7 +26,8 @@ from st_clp.mining import MiningOptions, mine
 from st_clp.mining.rows import to_dataset
 from st_clp.moe import expert_usage
 from st_clp.refresh import plot_refreshes
-from st_clp.refresh.rows_in_use import Layout, Negatives, write_first
+from st_clp.refresh.generations import write_first
+from st_clp.refresh.rows_in_use import Layout, Negatives
 
 OPTIONS = MiningOptions(num_negatives=2, range_max=8)
 

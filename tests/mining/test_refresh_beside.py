@@ -162,7 +162,7 @@ def test_two_processes_use_the_same_negatives(tiny_model_path: Path, tmp_path: P
 
 
 def negatives_in(output: Path, step: int, model_path: Path) -> dict[str, list[str]]:
-    from st_clp.refresh.rows_in_use import Generation
+    from st_clp.refresh.generations import Generation
 
     tokenizer = SentenceTransformer(str(model_path), device="cpu").tokenizer
     generation = Generation(output / "ance" / "negatives" / f"step-{step:08d}", 1)
