@@ -87,10 +87,11 @@ def embed_by_length(
     Returns:
         ``(batch, dim)`` for each column of each kind.
     """
-    merged = [merge_feature_batches(list(columns)) for columns in kinds]
-    ready = [features for features in merged if features is not None]
     there = [texts.lengths for texts in map(_all_of, known) if texts is not None]
-    if len(ready) < len(kinds) or len(there) < len(kinds) or not one_process():
+    can_plan = len(there) == len(kinds) and one_process()
+    merged = [merge_feature_batches(list(columns)) for columns in kinds] if can_plan else []
+    ready = [features for features in merged if features is not None]
+    if len(ready) < len(kinds):
         return [embedding for columns in kinds for embedding in embed_columns(model, columns, separate_first=False)]
     together = [slice(0, len(kinds))] if _alike(ready) else [slice(kind, kind + 1) for kind in range(len(kinds))]
     by_kind = [embeddings for these in together for embeddings in _embed(model, ready[these], there[these])]

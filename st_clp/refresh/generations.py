@@ -45,7 +45,7 @@ class Generation:
     """The rows of one refresh, of all collections one after the other.
 
     Args:
-        folder: Where :func:`write_generation` wrote them.
+        folder: Where :func:`write_first` or :func:`mine_generation` wrote them.
         collections: How many collections there are.
 
     Raises:
