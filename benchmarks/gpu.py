@@ -30,6 +30,7 @@ import torch
 import transformers
 from sentence_transformers import SentenceTransformer
 from sentence_transformers import __version__ as sentence_transformers_version
+from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
@@ -40,7 +41,7 @@ import st_clp
 from st_clp import CLPLoss
 from st_clp.encoding import encode_documents
 from st_clp.encoding.attention import use_known_padding
-from st_clp.encoding.token_lists import TokenLists
+from st_clp.encoding.token_lists import ListPreprocess, TokenLists
 from st_clp.losses import passes
 from st_clp.losses.host_texts import KEY, HostTexts
 from st_clp.moe import MoESettings
@@ -527,6 +528,30 @@ def host(setting: Setting, texts: list[str], tokenizer: PreTrainedTokenizerFast)
         operations = sum(event.count for event in profile.key_averages() if event.key.startswith("aten::"))
         rows.append([name, f"{forward:.1f}", f"{backward:.1f}", f"{rest:.1f}", f"{operations:,}"])
     table(["a step", "forwards, ms", "backwards, ms", "optimizer, ms", "operations, views too"], rows)
+    number, negatives = (2, 1) if setting.small else (32, 4)
+    row = {"anchor": 0, "positive": 1, **{f"negative_{place + 1}": 2 + place for place in range(negatives)}}
+    batch = [
+        {name: texts[place * number + at] if place else " ".join(texts[at].split()[:10]) for name, place in row.items()}
+        for at in range(number)
+    ]
+    base.max_seq_length = 160
+    made = {
+        "as sentence-transformers does it": base.preprocess,
+        "by token lists, as st-clp run does": ListPreprocess(base),
+    }
+    print()
+    rows = []
+    for name, preprocess in made.items():
+        collate = SentenceTransformerDataCollator(preprocess_fn=preprocess)
+        collate(batch)
+        times = []
+        for _ in range(9):
+            started, busy = time.perf_counter(), time.thread_time()
+            collate(batch)
+            times.append((time.perf_counter() - started, time.thread_time() - busy))
+        took, held = (1000 * min(each) for each in zip(*times, strict=True))
+        rows.append([name, f"{took:.1f}", f"{held:.1f}"])
+    table([f"a batch of {number} rows with {negatives} negatives", "ms", "ms that hold Python's lock"], rows)
     some = texts[:1024]
     base.max_seq_length = 256
     lists = TokenLists.of(base, base.preprocess, "document", None, some)

@@ -23,6 +23,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from st_clp.declaring import names_of
 from st_clp.distributed import has_room
 from st_clp.encoding import hardware_has_bf16
+from st_clp.encoding.token_lists import ListPreprocess
 from st_clp.files import shown
 from st_clp.losses import DocumentBatchSampler, plan_on_host
 from st_clp.losses.document_batches import Near
@@ -97,6 +98,7 @@ def make_trainer(
         loss=make_loss(model, settings),
         callbacks=[refresh] if refresh is not None else None,
     )
+    trainer.data_collator.preprocess_fn = ListPreprocess(model)
     plan_on_host(trainer)
     trainer.add_callback(EarlierLosses(before))
     if refresh is not None:

@@ -19,7 +19,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from st_clp.encoding import ahead, encode, encode_documents, encode_queries
 from st_clp.encoding.ahead import LEAST_TOKENS, MOST_TOKENS, TokenBudget, tokenised_ahead, tokens_that_fit
 from st_clp.encoding.attention import known_padding, make_mask, use_known_padding
-from st_clp.encoding.token_lists import ListWindow, TokenLists
+from st_clp.encoding.token_lists import ListPreprocess, ListWindow, TokenLists
 
 TEXTS = [" ".join(["river", "king", "a", "cat"][: 1 + number % 4] * (1 + number % 9)) for number in range(60)]
 
@@ -29,6 +29,44 @@ def lists_of(model: SentenceTransformer, task: str = "document", prompt: str | N
         return model.preprocess(texts, prompt=prompt, task=task)
 
     return TokenLists.of(model, preprocess, task, prompt, TEXTS)
+
+
+def same(found: dict[str, Any], expected: dict[str, Any]) -> bool:
+    return set(found) == set(expected) and all(
+        torch.equal(found[name], value) if isinstance(value, torch.Tensor) else found[name] == value
+        for name, value in expected.items()
+    )
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    batches=st.lists(
+        st.lists(st.text("ab k\u0301ä\u4e2d \n", max_size=40), min_size=1, max_size=5), min_size=1, max_size=4
+    ),
+    prompt=st.sampled_from([None, "the king: "]),
+    task=st.sampled_from([None, "query"]),
+    side=st.sampled_from(["right", "left"]),
+)
+def test_a_trainings_batches_are_those_of_the_models_own_preprocessing(
+    tiny_model_path: Path, batches: list[list[str]], prompt: str | None, task: str | None, side: str
+) -> None:
+    model = SentenceTransformer(str(tiny_model_path), device="cpu")
+    model.max_seq_length = 12
+    model.tokenizer.padding_side = side
+    model[1].include_prompt = False
+    preprocess = ListPreprocess(model)
+    for texts in batches:
+        assert same(preprocess(texts, prompt=prompt, task=task), model.preprocess(texts, prompt=prompt, task=task))
+    assert list(preprocess._lists) == [(prompt, task)]
+    assert preprocess._lists[prompt, task] is not None
+
+
+def test_other_inputs_and_options_of_a_training_are_the_models_own(tiny_model: SentenceTransformer) -> None:
+    preprocess = ListPreprocess(tiny_model)
+    assert same(preprocess(["a river"] * 2, max_length=2), tiny_model.preprocess(["a river"] * 2, max_length=2))
+    pairs = [["a river", "a king"], ["a cat", "a lake"]]
+    assert same(preprocess(pairs), tiny_model.preprocess(pairs))
+    assert not preprocess._lists
 
 
 @pytest.fixture

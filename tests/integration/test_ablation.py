@@ -99,6 +99,7 @@ def test_the_loop_trains_as_the_trainer_does(
     # A token between two experts that are all but alike goes to the one or the other by rounding.
     assert np.abs(ours - theirs).max() < (0.3 if experts else 0.02) * np.abs(ours - before).max()
     assert np.abs(ours - before).max() > 0.004
+    assert trainer.data_collator.preprocess_fn.preprocess._lists  # what tokenises quickly
     assert told == [True] * 12  # by either, so that on a GPU the loss need not wait to know its texts
 
 
