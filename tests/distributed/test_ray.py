@@ -249,27 +249,42 @@ def done_by(name: str, numbers: range = range(8), **on: Any) -> tuple[set[str], 
     return {given for given, _ in found}, {process for _, process in found}, workers.lost
 
 
+def kept_workers() -> set[int]:
+    return {process.pid for process in workers_of_ray()}
+
+
+def are_gone(processes: set[int]) -> bool:
+    """Whether these processes end within 20 seconds."""
+    ends = time.monotonic() + 20
+    while any(map(psutil.pid_exists, processes)) and time.monotonic() < ends:
+        time.sleep(0.1)
+    return not any(map(psutil.pid_exists, processes))
+
+
 def test_the_next_stage_has_the_workers_of_the_one_before(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     release_idle()
-    _, first, _ = done_by("one")
-    assert done_by("other") == ({"other"}, first, 0)
+    assert are_gone(kept_workers())
+    done_by("one")
+    first = kept_workers()
+    names, processes, lost = done_by("other")
+    assert (names, lost) == ({"other"}, 0)
+    assert processes <= first == kept_workers()
     # One that is lost meanwhile is replaced, and counts for nothing.
     psutil.Process(first.pop()).kill()
-    names, second, lost = done_by("third")
+    names, _, lost = done_by("third")
     assert (names, lost) == ({"third"}, 0)
-    # Those that fail are not kept, nor those that take something else.
+    # Those of a stage that failed are not kept.
+    before = kept_workers()
     with pytest.raises(ValueError, match="no such number"):
         done_by("fourth", range(-1, 4))
-    assert not done_by("fifth")[1] & second
-    _, sixth, _ = done_by("sixth", workers=3)
-    assert has_room(ClusterOptions(ray="auto"))  # they end at once for whoever needs the room
-    psutil.wait_procs([psutil.Process(process) for process in sixth if psutil.pid_exists(process)], timeout=20)
-    assert not any(map(psutil.pid_exists, sixth))
+    assert not done_by("fifth")[1] & before
+    # They end at once for whoever needs the room, and by themselves after a while.
+    done_by("sixth", workers=3)
+    assert has_room(ClusterOptions(ray="auto"))
+    assert are_gone(kept_workers())
     monkeypatch.setattr(idle, "IDLE_SECONDS", 0.5)
-    _, last, _ = done_by("last", cpus_per_worker=1)
-    gone, alive = psutil.wait_procs([psutil.Process(process) for process in last], timeout=20)
-    assert gone
-    assert not alive
+    _, last, _ = done_by("last")
+    assert are_gone(last)
 
 
 def test_work_that_ends_every_worker_is_named_after_five(cluster: Cluster) -> None:
@@ -323,7 +338,7 @@ from pathlib import Path
 import torch
 from sentence_transformers import SentenceTransformer
 from st_clp.data import Collection
-from st_clp.distributed import Workers, has_room, idle, release_idle
+from st_clp.distributed import Workers
 from st_clp.encoding import EmbeddingStore
 from tests.distributed.words import count_texts
 torch.set_num_threads(1)
