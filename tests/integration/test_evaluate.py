@@ -149,7 +149,7 @@ def test_killed_it_goes_on_where_it_was(tiny_model_path: Path, tmp_path: Path, m
     collection = write_large_collection(tmp_path / "large", documents)
     arguments = ["evaluate", tiny_model_path, "--collection", collection, "--output", tmp_path / "out"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "st_clp.cli", *map(str, arguments)],
+        [sys.executable, "-m", "st_clp", *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -40,7 +40,7 @@ def test_a_run_on_three_languages_lifts_each(tmp_path: Path) -> None:
         *("--train", "all", "--learning-rate", "3e-4", "--scale", "20", "--epochs", "1", "--batch-size", "16"),
     ]
     environment = {**os.environ, "IR_DATASETS_HOME": str(tmp_path / "home")}
-    command = [sys.executable, "-m", "st_clp.cli", "run", *arguments]
+    command = [sys.executable, "-m", "st_clp", "run", *arguments]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     report = json.loads((output / "report.json").read_text())

@@ -153,7 +153,7 @@ def test_a_killed_process_loses_what_was_in_flight_and_another_finishes_its_work
     endpoint.knows_idempotency = False  # nothing but the store keeps anybody from paying twice
     collection = write_documents(tmp_path / "collection", 400)
     store = tmp_path / "q.sqlite"
-    command = [sys.executable, "-m", "st_clp.cli", "queries", "--collection", str(collection)]
+    command = [sys.executable, "-m", "st_clp", "queries", "--collection", str(collection)]
     command += ["--negative-queries", "judgments,openai:tiny", "--query-base-url", endpoint.base_url]
     command += ["--query-store", str(store), "--query-concurrency", "4"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
