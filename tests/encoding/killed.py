@@ -22,11 +22,11 @@ from tqdm import tqdm
 
 from st_clp import Collection, mine_hard_negatives
 
-DOCUMENTS, QUERIES = 2500, 600
+DOCUMENTS, QUERIES = 2500, 300
 
 
 def make_collection() -> Collection:
-    documents = {f"d{i}": f"the river of {i} and the lake {i * 7 % 13} " * (1 + i % 7) for i in range(DOCUMENTS)}
+    documents = {f"d{i}": f"the river of {i} and the lake {i * 7 % 13} " * (1 + i % 2) for i in range(DOCUMENTS)}
     queries = {f"q{i}": f"which river is {i}?" for i in range(QUERIES)}
     return Collection.from_dict(documents, queries, {f"q{i}": {f"d{i * 3}": 1} for i in range(QUERIES)})
 
