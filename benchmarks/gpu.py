@@ -537,7 +537,7 @@ def host(setting: Setting, texts: list[str], tokenizer: PreTrainedTokenizerFast)
     base.max_seq_length = 160
     made = {
         "as sentence-transformers does it": base.preprocess,
-        "by token lists, as st-clp run does": ListPreprocess(base),
+        "by token lists, as after plan_on_host": ListPreprocess(base),
     }
     print()
     rows = []

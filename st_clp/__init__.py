@@ -16,7 +16,7 @@ _PUBLIC = {
     "CLPLoss": "st_clp.losses",
     "CachedCLPLoss": "st_clp.losses",
     "DocumentBatchSampler": "st_clp.losses",
-    "plan_on_host": "st_clp.losses",
+    "plan_on_host": "st_clp.run.planning",
     "MoETransformer": "st_clp.moe",
     "upcycle": "st_clp.moe",
     "train_only": "st_clp.moe",
@@ -30,11 +30,12 @@ _PUBLIC = {
 
 if TYPE_CHECKING:
     from st_clp.data import Collection
-    from st_clp.losses import CachedCLPLoss, CLPLoss, DocumentBatchSampler, plan_on_host
+    from st_clp.losses import CachedCLPLoss, CLPLoss, DocumentBatchSampler
     from st_clp.mining import mine_hard_negatives
     from st_clp.moe import MoETransformer, load, to_dense, train_only, upcycle
     from st_clp.refresh import AnceCallback
     from st_clp.run.averaging import average
+    from st_clp.run.planning import plan_on_host
 
 __all__ = [
     "AnceCallback",

@@ -9,16 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from st_clp.losses.text_codes import text_codes
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformerTrainer
 
 KEY = "host_texts"  # among a column's features
 
@@ -97,7 +94,7 @@ def on_device(numbers: np.ndarray, device: torch.device) -> Tensor:
     return (found.pin_memory() if device.type == "cuda" else found).to(device, non_blocking=True)
 
 
-class _Telling:
+class TellingPreprocess:
     """Preprocesses texts, and adds what the host knows of them to their features."""
 
     def __init__(self, preprocess: Callable[..., Features]) -> None:
@@ -107,37 +104,3 @@ class _Telling:
         features = self.preprocess(inputs, **options)
         texts = HostTexts.of(features)
         return features if texts is None else {**features, KEY: texts}
-
-
-def plan_on_host(trainer: SentenceTransformerTrainer) -> None:
-    """Let :class:`CLPLoss` plan the forward passes of a GPU training without waiting for the device.
-
-    On a CPU the loss embeds texts of similar length together, to save padding, and queries and documents in one pass
-    where that costs less. On a GPU it would have to wait for the lengths. After a call of this function the trainer's
-    data collator tells them, and which texts are equal, so that ``encode_once`` does not wait either. The loss and its
-    gradients are the same, but for dropout.
-
-    Call it once, before ``trainer.train()``. :class:`CachedCLPLoss` sorts texts by length on the device, and in a
-    training of several processes all of them need the same number of passes: there it changes nothing.
-
-    Args:
-        trainer: Its data collator is changed.
-
-    Raises:
-        TypeError: The data collator is not one of sentence-transformers'.
-
-    Example::
-
-        trainer = SentenceTransformerTrainer(model=model, train_dataset=train_dataset, loss=CLPLoss(model))
-        plan_on_host(trainer)
-        trainer.train()
-    """
-    collator = trainer.data_collator
-    preprocess = getattr(collator, "preprocess_fn", None)
-    if preprocess is None:
-        raise TypeError(
-            f"the trainer's data collator, a {type(collator).__name__}, has no preprocess_fn, which those of "
-            "sentence-transformers have; plan_on_host can change only these"
-        )
-    if trainer.args.world_size == 1 and not isinstance(preprocess, _Telling):
-        collator.preprocess_fn = _Telling(preprocess)

@@ -23,9 +23,8 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from st_clp.declaring import names_of
 from st_clp.distributed import has_room
 from st_clp.encoding import hardware_has_bf16
-from st_clp.encoding.token_lists import ListPreprocess
 from st_clp.files import shown
-from st_clp.losses import DocumentBatchSampler, plan_on_host
+from st_clp.losses import DocumentBatchSampler
 from st_clp.losses.document_batches import Near
 from st_clp.mining import TrainingRow
 from st_clp.mining.rows import to_dataset
@@ -33,6 +32,7 @@ from st_clp.option_values import read_number
 from st_clp.options import HERE, ClusterOptions, MiningOptions, QueryOptions, RefreshOptions
 from st_clp.refresh import AnceCallback
 from st_clp.run.modelling import column_kinds, load_cross_encoder, make_loss
+from st_clp.run.planning import plan_on_host
 from st_clp.settings import RunSettings, SettingsError
 
 if TYPE_CHECKING:
@@ -98,8 +98,9 @@ def make_trainer(
         loss=make_loss(model, settings),
         callbacks=[refresh] if refresh is not None else None,
     )
-    trainer.data_collator.preprocess_fn = ListPreprocess(model)
+    looks_for_nan = arguments.logging_nan_inf_filter  # --training-arg has the last word
     plan_on_host(trainer)
+    arguments.logging_nan_inf_filter = looks_for_nan
     trainer.add_callback(EarlierLosses(before))
     if refresh is not None:
         refresh.log = trainer.log

@@ -17,7 +17,6 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from st_clp.data import Collection
-from st_clp.encoding.attention import masks_unread
 from st_clp.losses.document_batches import Near, near_documents
 from st_clp.memory import HAND_BACK_EVERY, hand_back_freed_memory
 from st_clp.mining.rows import TrainingRow, read_rows, to_dataset
@@ -176,10 +175,7 @@ class TrainingStage:
         if model.device.type == "cpu":
             trainer.add_callback(_HandBack())
         try:
-            with (
-                compiled_layers(model) if settings.compile_layers else nullcontext(),
-                masks_unread(model) if model.device.type == "cuda" else nullcontext(),
-            ):
+            with compiled_layers(model) if settings.compile_layers else nullcontext():
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             if refresh is not None:

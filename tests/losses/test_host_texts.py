@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import AdaptiveLayerLoss, MatryoshkaLoss
 
-from st_clp import CLPLoss, plan_on_host, train_only, upcycle
+from st_clp import CLPLoss, train_only, upcycle
 from st_clp.encoding.attention import masks_unread
-from st_clp.losses import CachedCLPLoss, passes
+from st_clp.losses import passes
 from st_clp.losses.host_texts import KEY, HostTexts
 from st_clp.moe import grouped
 from st_clp.moe.routing import Router
@@ -214,67 +211,3 @@ def test_what_was_told_of_a_batch_that_was_split_since_is_not_believed(tiny_mode
     ]
     expected = CLPLoss(tiny_model)([tiny_model.preprocess(column[:3]) for column in COLUMNS])
     torch.testing.assert_close(CLPLoss(tiny_model)(half), expected)
-
-
-@pytest.mark.parametrize("loss_class", [CLPLoss, CachedCLPLoss])
-def test_a_training_is_the_same_and_the_loss_is_told(
-    loss_class: Any,
-    make_tiny_model: Callable[..., SentenceTransformer],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    seen: list[int] = []
-    of = HostTexts.of
-
-    def counted(features: dict[str, Any]) -> HostTexts | None:
-        seen.append(len(features["input_ids"]))
-        return of(features)
-
-    monkeypatch.setattr(HostTexts, "of", counted)
-    data = Dataset.from_dict(
-        {
-            name: column * 2
-            for name, column in zip(("anchor", "positive", "negative", "negative_query"), COLUMNS, strict=True)
-        }
-    )
-    weights, calls = [], []
-    for planned in (False, True):
-        model = make_tiny_model()
-        trainer = SentenceTransformerTrainer(
-            model=model,
-            args=SentenceTransformerTrainingArguments(
-                output_dir=str(tmp_path / "out"), max_steps=2, per_device_train_batch_size=6, report_to="none",
-                use_cpu=True, disable_tqdm=True, save_strategy="no", prompts={"anchor": "the king: "},
-            ),
-            train_dataset=data,
-            loss=loss_class(model),
-        )  # fmt: skip
-        for _ in range(2 * planned):  # once is enough, and twice does no harm
-            plan_on_host(trainer)
-        seen.clear()
-        told: list[bool] = []
-        trainer.loss.register_forward_pre_hook(
-            lambda loss, inputs, told=told: told.append(all(KEY in column for column in inputs[0]))
-        )
-        trainer.train()
-        assert told == [planned] * 2
-        weights.append(torch.cat([one.detach().flatten() for one in model.parameters()]))
-        calls.append(list(seen))
-    assert torch.equal(*weights)
-    assert calls[0] == calls[1] == [6] * 4 * 2  # by the loss, or by the data collator: once for each column
-
-
-def test_others_collators_are_refused_and_processes_that_plan_alike_left_alone(
-    tiny_model: SentenceTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    args = SentenceTransformerTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
-    data = Dataset.from_dict({"anchor": ["a"], "positive": ["b"]})
-    trainer = SentenceTransformerTrainer(model=tiny_model, args=args, train_dataset=data, loss=CLPLoss(tiny_model))
-    before = trainer.data_collator.preprocess_fn
-    with monkeypatch.context() as patch:
-        patch.setattr(SentenceTransformerTrainingArguments, "world_size", 2)
-        plan_on_host(trainer)
-    assert trainer.data_collator.preprocess_fn == before
-    trainer.data_collator = lambda rows: rows  # type: ignore[assignment]
-    with pytest.raises(TypeError, match="the trainer's data collator, a function, has no preprocess_fn"):
-        plan_on_host(trainer)
