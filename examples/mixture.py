@@ -6,7 +6,7 @@ from sentence_transformers import (
     SentenceTransformerTrainingArguments,
 )
 
-from st_clp import CLPLoss, Collection, load, mine_hard_negatives, to_dense, train_only, upcycle
+from st_clp import CLPLoss, Collection, load, mine_hard_negatives, plan_on_host, to_dense, train_only, upcycle
 from st_clp.moe import expert_usage
 
 
@@ -26,6 +26,7 @@ def main(
         output + "-training", per_device_train_batch_size=batch_size, learning_rate=1e-4, report_to="none"
     )
     trainer = SentenceTransformerTrainer(model=encoder, args=arguments, train_dataset=rows, loss=CLPLoss(encoder))
+    plan_on_host(trainer)  # on a GPU no step waits for the one before it
     trainer.train()
     encoder.save(output)
 

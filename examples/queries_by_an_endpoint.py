@@ -10,7 +10,7 @@ from sentence_transformers import (
     SentenceTransformerTrainingArguments,
 )
 
-from st_clp import CLPLoss, Collection, mine_hard_negatives
+from st_clp import CLPLoss, Collection, mine_hard_negatives, plan_on_host
 from st_clp.queries import QueryOptions
 
 
@@ -37,6 +37,7 @@ def main(
         output + "-training", per_device_train_batch_size=batch_size, learning_rate=2e-5, report_to="none"
     )
     trainer = SentenceTransformerTrainer(model=encoder, args=arguments, train_dataset=rows, loss=CLPLoss(encoder))
+    plan_on_host(trainer)  # on a GPU no step waits for the one before it
     trainer.train()
     encoder.save(output)
     return encoder

@@ -14,7 +14,7 @@ from sentence_transformers import (
     SentenceTransformerTrainingArguments,
 )
 
-from st_clp import CachedCLPLoss
+from st_clp import CachedCLPLoss, plan_on_host
 from st_clp.mining import read_rows, to_dataset
 
 
@@ -28,6 +28,7 @@ def main(model: str = "intfloat/multilingual-e5-small", rows: str = "mined/rows.
         output + "-training", per_device_train_batch_size=256, learning_rate=2e-5, report_to="none"
     )
     trainer = SentenceTransformerTrainer(model=encoder, args=arguments, train_dataset=dataset, loss=loss)
+    plan_on_host(trainer)  # on a GPU no step waits for the one before it
     trainer.train()
     if trainer.is_world_process_zero():
         encoder.save(output)

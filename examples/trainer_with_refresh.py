@@ -7,7 +7,7 @@ from sentence_transformers import (
 )
 
 from evaluators import CollectionEvaluator
-from st_clp import AnceCallback, CLPLoss, Collection, mine_hard_negatives
+from st_clp import AnceCallback, CLPLoss, Collection, mine_hard_negatives, plan_on_host
 
 
 def main(
@@ -46,6 +46,7 @@ def main(
         callbacks=[ance],
     )
     ance.log = trainer.log
+    plan_on_host(trainer)  # on a GPU no step waits for the one before it
     trainer.train()
 
     for refresh in ance.refreshes[1:]:  # the first are the rows that training began with
