@@ -82,3 +82,8 @@ def make_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     if function is bidirectional_mask_function and padding is not None and padding.ndim == 2:
         return padding.bool()[:, None, None, :] if getattr(_state, "padded", True) else None
     return sdpa_mask(*args, **kwargs)
+
+
+# Here too, not only when a model is changed: a changed model may come from another process.
+AttentionInterface.register(NAME, sdpa_attention_forward)
+AttentionMaskInterface.register(NAME, make_mask)

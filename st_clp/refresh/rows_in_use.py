@@ -130,12 +130,11 @@ class Negatives:
 
     def _generation(self, step: int) -> Generation | None:
         """The generation; None for step 0, whose negatives are in the dataset itself."""
-        if self._open[0] != step:
-            self._open = (
-                step,
-                Generation(self._layout.negatives(step), self._collections) if step else None,
-            )
-        return self._open[1]
+        number, generation = self._open  # a thread that collates may replace it meanwhile
+        if number != step:
+            generation = Generation(self._layout.negatives(step), self._collections) if step else None
+            self._open = step, generation
+        return generation
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": (0, None)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,14 +31,16 @@ COLUMNS = {
 
 
 def make_trainer(
-    model: SentenceTransformer, loss: torch.nn.Module, folder: Path, **settings: Any
+    model: SentenceTransformer, loss: torch.nn.Module, folder: Path, dataset: Any = None, **settings: Any
 ) -> SentenceTransformerTrainer:
     given: dict[str, Any] = {"max_steps": 2, "use_cpu": True, **settings}
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(folder / "out"), per_device_train_batch_size=6, report_to="none", disable_tqdm=True,
         save_strategy="no", prompts={"anchor": "the king: "}, **given,
     )  # fmt: skip
-    return SentenceTransformerTrainer(model=model, args=arguments, train_dataset=Dataset.from_dict(COLUMNS), loss=loss)
+    return SentenceTransformerTrainer(
+        model=model, args=arguments, train_dataset=dataset or Dataset.from_dict(COLUMNS), loss=loss
+    )
 
 
 def weights(model: SentenceTransformer) -> torch.Tensor:
@@ -134,6 +137,55 @@ def test_on_a_card_no_step_of_a_trainer_waits(tiny_model: SentenceTransformer, t
         trainer.train()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def collating(trainer: SentenceTransformerTrainer, monkeypatch: pytest.MonkeyPatch, fails: bool = False) -> list[str]:
+    """Train as on a GPU; the names of the threads that collated."""
+    names: list[str] = []
+    preprocess = trainer.data_collator.preprocess_fn
+
+    def watched(texts: list[str], **options: Any) -> dict[str, Any]:
+        names.append(threading.current_thread().name)
+        if fails and len(names) > 4:
+            raise TypeError("a text of the second batch")
+        return preprocess(texts, **options)
+
+    trainer.data_collator.preprocess_fn = watched
+    with monkeypatch.context() as patch:
+        patch.setattr(SentenceTransformerTrainingArguments, "device", torch.device("cuda"))
+        plan_on_host(trainer)
+    trainer.train()
+    return names
+
+
+def test_on_a_gpu_a_thread_collates_and_ends(
+    tiny_model: SentenceTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tiny_model, CLPLoss(tiny_model), tmp_path)
+    before = threading.enumerate()
+    names = collating(trainer, monkeypatch)
+    assert len(names) == 8  # four columns, two batches
+    assert all(name.startswith("collating") for name in names)
+    assert not [one for one in threading.enumerate() if one.name.startswith("collating") and one not in before]
+
+
+def test_what_a_collator_raises_in_its_thread_ends_the_training(
+    tiny_model: SentenceTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tiny_model, CLPLoss(tiny_model), tmp_path)
+    with pytest.raises(TypeError, match="a text of the second batch"):
+        collating(trainer, monkeypatch, fails=True)
+    assert trainer.state.global_step == 1
+
+
+def test_an_iterable_dataset_is_read_as_it_would_be(
+    tiny_model: SentenceTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """accelerate reads it for all processes, and looks into its batches."""
+    dataset = Dataset.from_dict(COLUMNS).to_iterable_dataset()
+    trainer = make_trainer(tiny_model, CLPLoss(tiny_model), tmp_path, dataset=dataset)
+    assert set(collating(trainer, monkeypatch)) == {threading.current_thread().name}
+    assert trainer.state.global_step == 2
 
 
 def test_several_processes_plan_alike_and_tokenise_as_one_does(

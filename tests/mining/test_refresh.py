@@ -28,6 +28,7 @@ from st_clp.moe import expert_usage
 from st_clp.refresh import plot_refreshes
 from st_clp.refresh.generations import write_first
 from st_clp.refresh.rows_in_use import Layout, Negatives
+from st_clp.run.planning import Unwaiting
 
 OPTIONS = MiningOptions(num_negatives=2, range_max=8)
 
@@ -66,6 +67,7 @@ def probe(refresh_run: ModuleType, **methods: Any) -> Any:
         ("accumulation", {"gradient_accumulation_steps": 2, "num_train_epochs": 4}),
         ("no duplicates", {"batch_sampler": BatchSamplers.NO_DUPLICATES}),
         ("pinned, persistent workers", {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}),
+        ("collated ahead", {}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -80,7 +82,11 @@ def test_every_batch_has_the_negatives_that_the_weights_of_the_last_refresh_mine
 
     before = refresh_run.first_model(tiny_model)
     done = refresh_run.train(
-        tiny_model, tmp_path, before=[probe(refresh_run, on_step_end=remember)], arguments=arguments
+        tiny_model,
+        tmp_path,
+        before=[probe(refresh_run, on_step_end=remember)],
+        after=[Unwaiting()] if what == "collated ahead" else [],
+        arguments=arguments,
     )
     together = 2 if what == "accumulation" else 1
     steps = done.trainer.state.global_step
@@ -105,8 +111,9 @@ def test_rows_and_their_order_are_those_of_a_training_without_refreshes(
     assert [r["step"] for r in refreshed.ance.refreshes] == [0, 4, 8]
 
 
+@pytest.mark.parametrize("ahead", [False, True], ids=["", "collated ahead"])
 def test_a_resumed_run_has_the_batches_of_one_that_was_not_stopped(
-    make_tiny_model: Any, tmp_path: Path, refresh_run: ModuleType
+    ahead: bool, make_tiny_model: Any, tmp_path: Path, refresh_run: ModuleType
 ) -> None:
     model = make_tiny_model(dropout=0.2)  # so that a random number too many would show
     path = tmp_path / "start"
@@ -117,11 +124,17 @@ def test_a_resumed_run_has_the_batches_of_one_that_was_not_stopped(
         if state.global_step == 8:
             raise KeyboardInterrupt
 
+    def planned() -> list[TrainerCallback]:
+        return [Unwaiting()] if ahead else []
+
     with pytest.raises(KeyboardInterrupt):
         refresh_run.train(
-            path, tmp_path / "stopped", after=[probe(refresh_run, on_step_begin=stop)], arguments=refresh_run.SAVING
+            path,
+            tmp_path / "stopped",
+            after=[*planned(), probe(refresh_run, on_step_begin=stop)],
+            arguments=refresh_run.SAVING,
         )
-    resumed = refresh_run.train(path, tmp_path / "stopped", resume=True, arguments=refresh_run.SAVING)
+    resumed = refresh_run.train(path, tmp_path / "stopped", after=planned(), resume=True, arguments=refresh_run.SAVING)
     assert resumed.batches == whole.batches[5:]
     described = [{k: v for k, v in r.items() if k != "seconds"} for r in resumed.ance.refreshes]
     assert described == [{k: v for k, v in r.items() if k != "seconds"} for r in whole.ance.refreshes]
