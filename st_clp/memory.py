@@ -1,11 +1,13 @@
-"""Control over whether glibc keeps the memory that a model on a CPU frees, or hands it back to the system."""
+"""The host's memory: whether glibc keeps what a model on a CPU frees, and batches that a GPU can copy by itself."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
+from typing import Any
 
 import torch
+from torch.utils.data._utils.pin_memory import pin_memory
 
 HAND_BACK_EVERY = 25  # steps of a training
 LARGEST = 31 << 20  # bytes; glibc learns from blocks of up to 32 MiB
@@ -30,3 +32,8 @@ def hand_back_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
     if trim is not None:
         trim(0)
+
+
+def pinned(batch: Any) -> Any:
+    """The batch with all its tensors in pinned memory, as a data loader with ``pin_memory`` does it."""
+    return pin_memory(batch)

@@ -31,7 +31,7 @@ KNOWN: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "_registered": ("st_clp/data/sources/irds.py", "class ir_datasets registry", ()),
     "_linear_pointwise": ("st_clp/encoding/packing.py", "torch.ops.mkldnn", ()),
     "_reorder_linear_weight": ("st_clp/encoding/packing.py", "torch.ops.mkldnn", ()),
-    "_utils": ("st_clp/refresh/rows_in_use.py", "torch.utils.data", ()),
+    "_utils": ("st_clp/memory.py", "torch.utils.data", ()),
     "_validate_mini_batch_num_tokens": (
         "st_clp/losses/gradcache.py",
         "sentence_transformers.base.losses.gradcache",

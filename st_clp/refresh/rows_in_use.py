@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from torch.utils.data._utils.pin_memory import pin_memory
 
 from st_clp.files import remove_leftovers_in
+from st_clp.memory import pinned
 from st_clp.refresh.generations import Generation
 from st_clp.refresh.training_set import ROW
 
@@ -196,5 +196,5 @@ class WaitingBatch:
 
     def pin_memory(self) -> WaitingBatch:
         """Pin the batch's memory."""
-        self._content = pin_memory(self._content)
+        self._content = pinned(self._content)
         return self

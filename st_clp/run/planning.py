@@ -8,12 +8,12 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import send_to_device
-from torch.utils.data._utils.pin_memory import pin_memory
 from transformers import TrainerCallback
 
 from st_clp.encoding.attention import masks_unread
 from st_clp.encoding.token_lists import ListPreprocess
 from st_clp.losses.host_texts import TellingPreprocess
+from st_clp.memory import pinned
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformerTrainer
@@ -118,7 +118,7 @@ class ComingBatch:
     def to(self, device: Any, non_blocking: bool = False) -> Any:
         """Move it to the device as soon as it is there; whatever its collator raises is raised here."""
         content = self._content.result()
-        return send_to_device(pin_memory(content) if self._pinned else content, device, non_blocking=non_blocking)
+        return send_to_device(pinned(content) if self._pinned else content, device, non_blocking=non_blocking)
 
     def pin_memory(self) -> ComingBatch:
         """Have its memory pinned before it is moved."""

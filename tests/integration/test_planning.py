@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from st_clp.encoding import attention
 from st_clp.encoding.token_lists import ListPreprocess
 from st_clp.losses import CachedCLPLoss
 from st_clp.losses.host_texts import KEY, HostTexts
+from st_clp.memory import pinned
+from st_clp.run import planning
 
 LONG = "the big river of the north is one lake and two mountain in the west of the old stone " * 2
 QUERIES = ["which river", "who was king", LONG, "what is bread", "where is the lake", "when was peace"]
@@ -176,6 +179,17 @@ def test_what_a_collator_raises_in_its_thread_ends_the_training(
     with pytest.raises(TypeError, match="a text of the second batch"):
         collating(trainer, monkeypatch, fails=True)
     assert trainer.state.global_step == 1
+
+
+def test_a_batch_that_is_being_collated_is_pinned_before_it_is_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(planning, "pinned", lambda batch: seen.append(batch) or batch)
+    with ThreadPoolExecutor(1) as thread:
+        collate = planning.AheadCollator(lambda rows: {"label": torch.tensor(rows), "prompt": "the king"}, thread)
+        batch = pinned(collate([1, 2]))  # as a data loader calls it
+        moved = batch.to("meta", non_blocking=True)
+    assert (moved["label"].device.type, moved["prompt"]) == ("meta", "the king")
+    assert [list(one["label"]) for one in seen] == [[1, 2]]
 
 
 def test_an_iterable_dataset_is_read_as_it_would_be(
