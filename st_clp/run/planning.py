@@ -66,6 +66,7 @@ def plan_on_host(trainer: SentenceTransformerTrainer) -> None:
     if trainer.args.device.type == "cuda":
         trainer.args.logging_nan_inf_filter = False
         trainer.accelerator.dataloader_config.non_blocking = True
+        trainer.pop_callback(Unwaiting)  # of an earlier call
         trainer.add_callback(Unwaiting())
 
 

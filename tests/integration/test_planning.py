@@ -101,6 +101,7 @@ def test_on_a_gpu_masks_and_losses_are_not_looked_at(
             patch.setattr(SentenceTransformerTrainingArguments, "device", torch.device("cuda"))
             for _ in range(2 * planned):
                 plan_on_host(trainer)
+        assert sum(isinstance(one, planning.Unwaiting) for one in trainer.callback_handler.callbacks) == planned
         during: list[str] = []
 
         class Look(TrainerCallback):
