@@ -122,9 +122,6 @@ def test_on_a_gpu_masks_and_losses_are_not_looked_at(
 
 @pytest.mark.gpu
 def test_on_a_card_no_step_of_a_trainer_waits(tiny_model: SentenceTransformer, tmp_path: Path) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-
     class RefuseToWait(TrainerCallback):
         """From the end of the first step, which allocates and chooses kernels, to that of the second."""
 
