@@ -249,8 +249,12 @@ def done_by(name: str, numbers: range = range(8), **on: Any) -> tuple[set[str], 
     return {given for given, _ in found}, {process for _, process in found}, workers.lost
 
 
-def kept_workers() -> set[int]:
-    return {process.pid for process in workers_of_ray()}
+def kept_workers(number: int = 0) -> set[int]:
+    """Their processes, as soon as there are so many: one may still start when the others have done a stage's work."""
+    ends = time.monotonic() + 60
+    while len(found := {process.pid for process in workers_of_ray()}) < number and time.monotonic() < ends:
+        time.sleep(0.1)
+    return found
 
 
 def are_gone(processes: set[int]) -> bool:
@@ -262,10 +266,11 @@ def are_gone(processes: set[int]) -> bool:
 
 
 def test_the_next_stage_has_the_workers_of_the_one_before(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(idle, "IDLE_SECONDS", 90)
     release_idle()
     assert are_gone(kept_workers())
     done_by("one")
-    first = kept_workers()
+    first = kept_workers(2)
     names, processes, lost = done_by("other")
     assert (names, lost) == ({"other"}, 0)
     assert processes <= first == kept_workers()
@@ -274,7 +279,7 @@ def test_the_next_stage_has_the_workers_of_the_one_before(cluster: Cluster, monk
     names, _, lost = done_by("third")
     assert (names, lost) == ({"third"}, 0)
     # Those of a stage that failed are not kept.
-    before = kept_workers()
+    before = kept_workers(2)
     with pytest.raises(ValueError, match="no such number"):
         done_by("fourth", range(-1, 4))
     assert not done_by("fifth")[1] & before
