@@ -3,13 +3,14 @@
 ``Balance`` adjusts a bias that is added to the router's logits for selecting only (auxiliary-loss-free balancing,
 Wang et al. 2024, arXiv:2408.15664). A step's tokens are counted in the passes that carry gradients, each token once;
 the bias moves when the optimizer has changed the layer, at the next forward pass in training mode. So both passes
-of a cached loss see one and the same bias, and so does a layer that gradient checkpointing runs again. A compiled pass
-cannot see whether the optimizer has stepped; there the bias moves when it has.
+of a cached loss see one and the same bias, and so does a layer that gradient checkpointing runs again. All layers' move
+together, in a few operations on stacked sums. A compiled pass cannot see whether the optimizer has stepped; there the
+bias moves when it has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -84,9 +85,9 @@ class Balance:
     def count(
         self,
         router: Router,
-        logits: Tensor,
+        scores: Tensor,
         tokens: Tensor,
-        mask: Tensor | None,
+        kept: Tensor | None,
         use: Tensor,
         context: ForwardContext | None,
     ) -> None:
@@ -94,9 +95,9 @@ class Balance:
 
         Args:
             router: The router.
-            logits: (tokens, experts), with the mean token's logits subtracted.
+            scores: (tokens, experts) the logits, with the mean token's subtracted and the bias added.
             tokens: (tokens, dim).
-            mask: (tokens,) or None.
+            kept: (tokens, 1) float32, 1 at tokens and 0 at padding; or None.
             use: (experts,) the tokens that each expert has.
             context: The forward pass.
         """
@@ -106,18 +107,18 @@ class Balance:
         assert self._used is not None
         self._used.add_(use)
         if router.training and self._step is not None and router.weight.requires_grad:
-            self._step.add(logits, tokens, mask, use)
+            self._step.add(scores, tokens, kept, use)
 
-    def adjust(self, router: Router, logits: Tensor, tokens: Tensor, mask: Tensor | None) -> None:
+    def adjust(self, router: Router, logits: Tensor, tokens: Tensor, kept: Tensor | None) -> None:
         """Update the balance if the optimizer has stepped since the last counted pass."""
         if not router.weight.requires_grad:
             return
         if self.calibrated is None or not (self.calibrated or torch.compiler.is_compiling()):
             self.look(router)
-        if not self.calibrated and (mask is None or stays_on_device(mask) or bool(mask.any())):
+        if not self.calibrated and (kept is None or stays_on_device(kept) or bool(kept.any())):
             self.calibrated = True
-            center = _mean(tokens, mask)
-            keep = logits.new_ones(logits.shape[0]) if mask is None else mask.to(logits.dtype)
+            center = _sum(tokens, kept) / (tokens.shape[0] if kept is None else kept.sum().clamp(min=1))
+            keep = logits.new_ones(logits.shape[0]) if kept is None else kept.squeeze(1)
             calibrate = calibration if torch.compiler.is_compiling() else _calibration
             found = calibrate(logits, center, router.weight.detach(), keep, self.settings.num_experts_per_tok)
             router.balance_center.copy_(found[: center.numel()])
@@ -125,7 +126,7 @@ class Balance:
         if torch.compiler.is_compiling():
             self.compiled = True
         else:
-            self._move(router)
+            move([router])
 
     @torch.compiler.disable
     def look(self, router: Router) -> None:
@@ -139,75 +140,96 @@ class Balance:
         the checkpoint.
         """
         if not _distributed():
-            self._move(router)
+            move([router])
 
-    @torch.no_grad()
-    def _move(self, router: Router) -> None:
+    def sees_step(self, router: Router) -> bool:
+        """Whether there are counts of a step since which the optimizer has changed the router; true once a step."""
         version = router.weight._version
         if version == self._seen_version:
-            return
+            return False
         self._seen_version = version
-        if self._step is None:
-            return
-        counted = self._step.counted().to(router.weight.device)
-        self._step.clear()
-        if _distributed():
-            torch.distributed.all_reduce(counted)
-            counted /= torch.distributed.get_world_size()
-        experts = self.settings.num_experts
-        counts, spread, mean = counted[:experts], counted[experts], counted[experts + 1 :]
-        total = counts.sum()
-        lack = (1 - counts * (experts / total.clamp(min=1e-9))).clamp(-1, 1)
-        moved = total > 0  # a step of padding alone says nothing
-        router.balance_bias.add_(moved * (lack - lack.mean()) * spread, alpha=self.settings.balance_rate)
-        router.balance_center.lerp_(torch.where(moved, mean, router.balance_center), CENTER_RATE)
+        return self._step is not None
+
+
+@torch.no_grad()
+def move(routers: Iterable[Router]) -> None:
+    """Update the balance of those ``routers`` that the optimizer has changed since their last counted pass.
+
+    Routers of one width and number of experts move together. The order is the one given, which must be the same in all
+    processes: they sum their counts.
+    """
+    alike: dict[tuple[int, int, torch.device], list[Router]] = {}
+    for router in routers:
+        if router.balance.sees_step(router):
+            alike.setdefault((*router.weight.shape, router.weight.device), []).append(router)
+    for group in alike.values():
+        _move_together(group)
+
+
+def _move_together(routers: Sequence[Router]) -> None:
+    steps = [router.balance._step for router in routers]
+    counts, spread, mean = _StepSums.counted([step for step in steps if step is not None], routers[0].weight.device)
+    total = counts.sum(1, keepdim=True)
+    lack = (1 - counts * (counts.shape[1] / total.clamp(min=1e-9))).clamp(-1, 1)
+    moved = total > 0  # a step of padding alone says nothing
+    change = moved * (lack - lack.mean(1, keepdim=True)) * spread
+    weight = moved * CENTER_RATE
+    for at, router in enumerate(routers):
+        router.balance_bias.add_(change[at], alpha=router.settings.balance_rate)
+        router.balance_center.lerp_(mean[at], weight[at])
 
 
 class _StepSums:
     """Sums over one optimizer step's tokens, independent of how the step is split into passes.
 
-    The mean token's logits are subtracted before, so that squares lose no precision in float32.
+    The mean token's logits are subtracted before, so that squares lose no precision in float32. The bias, which is
+    added before too, is the same at all tokens and changes no standard deviation.
     """
 
     def __init__(self, experts: int, dim: int, device: torch.device) -> None:
         self._moments = torch.zeros(1 + experts, 1 + experts, device=device)
         self._counts, self._tokens = torch.zeros(experts, device=device), torch.zeros(dim, device=device)
 
-    def add(self, logits: Tensor, tokens: Tensor, mask: Tensor | None, use: Tensor) -> None:
-        """Add one pass's ``logits`` (tokens, experts), its ``tokens`` (tokens, dim) and ``use`` (experts,)."""
-        one_and_logits = torch.nn.functional.pad(logits, (1, 0), value=1.0)
-        kept = one_and_logits if mask is None else one_and_logits * mask.unsqueeze(1)
+    def add(self, scores: Tensor, tokens: Tensor, kept: Tensor | None, use: Tensor) -> None:
+        """Add one pass's ``scores`` (tokens, experts), its ``tokens`` (tokens, dim) and ``use`` (experts,)."""
+        one_and_scores = torch.nn.functional.pad(scores, (1, 0), value=1.0)
         # in place: a captured graph writes where it wrote when it was captured
-        self._moments.addmm_(one_and_logits.t(), kept)
-        self._tokens.add_(_sum(tokens, mask))
+        self._moments.addmm_(one_and_scores.t(), one_and_scores if kept is None else one_and_scores * kept)
+        self._tokens.add_(_sum(tokens, kept))
         self._counts.add_(use)
 
-    def clear(self) -> None:
-        """Start the next step."""
-        for sums in (self._moments, self._counts, self._tokens):
-            sums.zero_()
+    @staticmethod
+    def counted(steps: Sequence[_StepSums], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Read the sums of several routers, as means over all processes, and start their next step.
 
-    def counted(self) -> Tensor:
-        """Counts (experts,), the logits' standard deviation, and the mean token (dim,), in one tensor."""
-        number = self._moments[0, 0].clamp(min=1)
-        mean, squares = self._moments[0, 1:] / number, self._moments.diagonal()[1:] / number
-        spread = (squares - mean.square()).clamp(min=0).sqrt().mean()
-        return torch.cat([self._counts, spread.reshape(1), self._tokens / number])
+        Returns:
+            (routers, experts) counts; (routers, 1) the scores' standard deviation; (routers, dim) the mean token.
+        """
+        moments = torch.stack([step._moments for step in steps])
+        number = moments[:, 0, :1].clamp(min=1)
+        mean, squares = moments[:, 0, 1:] / number, moments.diagonal(dim1=1, dim2=2)[:, 1:] / number
+        spread = (squares - mean.square()).clamp(min=0).sqrt().mean(1, keepdim=True)
+        counts = torch.stack([step._counts for step in steps])
+        found = torch.cat([counts, spread, torch.stack([step._tokens for step in steps]) / number], dim=1).to(device)
+        for step in steps:
+            for sums in (step._moments, step._counts, step._tokens):
+                sums.zero_()
+        if _distributed():
+            torch.distributed.all_reduce(found)
+            found /= torch.distributed.get_world_size()
+        experts = counts.shape[1]
+        return found[:, :experts], found[:, experts : experts + 1], found[:, experts + 1 :]
 
 
 def move_after(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """Update the balance of the routers that ``optimizer`` has stepped, where their passes are compiled.
 
-    The order is the optimizer's, which is the same in all processes: they sum their counts one router after the other.
+    The order is the optimizer's, which is the same in all processes.
     """
     waiting = {id(router.weight): router for router in ROUTERS if router.balance.compiled}
-    if not waiting:
-        return
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            router = waiting.get(id(parameter))
-            if router is not None:
-                router.balance._move(router)
+    if waiting:
+        stepped = (id(parameter) for group in optimizer.param_groups for parameter in group["params"])
+        move(waiting[weight] for weight in stepped if weight in waiting)
 
 
 ROUTERS: WeakSet[Router] = WeakSet()
@@ -215,16 +237,11 @@ ROUTERS: WeakSet[Router] = WeakSet()
 register_optimizer_step_post_hook(move_after)
 
 
-def _sum(tokens: Tensor, mask: Tensor | None) -> Tensor:
-    """The sum of the tokens, (dim,) float32."""
-    if mask is None:
+def _sum(tokens: Tensor, kept: Tensor | None) -> Tensor:
+    """The sum of the tokens that ``kept`` (tokens, 1) float32 has, (dim,) float32."""
+    if kept is None:
         return tokens.sum(0, dtype=torch.float32)
-    return weighted_sums(mask.float().unsqueeze(1), tokens).squeeze(0)
-
-
-def _mean(tokens: Tensor, mask: Tensor | None) -> Tensor:
-    """The mean token, (dim,) float32."""
-    return _sum(tokens, mask) / (tokens.shape[0] if mask is None else mask.sum().clamp(min=1))
+    return weighted_sums(kept, tokens).squeeze(0)
 
 
 def _distributed() -> bool:

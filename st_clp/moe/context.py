@@ -53,6 +53,7 @@ class ForwardContext:
         self._marks = marks
         self._tried: Tensor | None = None
         self._places: tuple[Tensor, Tensor] | None = None
+        self._kept: Tensor | None = None
         self.mask: Tensor | None = None
         if mask is not None:
             flat = mask.reshape(-1) != 0
@@ -65,6 +66,15 @@ class ForwardContext:
         The mask does not fit an encoder that drops or adds positions: there every position is a token.
         """
         return None if self.mask is None or positions != self.mask.numel() else self.mask
+
+    def kept_for(self, positions: int) -> Tensor | None:
+        """Return :meth:`mask_for` as numbers, (positions, 1) float32; every layer has the same tensor."""
+        if self.mask_for(positions) is None:
+            return None
+        if self._kept is None:
+            assert self.mask is not None
+            self._kept = self.mask.float().unsqueeze(1)
+        return self._kept
 
     def tried_tokens(self, weight: Tensor, positions: int, stride: int) -> Tensor:
         """Return which tokens have their other experts tried, (positions,) bool: the same ones in every layer.

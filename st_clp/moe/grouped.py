@@ -48,7 +48,7 @@ def grouped_outer_product(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     """Multiply each expert's part of ``left`` (rows, out), transposed, by that of ``right`` (rows, in)."""
     if _is_grouped(left, left.shape[1], right.shape[1]):
         found = torch.nn.functional.grouped_mm(left.t(), right, offs=ends)
-        empty = torch.diff(ends, prepend=ends.new_zeros(1)) == 0
+        empty = ends == torch.nn.functional.pad(ends, (1, -1))  # where the one before ends
         return found.masked_fill(empty.view(-1, 1, 1), 0)  # what a kernel leaves there is not said anywhere
     return (outer_product_op if torch.compiler.is_compiling() else _outer_product_each)(left, right, ends)
 
@@ -149,10 +149,10 @@ class StackedLinear(Function):
         if needs_shares:
             shares_gradient = gradient.new_zeros(rows.shape[0], ctx.experts, dtype=torch.float32)
         if learns:
-            signal = _Signal(gradient, rows, rows_gradient, result, stack, bias, owner, ctx.stride)
-            shares_gradient = signal.of_chosen()
-            if tried is not None:
-                signal.add_tried(shares_gradient, tried, tried_weights)
+            signal = _Signal(gradient, rows, rows_gradient, result, stack, bias, owner)
+            shares_gradient = signal.of_chosen(TIE_BREAK if ctx.stride else 1.0, tried, tried_weights)
+            if tried is not None and ctx.experts > 1:
+                signal.add_others(shares_gradient, tried, tried_weights)
         tokens_gradient = None
         if needs_tokens:
             assert rows_gradient is not None
@@ -168,27 +168,28 @@ def _stack(weights: Sequence[Any], biases: Sequence[Any] | None, dtype: torch.dt
     """
     out, width = weights[0].shape
     stack = weights[0].new_empty(len(weights), out, width + (0 if biases is None else _columns(dtype)), dtype=dtype)
-    for expert, weight in enumerate(weights):
-        stack[expert, :, :width].copy_(weight)
-        if biases is not None:
-            stack[expert, :, width].copy_(biases[expert])
+    for place, weight in zip(stack[:, :, :width].unbind(), weights, strict=True):
+        place.copy_(weight)
     if biases is not None:
+        for place, bias in zip(stack[:, :, width].unbind(), biases, strict=True):
+            place.copy_(bias)
         stack[:, :, width + 1 :].zero_()
     return stack
 
 
 def _sorted_rows(tokens: Tensor, source: Tensor, width: int) -> Tensor:
-    """The rows of ``tokens`` that ``source`` names, with a column of ones and then zeros up to ``width``."""
+    """The rows of ``tokens`` that ``source`` names, with ones after them up to ``width``.
+
+    The first of these columns meets the biases, the others the zeros that follow them (:func:`_stack`).
+    """
     dim = tokens.shape[1]
     if width == dim:
         return tokens.index_select(0, source)
     if torch.compiler.is_compiling():  # one kernel, generated
-        ones = torch.nn.functional.pad(tokens.new_ones(source.shape[0], 1), (0, width - dim - 1))
-        return torch.cat([tokens.index_select(0, source), ones], dim=1)
+        return torch.cat([tokens.index_select(0, source), tokens.new_ones(source.shape[0], width - dim)], dim=1)
     rows = tokens.new_empty(source.shape[0], width)
     torch.index_select(tokens, 0, source, out=rows[:, :dim])
-    rows[:, dim:].zero_()
-    rows[:, dim].fill_(1)
+    rows[:, dim:].fill_(1)
     return rows
 
 
@@ -203,18 +204,16 @@ def _parameter_gradients(ctx: Any, gradient: Tensor, rows: Tensor, ends: Tensor,
     found: list[Tensor | None] = [None] * len(needed)
     if any(needed[:experts]) or ctx.with_column:
         together = grouped_outer_product(gradient, rows, ends)
-        for expert in range(experts):
-            if needed[expert]:
-                found[expert] = together[expert, :, : ctx.width].to(dtypes[expert])
-            if ctx.with_column and needed[experts + expert]:
-                found[experts + expert] = together[expert, :, ctx.width].to(dtypes[experts + expert])
+        found[:experts] = together[:, :, : ctx.width].to(dtypes[0]).unbind()
+        if ctx.with_column:
+            found[experts:] = together[:, :, ctx.width].to(dtypes[experts]).unbind()
     if not ctx.with_column and any(needed[experts:]):
         which = (owner.unsqueeze(0) == torch.arange(experts, device=owner.device).unsqueeze(1)).to(gradient.dtype)
-        sums = which @ gradient
-        for expert in range(experts):
-            if needed[experts + expert]:
-                found[experts + expert] = sums[expert].to(dtypes[experts + expert])
-    return found
+        found[experts:] = (which @ gradient).to(dtypes[experts]).unbind()
+    return [
+        None if value is None or not is_needed else value.to(dtype)
+        for value, is_needed, dtype in zip(found, needed, dtypes, strict=True)
+    ]
 
 
 def _to_tokens(rows: Tensor, back: Tensor | None, slots: int) -> Tensor:
@@ -236,7 +235,6 @@ class _Signal:
         stack: (experts, out, in), perhaps with the bias's column.
         bias: (experts, out), where it is no column and there is one.
         owner: (rows,) each row's expert.
-        stride: Of how many tokens one is tried.
     """
 
     def __init__(
@@ -248,50 +246,44 @@ class _Signal:
         stack: Tensor,
         bias: Tensor | None,
         owner: Tensor,
-        stride: int,
     ) -> None:
         self.gradient, self.rows, self.result = gradient, rows, result
-        self.stack, self.bias, self.owner, self.stride = stack, bias, owner.long(), stride
+        self.stack, self.bias, self.owner = stack, bias, owner.long()
         if result is not None:
-            self.own = _inner(gradient, result)
+            self.own = inner_products(gradient, result)
         else:
             assert rows_gradient is not None
-            self.own = _inner(rows_gradient, rows)
+            self.own = inner_products(rows_gradient, rows)
             if bias is not None:
-                self.own = self.own + _inner(gradient, bias.index_select(0, self.owner))
+                self.own = self.own + inner_products(gradient, bias.index_select(0, self.owner))
 
-    def of_chosen(self) -> Tensor:
-        """The term of each row's own expert, (rows, experts) float32, zero elsewhere."""
+    def of_chosen(self, everywhere: float, tried: Tensor | None, counted: Tensor | None) -> Tensor:
+        """The term of each row's own expert, (rows, experts) float32, zero elsewhere.
+
+        It counts ``everywhere``, and at the rows ``tried`` so many fold more.
+        """
+        factors = torch.full_like(self.own, everywhere)
+        if tried is not None and counted is not None:
+            factors.index_add_(0, tried, counted)
         into = self.own.new_zeros(self.rows.shape[0], self.stack.shape[0])
-        return into.scatter_(1, self.owner.unsqueeze(1), self.own.unsqueeze(1) * (TIE_BREAK if self.stride else 1.0))
+        return into.scatter_(1, self.owner.unsqueeze(1), (self.own * factors).unsqueeze(1))
 
-    def add_tried(self, into: Tensor, tried: Tensor, counted: Tensor) -> None:
-        """Add to ``into`` (rows, experts) what every expert would have done at the rows ``tried``, so many fold."""
+    def add_others(self, into: Tensor, tried: Tensor, counted: Tensor) -> None:
+        """Add to ``into`` (rows, experts) what the other experts would have done at the rows ``tried``."""
         experts = self.stack.shape[0]
         owner = self.owner.index_select(0, tried)
-        flat, own = into.view(-1), tried * experts
-        flat.index_add_(0, own + owner, self.own.index_select(0, tried) * counted)
-        if experts == 1:
-            return
         others = owner.unsqueeze(1) + torch.arange(1, experts, device=owner.device)
         pairs = sort_by_expert(others.remainder(experts).reshape(-1), experts)
         which = pairs.order // (experts - 1)
         at = tried.index_select(0, which)
         gradient, rows = self.gradient.index_select(0, at), self.rows.index_select(0, at)
         if self.result is not None:
-            value = _inner(gradient, grouped_product(rows, self.stack.transpose(1, 2), pairs.ends))
+            value = inner_products(gradient, grouped_product(rows, self.stack.transpose(1, 2), pairs.ends))
         else:
-            value = _inner(grouped_product(gradient, self.stack, pairs.ends), rows)
+            value = inner_products(grouped_product(gradient, self.stack, pairs.ends), rows)
         if self.bias is not None:
-            value = value + _inner(gradient, self.bias.index_select(0, pairs.owner.long()))
-        flat.index_add_(0, at * experts + pairs.owner, value * counted.index_select(0, which))
-
-
-def _inner(a: Tensor, b: Tensor) -> Tensor:
-    """Each row's inner product, in float32."""
-    if torch.compiler.is_compiling():
-        return (a.float() * b.float()).sum(-1)  # one kernel, which reads both once
-    return inner_products(a, b)
+            value = value + inner_products(gradient, self.bias.index_select(0, pairs.owner.long()))
+        into.view(-1).index_add_(0, at * experts + pairs.owner, value * counted.index_select(0, which))
 
 
 class SortedSlots(NamedTuple):
@@ -299,26 +291,21 @@ class SortedSlots(NamedTuple):
 
     Args:
         order: (rows,) int64, the slot of each row.
-        back: (slots,) int64, the row of each slot.
         owner: (rows,) uint8, or int64 with more than 256 experts: each row's expert.
         ends: (experts,) int32, where each expert's rows end.
-        counts: (experts,) int64, how many each has.
     """
 
     order: Tensor
-    back: Tensor
     owner: Tensor
     ends: Tensor
-    counts: Tensor
 
 
 def sort_by_expert(slots: Tensor, experts: int) -> SortedSlots:
-    """Sort ``slots`` (slots,) int64, each of which names one of so many experts, on the device."""
-    counts = counts_by_expert(slots, experts)
+    """Sort ``slots`` (slots,), whole numbers each of which names one of so many experts, on the device."""
     narrow = slots.to(torch.uint8) if experts <= 256 else slots  # a radix sort makes a pass for every few bits
     owner, order = torch.sort(narrow, stable=True)
-    back = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
-    return SortedSlots(order, back, owner, counts.cumsum(0).int(), counts)
+    each = torch.arange(experts, dtype=owner.dtype, device=owner.device)
+    return SortedSlots(order, owner, torch.searchsorted(owner, each, right=True, out_int32=True))
 
 
 def counts_by_expert(slots: Tensor, experts: int, mask: Tensor | None = None) -> Tensor:

@@ -73,7 +73,7 @@ def _narrow_product(gradient: Tensor, weight: Tensor) -> Tensor:
 
 def weighted_sums(weights: Tensor, rows: Tensor) -> Tensor:
     """Sum ``rows`` (rows, dim) by each column of the float32 ``weights`` (rows, sums): (sums, dim) float32."""
-    if torch.compiler.is_compiling():
+    if _at_once(rows):
         return weights.t() @ rows.float()
     total = torch.zeros(weights.shape[1], rows.shape[1], dtype=torch.float32, device=rows.device)
     for block, copied in float_blocks(rows):
@@ -83,16 +83,27 @@ def weighted_sums(weights: Tensor, rows: Tensor) -> Tensor:
 
 def inner_products(a: Tensor, b: Tensor) -> Tensor:
     """The inner product of each row of ``a`` (rows, dim) with that of ``b``, in float32: (rows,)."""
+    if _at_once(a):
+        return (a.float() * b.float()).sum(-1)
     result = a.new_empty(a.shape[0], dtype=torch.float32)
     for (block, one), (_, other) in zip(float_blocks(a), float_blocks(b), strict=True):
         torch.linalg.vecdot(one, other, out=result[block])
     return result
 
 
+def _at_once(rows: Tensor) -> bool:
+    """Whether there is one block; or a compiled kernel, which makes no copy."""
+    return torch.compiler.is_compiling() or rows.shape[0] <= _block_size(rows)
+
+
+def _block_size(rows: Tensor) -> int:
+    """The rows of a block."""
+    return max(16, (CPU_BLOCK if rows.device.type == "cpu" else BLOCK) // max(1, rows.shape[1]))
+
+
 def float_blocks(rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Slices of ``rows`` (rows, dim) with their float32 copies: small ones, each written where the last one was."""
-    numbers = CPU_BLOCK if rows.device.type == "cpu" else BLOCK
-    size = max(16, numbers // max(1, rows.shape[1]))
+    size = _block_size(rows)
     if rows.dtype == torch.float32:
         room = None
     else:

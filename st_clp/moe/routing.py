@@ -131,12 +131,12 @@ class Router(nn.Module):
             self.balance.prepare(self.weight.shape[1], self.weight.device)
         return self
 
-    def of_mean_token(self) -> Tensor:
-        """The mean token's logits, (experts,), which are subtracted before the balance's bias is added.
+    def offset(self) -> Tensor:
+        """What is added to the logits for the choice, (experts,): the balance's bias less the mean token's logits.
 
-        Otherwise a step of the weights along the tokens' common direction would move all tokens at once.
+        Without the latter a step of the weights along the tokens' common direction would move all tokens at once.
         """
-        return self.weight.detach().float() @ self.balance_center
+        return torch.addmv(self.balance_bias, self.weight.detach().float(), self.balance_center, alpha=-1)
 
     def forward(self, tokens: Tensor, leading: tuple[int, ...]) -> Plan:
         """Decide for ``tokens`` (tokens, dim), whose shape was ``leading`` + (dim,)."""
@@ -147,17 +147,18 @@ class Router(nn.Module):
     def _plan(self, logits: Tensor, tokens: Tensor, leading: tuple[int, ...]) -> Plan:
         context = current_context()
         mask = None if context is None else context.mask_for(logits.shape[0])
-        if self.settings.uses_bias and self.training:
-            self.balance.adjust(self, logits.detach(), tokens, mask)
-        centered = scores = logits
+        kept = None if context is None else context.kept_for(logits.shape[0])
+        scores = logits
         if self.settings.uses_bias:
-            centered = logits - self.of_mean_token()
-            scores = centered + self.balance_bias
-        chosen = self._choose(scores.detach())
+            if self.training:
+                self.balance.adjust(self, logits.detach(), tokens, kept)
+            scores = logits + self.offset()
+        fixed = scores.detach()
+        chosen = self._choose(fixed)
         decision = self._on_device(chosen, mask) if stays_on_device(tokens) else self._on_host(chosen, mask)
-        self.balance.count(self, centered.detach(), tokens, mask, decision.use, context)
+        self.balance.count(self, fixed, tokens, kept, decision.use, context)
         if self.entropy is not None:
-            self._measure_entropy(scores.detach(), mask)
+            self._measure_entropy(fixed, mask)
         if self.settings.balance == "loss" and logits.requires_grad and self.training:
             scores = logits = add_balance_gradient(logits, mask, decision.use, self.settings.balance_weight)
         per_token = self.settings.num_experts_per_tok
@@ -199,9 +200,11 @@ class Router(nn.Module):
         """Sort on the device, padding included, which does not count as use."""
         experts, per_token = self.settings.num_experts, self.settings.num_experts_per_tok
         slots = chosen.reshape(-1)
+        use = counts_by_expert(slots, experts, None if mask is None else _of_slots(mask, per_token))
         found = sort_by_expert(slots, experts)
-        use = found.counts if mask is None else counts_by_expert(slots, experts, _of_slots(mask, per_token))
-        return _Decision(use, found.order, found.back, ends=found.ends, owner=found.owner)
+        order = found.order
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
+        return _Decision(use, order, back, ends=found.ends, owner=found.owner)
 
     def _set_tried(self, context: ForwardContext | None, plan: Plan, tokens: int) -> None:
         """Choose the sorted rows whose other experts are tried."""

@@ -12,10 +12,12 @@ from sentence_transformers.base.modules import Transformer
 from torch import distributed, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from st_clp.moe.balance import move
 from st_clp.moe.configuration import CONFIG_KEY, MoESettings, resolve_layers
 from st_clp.moe.context import ForwardContext, attention_mask, entered, recall_context_in_checkpoints
 from st_clp.moe.convert import build_experts, expert_layers, find_feed_forwards, merge_experts, settings_of
 from st_clp.moe.router_signal import token_marks
+from st_clp.moe.routing import Router
 from st_clp.moe.saving import (
     ADAPTERS,
     check_bare,
@@ -168,7 +170,10 @@ class MoETransformer(Transformer):
             mask, not self.training or torch.is_grad_enabled(), marks=lambda: token_marks(known, mask)
         )
         if self.training:
-            recall_context_in_checkpoints(list(self.model.modules()))
+            modules = list(self.model.modules())
+            recall_context_in_checkpoints(modules)
+            if not torch.compiler.is_compiling():
+                move(module for module in modules if isinstance(module, Router))
         with entered(context):
             return super().forward(features, **kwargs)
 

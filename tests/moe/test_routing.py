@@ -17,13 +17,16 @@ from sentence_transformers.sentence_transformer.losses import (
     MultipleNegativesRankingLoss,
 )
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import st_clp
 from st_clp import CachedCLPLoss, CLPLoss
-from st_clp.moe import expert_usage, reset_usage
+from st_clp.moe import MoESettings, expert_usage, reset_usage
+from st_clp.moe.balance import move
 from st_clp.moe.context import ForwardContext, entered
 from st_clp.moe.precise import PreciseLinear, inner_products
 from st_clp.moe.products import GroupedLinear, slices
+from st_clp.moe.routing import Router
 
 TEXTS = ["a cat on the river", "the king", "what is the capital of a country", "red green blue " * 8]
 OTHERS = ["the king cat", "a river", "red", "blue flower"]
@@ -338,6 +341,72 @@ def test_the_balance_moves_alike_however_a_step_is_cut(tiny_model: SentenceTrans
     whole, cut = moved([6]), moved(sizes)
     torch.testing.assert_close(cut, whole)
     assert not torch.equal(whole[0], moved([])[0])
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += 1
+        return func(*args, **(kwargs or {}))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from([8, 12]), st.integers(2, 3), st.integers(0, 5)), min_size=1, max_size=5))
+def test_layers_that_move_together_move_as_each_would_alone(shapes: list[tuple[int, int, int]]) -> None:
+    """Of any widths and numbers of experts, and where a step had nothing but padding."""
+    generator = torch.Generator().manual_seed(0)
+    routers = []
+    for layer, (dim, experts, tokens) in enumerate(shapes):
+        router = Router(dim, MoESettings(num_experts=experts), layer).train()
+        router.draw(1.0, generator)
+        for given_tokens in (torch.randn(4, dim, generator=generator), torch.randn(tokens, dim, generator=generator)):
+            padded = torch.cat([given_tokens, torch.full((2, dim), 7.0)])
+            mask = torch.tensor([[True] * len(given_tokens) + [False] * 2])
+            with entered(ForwardContext(mask, counts=True)):
+                router(padded, mask.shape)
+            with torch.no_grad():
+                router.weight.mul_(1.0)  # as an optimizer that has stepped
+        routers.append(router)
+    alone = copy.deepcopy(routers)
+    for router in alone:
+        move([router])
+    move(routers)
+    for router, other in zip(routers, alone, strict=True):
+        torch.testing.assert_close(router.balance_bias, other.balance_bias)
+        torch.testing.assert_close(router.balance_center, other.balance_center)
+    settled = [router.balance_bias.clone() for router in routers]
+    move(routers)  # the optimizer has not stepped since
+    assert all(torch.equal(router.balance_bias, bias) for router, bias in zip(routers, settled, strict=True))
+
+
+def test_a_models_layers_move_together(tiny_model: SentenceTransformer) -> None:
+    """In few operations more a layer: each has its own bias, mean token and sums to write, and no arithmetic."""
+    model = st_clp.upcycle(tiny_model, balance_rate=1.0).train()
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for given_texts in features(model):  # the first ones set a balance that is even for them
+        model(given_texts)["sentence_embedding"].sum().backward()
+        optimizer.step()
+    before = biases(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(routers[0], "_plan", None)  # nothing is routed: it is the model that has them move
+        with pytest.raises(TypeError):
+            model(features(model)[0])
+    assert not any(torch.equal(a, b) for a, b in zip(before, biases(model), strict=True))
+    numbers = []
+    for some in (routers[:1], routers[:2]):
+        with torch.no_grad():
+            for router in some:
+                router.weight.mul_(1.0)
+        with Operations() as operations:
+            move(some)
+        numbers.append(operations.number)
+    assert numbers[1] - numbers[0] <= 10 < numbers[0]
 
 
 def test_the_remembered_mean_token_follows_what_is_trained_on(tiny_model: SentenceTransformer) -> None:
