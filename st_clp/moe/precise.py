@@ -84,7 +84,7 @@ def weighted_sums(weights: Tensor, rows: Tensor) -> Tensor:
 def inner_products(a: Tensor, b: Tensor) -> Tensor:
     """The inner product of each row of ``a`` (rows, dim) with that of ``b``, in float32: (rows,)."""
     if _at_once(a):
-        return (a.float() * b.float()).sum(-1)
+        return (a.float() * b).sum(-1)  # the product is in float32, whatever b is in
     result = a.new_empty(a.shape[0], dtype=torch.float32)
     for (block, one), (_, other) in zip(float_blocks(a), float_blocks(b), strict=True):
         torch.linalg.vecdot(one, other, out=result[block])
