@@ -204,7 +204,8 @@ def _parameter_gradients(ctx: Any, gradient: Tensor, rows: Tensor, ends: Tensor,
     found: list[Tensor | None] = [None] * len(needed)
     if any(needed[:experts]) or ctx.with_column:
         together = grouped_outer_product(gradient, rows, ends)
-        found[:experts] = together[:, :, : ctx.width].to(dtypes[0]).unbind()
+        if any(needed[:experts]):
+            found[:experts] = together[:, :, : ctx.width].to(dtypes[0]).unbind()
         if ctx.with_column:
             found[experts:] = together[:, :, ctx.width].to(dtypes[experts]).unbind()
     if not ctx.with_column and any(needed[experts:]):
