@@ -4,9 +4,10 @@
     st-clp run --model all-MiniLM-L6-v2 --collection docstrings --output out
 
 A document is the docstring of a public function or class without its summary. A query is that summary, the first
-paragraph, which its author wrote for readers who look for what it does. The names are in neither. Half of the documents
-have their queries to train on, and the others theirs to evaluate on. What a package has depends on its version, which
-is printed. Packages are imported, and nothing in them is called.
+paragraph, which its author wrote for readers who look for what it does. Names are not added, but examples use them.
+Half of the documents have their queries to train on, and the others theirs to evaluate on; texts and summaries that are
+equal are taken once, those that are only much alike may be in both halves. What a package has depends on its version,
+which is printed. Packages are imported, and nothing in them is called.
 """
 
 from __future__ import annotations
