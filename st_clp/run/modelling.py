@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from sentence_transformers import CrossEncoder
 
     from st_clp.moe import TrainableParameters
+
+HALF = frozenset({torch.float16, torch.bfloat16})
 
 
 def model_name(model: str) -> str:
@@ -104,9 +107,12 @@ def load_cross_encoder(name: str | None) -> CrossEncoder | None:
 def prepare_model(model: SentenceTransformer, settings: RunSettings) -> TrainableParameters:
     """Prepare the model for training: add experts if the settings ask for them, and freeze what does not train.
 
+    Weights in half precision become float32: they would round most updates away (:func:`stored_precision`).
+
     Raises:
         SettingsError: The model has no such part.
     """
+    model.float()
     set_seed(settings.seed)  # the routers start at random
     if settings.dropout is not None:
         set_dropout(model, settings.dropout)
@@ -123,6 +129,32 @@ def prepare_model(model: SentenceTransformer, settings: RunSettings) -> Trainabl
         return train_only(model, what)
     except ValueError as error:
         raise SettingsError(f"train={what}: {error} Or train the whole model: --train all") from error
+
+
+@dataclass(frozen=True)
+class StoredPrecision:
+    """The precision of the weights of each of a model's modules, such as the encoder."""
+
+    modules: tuple[torch.dtype | None, ...]
+
+    def is_half(self) -> bool:
+        """Whether any of them has less than float32."""
+        return bool(HALF.intersection(self.modules))
+
+    def __str__(self) -> str:
+        return " and ".join(dict.fromkeys(str(kind).removeprefix("torch.") for kind in self.modules if kind in HALF))
+
+    def restore(self, model: SentenceTransformer) -> None:
+        """Round the weights to it, in place. Buffers, such as those of rotary embeddings, stay as they are."""
+        for module, kind in zip(model, self.modules, strict=True):
+            for parameter in module.parameters():
+                parameter.data = parameter.data.to(kind)
+
+
+def stored_precision(model: SentenceTransformer) -> StoredPrecision:
+    """The precision of a model before :func:`prepare_model`."""
+    first = (next(module.parameters(), None) for module in model)
+    return StoredPrecision(tuple(None if parameter is None else parameter.dtype for parameter in first))
 
 
 def set_dropout(model: nn.Module, share: float) -> None:

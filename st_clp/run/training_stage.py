@@ -24,7 +24,7 @@ from st_clp.options import HERE, EvaluationOptions
 from st_clp.refresh import AnceCallback, plot_refreshes
 from st_clp.run.averaging import ChosenShare, WeightAverage, choose_share, hold_out
 from st_clp.run.folder import RunDirectory, slug
-from st_clp.run.modelling import compiled_layers, load_base_model, prepare_model
+from st_clp.run.modelling import compiled_layers, load_base_model, prepare_model, stored_precision
 from st_clp.run.splits import in_turn, settle_batches
 from st_clp.run.training import make_refresh, make_trainer
 from st_clp.settings import RunSettings
@@ -85,6 +85,7 @@ class TrainingStage:
         collections = {slug(collection.name): collection for collection in self.collections}
         rows = {name: read_rows(self.directory.rows_file(collection.name)) for name, collection in collections.items()}
         settings = settle_batches(self.settings, (row.query_id for found in rows.values() for row in found))
+        stored = stored_precision(model)
         trainable = prepare_model(model, settings)
         held_out: dict[str, list[TrainingRow]] = {}
         if settings.share_of_trained == "auto":
@@ -101,6 +102,8 @@ class TrainingStage:
             first = trainer.is_world_process_zero()
             if first:
                 self.say(_asked_alone(turn) if number else str(trainable))
+                if stored.is_half() and not number:
+                    self.say(f"trained in float32; saved in {stored}, as the base is")
             self._train(trainer, number, settings, refresh)
             states.append(trainer.state)
             if number + 1 < len(turns):
@@ -108,6 +111,7 @@ class TrainingStage:
         if not first:
             return {}
         averaged = self._average(model, held_out, rows)
+        stored.restore(model)
         model.save(str(self.directory.path))
         return {
             "what": trainable.what,

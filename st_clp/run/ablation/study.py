@@ -32,7 +32,7 @@ from st_clp.run.ablation.table import AblationTable, Cell, make_table
 from st_clp.run.ablation.variants import BASE, Variant, default_variants, with_rate
 from st_clp.run.averaging import METRIC, WeightAverage, choose_share, evaluators_of, hold_out
 from st_clp.run.folder import slug
-from st_clp.run.modelling import load_base_model, load_cross_encoder
+from st_clp.run.modelling import load_base_model, load_cross_encoder, stored_precision
 from st_clp.run.splits import in_turn, load_collections, makes_unasked, settle_batches, with_sentence_queries
 from st_clp.settings import RunSettings, SettingsError
 from st_clp.terminal import duration, new_console
@@ -247,6 +247,7 @@ class Ablation:
             trained = self._train_anew(variant, model, settings, rows)
             self.weights.keep(model, settings, trained)
         share, score = self._average(model, settings, rows, held_out)
+        stored_precision(self.base).restore(model)  # what a run would have saved
         return model, self._note(settings, trained, share, score)
 
     def _train_anew(
