@@ -219,7 +219,8 @@ class ChatClient:
 
     def _leave_out(self, text: str, sent: dict[str, Any]) -> bool:
         """Leave out a parameter that the refusal names; whether there was one."""
-        if self._limit in sent and "max_completion_tokens" in text and self._limit == "max_tokens":
+        # By what this request had: another, sent at the same moment, may have changed ours already.
+        if "max_tokens" in sent and "max_completion_tokens" in text:
             self._limit = "max_completion_tokens"
             return True
         if "seed" in sent and "seed" in text:

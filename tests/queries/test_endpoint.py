@@ -218,6 +218,12 @@ def test_what_a_server_does_not_take_is_left_out(endpoint: Endpoint) -> None:
     assert len(endpoint.requests) == 5 + 4
 
 
+def test_requests_of_one_moment_all_learn_what_a_server_does_not_take(endpoint: Endpoint) -> None:
+    endpoint.refuses = {"max_tokens"}
+    found, _ = ask(endpoint, make_documents(60), query_concurrency=16)
+    assert len(found) == 60
+
+
 def test_retry_after_and_the_rate_limit_are_kept(endpoint: Endpoint) -> None:
     ask(endpoint, [Document("d", "document 99 : a river")])  # what is imported is not to be timed
     endpoint.retry_after = "1"
