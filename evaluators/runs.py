@@ -133,7 +133,7 @@ def read_run(path: str | os.PathLike[str]) -> Run:
         for number, raw in enumerate(file, start=1):
             where = f"{os.fspath(path)}, line {number}"
             try:
-                columns = raw.decode("utf-8").split()
+                columns = raw.decode("utf-8-sig" if number == 1 else "utf-8").split()  # some editors begin with a mark
             except UnicodeDecodeError as error:
                 raise ValueError(f"{where}: not UTF-8 text ({error.reason})") from None
             if not columns:

@@ -47,7 +47,7 @@ def distinct_texts(
     different, first, places = np.unique(flat, return_index=True, return_inverse=True)
     if len(different) == len(flat):
         return None
-    merged = merge_feature_batches(list(columns)) if len(columns) > 1 else columns[0]
+    merged = merge_feature_batches(list(columns))  # a single column too: a loss may forbid new features altogether
     if merged is None or merged["input_ids"].ndim != 2 or "cu_seq_lens_q" in merged:
         return None
     device = merged["input_ids"].device

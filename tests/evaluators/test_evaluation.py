@@ -191,6 +191,12 @@ def test_a_broken_line_of_a_run_file_is_named(tmp_path, line, message) -> None:
         read_run(path)
 
 
+def test_a_run_file_may_begin_with_a_byte_order_mark(tmp_path) -> None:
+    file = tmp_path / "run.trec"
+    file.write_text("q0 Q0 d0 1 0.9 tag\nq0 Q0 d1 2 0.8 tag\n", encoding="utf-8-sig")
+    assert read_run(file) == {"q0": {"d0": 0.9, "d1": 0.8}}
+
+
 def test_an_empty_run_file_and_one_that_is_no_text_are_refused(tmp_path) -> None:
     (tmp_path / "empty.trec").write_text("\n")
     with pytest.raises(ValueError, match=r"empty\.trec is empty"):

@@ -203,6 +203,15 @@ def test_what_was_told_serves_a_loss_that_is_called_again_with_the_same_columns(
         torch.testing.assert_close(value, found[0])
 
 
+def test_adaptive_layers_of_pairs_with_a_document_twice(tiny_model: SentenceTransformer) -> None:
+    found = []
+    for once in (False, True):
+        loss = AdaptiveLayerLoss(tiny_model, CLPLoss(tiny_model, encode_once=once))
+        random.seed(0)
+        found.append(loss([tiny_model.preprocess(QUERIES), tiny_model.preprocess(DOCUMENTS)], None))
+    torch.testing.assert_close(*found)
+
+
 def test_what_was_told_of_a_batch_that_was_split_since_is_not_believed(tiny_model: SentenceTransformer) -> None:
     """As DataParallel splits batches: tensors by rows, all else as it is."""
     half = [
