@@ -2,10 +2,10 @@
 
 ``Balance`` adjusts a bias that is added to the router's logits for selecting only (auxiliary-loss-free balancing,
 Wang et al. 2024, arXiv:2408.15664). A step's tokens are counted in the passes that carry gradients, each token once;
-the bias moves when the optimizer has changed the layer, at the next forward pass in training mode. So both passes
-of a cached loss see one and the same bias, and so does a layer that gradient checkpointing runs again. All layers' move
-together, in a few operations on stacked sums. A compiled pass cannot see whether the optimizer has stepped; there the
-bias moves when it has.
+the bias moves when the optimizer has stepped. So both passes of a cached loss see one and the same bias, and so does a
+layer that gradient checkpointing runs again. All layers' move together, in a few operations on stacked sums. PyTorch
+tells when an optimizer of its own has stepped. Others are noticed at the next forward pass in training mode that is not
+compiled, by the version of the weights, which fused optimizers do not raise.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Balance:
 
     The bias of an expert moves by ``rate * spread * (1 - use)`` with ``use`` its tokens relative to an even share and
     ``spread`` the standard deviation of the logits, so that a step does not depend on the scale that the router has
-    learnt. The tokens' mean, remembered over steps, is subtracted beforehand (``Router.of_mean_token``). The first
+    learnt. The tokens' mean, remembered over steps, is subtracted beforehand (``Router.offset``). The first
     training pass of a router that has no balance yet sets it so that this pass is even.
 
     All counts stay on the router's device until they are read.
@@ -46,8 +46,6 @@ class Balance:
         self.settings = settings
         self.calibrated: bool | None = None
         """Whether there is a balance; None: its values have not been looked at yet."""
-        self.compiled = False
-        """Whether passes are compiled, in which nothing says whether the optimizer has stepped."""
         self._used: Tensor | None = None
         self._step: _StepSums | None = None
         self._seen_version = -1
@@ -123,9 +121,7 @@ class Balance:
             found = calibrate(logits, center, router.weight.detach(), keep, self.settings.num_experts_per_tok)
             router.balance_center.copy_(found[: center.numel()])
             router.balance_bias.copy_(found[center.numel() :])
-        if torch.compiler.is_compiling():
-            self.compiled = True
-        else:
+        if not torch.compiler.is_compiling():
             move([router])
 
     @torch.compiler.disable
@@ -142,25 +138,40 @@ class Balance:
         if not _distributed():
             move([router])
 
-    def sees_step(self, router: Router) -> bool:
-        """Whether there are counts of a step since which the optimizer has changed the router; true once a step."""
+    def sees_step(self, router: Router, *, stepped: bool = False) -> bool:
+        """Whether there are counts of a step since which the optimizer has changed the router; true once a step.
+
+        Args:
+            router: The router.
+            stepped: Whether the optimizer is known to have stepped, so that nothing needs to be noticed.
+        """
         version = router.weight._version
-        if version == self._seen_version:
+        if version == self._seen_version and not stepped:
             return False
         self._seen_version = version
         return self._step is not None
 
+    def forget_step(self, router: Router) -> None:
+        """Forget the counts since the last step: other weights were loaded, to which they do not belong."""
+        self._seen_version = router.weight._version
+        if self._step is not None:
+            self._step.clear()
+
 
 @torch.no_grad()
-def move(routers: Iterable[Router]) -> None:
+def move(routers: Iterable[Router], *, stepped: bool = False) -> None:
     """Update the balance of those ``routers`` that the optimizer has changed since their last counted pass.
 
     Routers of one width and number of experts move together. The order is the one given, which must be the same in all
     processes: they sum their counts.
+
+    Args:
+        routers: The routers.
+        stepped: Whether the optimizer is known to have stepped all of them just now.
     """
     alike: dict[tuple[int, int, torch.device], list[Router]] = {}
     for router in routers:
-        if router.balance.sees_step(router):
+        if router.balance.sees_step(router, stepped=stepped):
             alike.setdefault((*router.weight.shape, router.weight.device), []).append(router)
     for group in alike.values():
         _move_together(group)
@@ -198,6 +209,11 @@ class _StepSums:
         self._tokens.add_(_sum(tokens, kept))
         self._counts.add_(use)
 
+    def clear(self) -> None:
+        """Start the next step."""
+        for sums in (self._moments, self._counts, self._tokens):
+            sums.zero_()
+
     @staticmethod
     def counted(steps: Sequence[_StepSums], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Read the sums of several routers, as means over all processes, and start their next step.
@@ -212,8 +228,7 @@ class _StepSums:
         counts = torch.stack([step._counts for step in steps])
         found = torch.cat([counts, spread, torch.stack([step._tokens for step in steps]) / number], dim=1).to(device)
         for step in steps:
-            for sums in (step._moments, step._counts, step._tokens):
-                sums.zero_()
+            step.clear()
         if _distributed():
             torch.distributed.all_reduce(found)
             found /= torch.distributed.get_world_size()
@@ -222,14 +237,14 @@ class _StepSums:
 
 
 def move_after(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Update the balance of the routers that ``optimizer`` has stepped, where their passes are compiled.
+    """Update the balance of the routers that ``optimizer`` has stepped.
 
     The order is the optimizer's, which is the same in all processes.
     """
-    waiting = {id(router.weight): router for router in ROUTERS if router.balance.compiled}
+    waiting = {id(router.weight): router for router in ROUTERS}
     if waiting:
-        stepped = (id(parameter) for group in optimizer.param_groups for parameter in group["params"])
-        move(waiting[weight] for weight in stepped if weight in waiting)
+        parameters = (id(parameter) for group in optimizer.param_groups for parameter in group["params"])
+        move((waiting[weight] for weight in parameters if weight in waiting), stepped=True)
 
 
 ROUTERS: WeakSet[Router] = WeakSet()

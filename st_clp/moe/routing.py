@@ -113,6 +113,7 @@ class Router(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         if self.settings.uses_bias and not self.balance_bias.is_meta:
             self.balance.look(self)
+            self.balance.forget_step(self)
 
     def draw(self, scale: float, generator: torch.Generator | None) -> None:
         """Draw new weights from a normal distribution with standard deviation ``scale``."""

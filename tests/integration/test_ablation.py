@@ -20,7 +20,8 @@ from sentence_transformers import SentenceTransformer
 from typer.testing import CliRunner
 
 from evaluators.evaluation import read_evaluation
-from st_clp import CachedCLPLoss, CLPLoss, Collection, cli
+from st_clp import CachedCLPLoss, CLPLoss, Collection, cli, upcycle
+from st_clp.data import CollectionError
 from st_clp.losses.host_texts import KEY
 from st_clp.mining import TrainingRow, mine, to_dataset
 from st_clp.options import MiningOptions
@@ -81,6 +82,11 @@ def test_the_loop_trains_as_the_trainer_does(
         # Where a gradient is next to nothing, Adam makes whole steps of what rounding left; not with this.
         training_arg={"adam_epsilon": 0.01, "max_grad_norm": 0.05, "weight_decay": 0.1},
     )
+    if experts:  # with a balance: else the first rows would set it, in the one order and in the other
+        upcycle(tiny_model, num_experts=experts).train()
+        with torch.no_grad():
+            tiny_model(tiny_model.preprocess([row.positive for row in rows]))
+        tiny_model.eval()
     by_trainer, by_loop = copy.deepcopy(tiny_model), copy.deepcopy(tiny_model)
     done = train(by_loop, {"one": rows}, settings)
     assert done.steps == len(done.losses) == 6
@@ -135,6 +141,13 @@ def test_every_row_is_there_and_a_second_call_trains_nothing(
     monkeypatch.setattr(study_module, "train", forbidden)
     ablate(settings, seeds=2, learning_rates=[1e-4, 3e-3], unseen=[str(other_collection_path)])
     assert (folder / "table.json").read_text() == before
+    # What cannot be used is found before anything is removed or written.
+    with pytest.raises(SettingsError, match="cannot be loaded"):
+        ablate(dataclasses.replace(settings, model=str(folder / "nowhere")), seeds=1, overwrite=True)
+    assert (folder / "table.json").read_text() == before
+    with pytest.raises(CollectionError):
+        ablate(dataclasses.replace(settings, collection=[str(folder)], output=str(folder) + "-2"), seeds=1)
+    assert not Path(f"{folder}-2").exists()
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,6 @@ class Ablation:
 
     def go(self, *, overwrite: bool) -> AblationTable:
         """Do what is missing, and make the table."""
-        self._begin(overwrite)
         # Every variant adds its own queries made of sentences.
         collections = load_collections(dataclasses.replace(self.settings, sentence_queries=0))
         self.train = {slug(collection.name): collection for collection in collections.train}
@@ -115,6 +114,7 @@ class Ablation:
         names = distinct_names(self.evaluate)
         self.names, self.unseen = names, names[len(collections.evaluate) :]
         self.base = load_base_model(self.settings.model, max_seq_length=self.settings.max_seq_length)
+        self._begin(overwrite)  # only now: results are not removed for input that cannot be used
         self.weights = SharedWeights(self.folder / "weights", self.variants)
         evaluations = {BASE: [self._base_evaluation()]}
         cells: dict[str, list[Cell]] = {}
