@@ -85,31 +85,50 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     ``path`` is removed first.
 
     Args:
-        path: Where the folder shall be; what is there is replaced.
+        path: Where the folder shall be; a folder that is there is replaced, and one that it links to in the link's
+            place.
 
     Raises:
-        OSError: The folder cannot be written.
+        OSError: The folder cannot be written, or the one that is there cannot be moved; it is then as it was.
     """
-    target = Path(path)
+    target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(target)
     unfinished, lock = _make_unfinished(target)
     try:
         yield unfinished
-        while True:
-            shutil.rmtree(target, ignore_errors=True)
-            try:
-                unfinished.rename(target)
-                break
-            except OSError:
-                if not target.is_dir():  # else another process has put its own there meanwhile
-                    raise
+        while not _put_in_place(unfinished, target):
+            pass  # another process has put its own there meanwhile
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     finally:
         if lock is not None:
             os.close(lock)
+
+
+def _put_in_place(unfinished: Path, target: Path) -> bool:
+    """Move the folder to ``target``, and what is there away first; false if another came between."""
+    before = None
+    if target.is_dir():
+        # Not under an unfinished one's name yet: if this process is killed now, it is all that there is.
+        before = target.with_name(f"{target.name}.replaced-{uuid.uuid4().hex[:8]}")
+        try:
+            target.rename(before)
+        except FileNotFoundError:
+            return False
+    try:
+        unfinished.rename(target)
+    except OSError:
+        if target.is_dir():
+            return False
+        if before is not None:
+            before.rename(target)
+        raise
+    finally:
+        if before is not None and target.is_dir() and before.exists():
+            shutil.rmtree(before.rename(before.with_name(_own_name(target))), ignore_errors=True)
+    return True
 
 
 def _make_unfinished(target: Path) -> tuple[Path, int | None]:

@@ -97,6 +97,41 @@ def test_a_folder_appears_whole_and_a_dead_ones_unfinished_one_goes(tmp_path):
     assert [str(entry.relative_to(tmp_path)) for entry in tmp_path.rglob("*")] == ["step-1", "step-1/other"]
 
 
+def test_a_folder_that_is_linked_to_is_replaced_and_the_link_stays(tmp_path):
+    (tmp_path / "big disk").mkdir()
+    (tmp_path / "big disk" / "old").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "big disk")
+    with whole_folder(tmp_path / "link") as folder:
+        (folder / "new").touch()
+    assert (tmp_path / "link").is_symlink()
+    assert [entry.name for entry in (tmp_path / "big disk").iterdir()] == ["new"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["big disk", "link"]
+
+
+@pytest.mark.parametrize("moves", [0, 1])
+def test_a_folder_that_cannot_be_replaced_stays_as_it_was(tmp_path, monkeypatch, moves):
+    """Neither where it cannot be moved away, as a mounted one, nor where the new one cannot be moved in."""
+    target = tmp_path / "folder"
+    target.mkdir()
+    (target / "old").touch()
+    original, moved = Path.rename, []
+
+    def rename(self, other):
+        moved.append(self)
+        if len(moved) == moves + 1:
+            raise OSError("busy")
+        return original(self, other)
+
+    def replace():
+        with whole_folder(target) as folder:
+            (folder / "new").touch()
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(OSError, match="busy"):
+        replace()
+    assert [str(entry.relative_to(tmp_path)) for entry in tmp_path.rglob("*")] == ["folder", "folder/old"]
+
+
 def test_what_fails_leaves_the_file_as_it_was(tmp_path):
     target = tmp_path / "deep" / "a.json"
     write_json(target, {"a": 1})

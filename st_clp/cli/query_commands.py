@@ -265,6 +265,18 @@ def _require_possible(settings: RunSettings, extras: dict[str, Any], output: Pat
             raise SettingsError(f"{name} must be at least 1, got {extras[name]}")
     if output.exists() and not extras["overwrite"] and (not output.is_dir() or any(output.iterdir())):
         raise SettingsError(f"{output} exists: name another --output, or replace it by --overwrite")
+    if output.is_dir() and (others := sorted(_others_in(output))):
+        raise SettingsError(
+            f"{output} holds what pairs has not written, such as {others[0]}: --overwrite would remove it; move it, or "
+            "name another --output"
+        )
+
+
+def _others_in(output: Path) -> set[str]:
+    """What is in a folder, and in its judgments' folder, that ``pairs`` does not write."""
+    ours = {"corpus.jsonl", "queries.jsonl", "qrels", "qrels/train.tsv", "qrels/dev.tsv"}
+    found = [*output.iterdir(), *(output / "qrels").glob("*")]
+    return {path.relative_to(output).as_posix() for path in found} - ours
 
 
 def _given(source: str, settings: RunSettings) -> Collection | None:

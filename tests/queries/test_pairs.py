@@ -62,6 +62,13 @@ def test_documents_alone_become_a_collection_and_a_model(
     arguments = ["--collection", documents, "--output", written, "--number", 40, "--unchecked", "--overwrite"]
     assert invoke(endpoint, *arguments)[0] == 0
     assert len(endpoint.requests) == 40
+    by_hand = written / "qrels" / "test.tsv"
+    by_hand.write_text("query-id\tcorpus-id\tscore\n")
+    code, text = invoke(endpoint, *arguments)
+    assert code == 1
+    assert "holds what pairs has not written, such as qrels/test.tsv: --overwrite would remove it" in text
+    assert by_hand.is_file()
+    by_hand.unlink()
     report = stages.run(
         RunSettings(
             model=str(tiny_model_path),
