@@ -65,6 +65,9 @@ def test_an_alias_gives_way_to_the_option_itself() -> None:
 def test_doctor_says_what_there_is_and_nothing_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-1")
     monkeypatch.setenv("HF_TOKEN", "hf_secret2")
+    monkeypatch.setenv("OPENAI_API_KEY_2", "sk-secret-3")
+    monkeypatch.setenv("HF_TOKEN_READ", "hf_secret4")
+    monkeypatch.setenv("OPENAI_BASE_URL", "https://me:secret5@host/v1?api=secret6")
     monkeypatch.setenv("ST_CLP_SOMETHING", "shown")
     result = CliRunner().invoke(cli.app, ["doctor"])
     assert result.exit_code == 0, result.output
@@ -74,7 +77,21 @@ def test_doctor_says_what_there_is_and_nothing_secret(monkeypatch: pytest.Monkey
     assert "access not tried: HF_HUB_OFFLINE is set" in words
     assert "ST_CLP_SOMETHING shown" in words
     assert "OPENAI_API_KEY set" in words
+    assert "OPENAI_BASE_URL https://…host/v1…" in words
     assert "secret" not in words
+
+
+@pytest.mark.parametrize("address", ["no-address", "http://me:secret@[::1"])
+def test_doctor_goes_on_where_the_hub_has_no_address(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    result = CliRunner().invoke(cli.app, ["doctor"])
+    assert result.exit_code == 0, result.output
+    assert "not reached (" in result.output
+    assert "Environment" in result.output
+    assert "secret" not in result.output
 
 
 def test_completion_can_be_had_and_statuses_are_explained() -> None:

@@ -12,7 +12,8 @@ from st_clp.files import versions
 from st_clp.terminal import new_console
 
 HUB_SECONDS = 5.0
-SECRET = re.compile("(TOKEN|KEY|SECRET|PASSWORD)$")
+SECRET = re.compile("TOKEN|KEY|SECRET|PASSWORD", re.IGNORECASE)
+IN_ADDRESS = re.compile(r"(?<=://)[^/\s]*@|\?\S*")  # a user and password, or what may be a key in a query
 
 
 @with_error_messages
@@ -64,10 +65,11 @@ def _devices() -> Iterator[tuple[str, str]]:
 def _hub() -> Iterator[tuple[str, str]]:
     import urllib.error
     import urllib.request
+    from http.client import HTTPException
 
     from huggingface_hub import constants, get_token
 
-    yield "address", constants.ENDPOINT
+    yield "address", _without_secrets(constants.ENDPOINT)
     yield "token", "set" if get_token() else "none"
     if constants.HF_HUB_OFFLINE:
         yield "access", "not tried: HF_HUB_OFFLINE is set"
@@ -77,8 +79,9 @@ def _hub() -> Iterator[tuple[str, str]]:
             yield "access", "reached"
     except urllib.error.HTTPError as error:
         yield "access", f"answers with status {error.code}"
-    except OSError as error:
-        yield "access", f"not reached ({getattr(error, 'reason', error)}): models must be folders here"
+    except (OSError, ValueError, HTTPException) as error:  # no connection, no address, or an answer that is no page
+        reason = _without_secrets(str(getattr(error, "reason", error))) or type(error).__name__
+        yield "access", f"not reached ({reason}): models must be folders here"
 
 
 def _places() -> Iterator[tuple[str, str]]:
@@ -95,4 +98,9 @@ def _environment() -> Iterator[tuple[str, str]]:
     for name in sorted({*os.environ, "OPENAI_API_KEY"}):
         if name.startswith(("ST_CLP_", "HF_", "OMP_", "CUDA_", "TOKENIZERS_", "IR_DATASETS_", "OPENAI_")):
             value = os.environ.get(name)
-            yield name, "not set" if value is None else "set" if SECRET.search(name) else value
+            hidden = SECRET.search(name) and name != "TOKENIZERS_PARALLELISM"
+            yield name, "not set" if value is None else "set" if hidden else _without_secrets(value)
+
+
+def _without_secrets(text: str) -> str:
+    return IN_ADDRESS.sub("…", text) if "://" in text else text

@@ -148,7 +148,8 @@ class StoredPrecision:
         """Round the weights to it, in place. Buffers, such as those of rotary embeddings, stay as they are."""
         for module, kind in zip(model, self.modules, strict=True):
             for parameter in module.parameters():
-                parameter.data = parameter.data.to(kind)
+                if kind in HALF and parameter.is_floating_point():
+                    parameter.data = parameter.data.to(kind)
 
 
 def stored_precision(model: SentenceTransformer) -> StoredPrecision:
