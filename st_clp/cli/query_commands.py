@@ -154,8 +154,8 @@ def _money(cost: float) -> str:
 PAIRS_HELP = """Write queries for documents that have none, and make a collection to train on.
 
 A folder with only `corpus.jsonl` is enough (lines of `{"_id": …, "title": …, "text": …}`). A query is kept if
-`--model`, the model to train, ranks its document among the best 10. The queries of a tenth of the documents are set
-aside for evaluation. Existing training queries are kept, and no queries are written for their documents.
+`--model`, the model to train, ranks its document among the best 10. The queries of a tenth of the documents, 500 at
+most, are set aside for evaluation. Existing training queries are kept, and no queries are written for their documents.
 
 Generated queries are stored in `--query-store`: if the command is interrupted, run it again; it continues, and pays for
 nothing twice.

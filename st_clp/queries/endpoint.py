@@ -160,7 +160,7 @@ class EndpointQueries(GeneratingSource):
 
     Temporary refusals (429, 5xx), time-outs and broken connections are retried with exponential back-off and jitter, or
     after the time in ``Retry-After``. After a useless answer (empty, far too long, not JSON, another script) the query
-    is asked for once more, and then the document is left without one. The client's own retries are off, so that every
+    is asked for twice more, and then the document is left without one. The client's own retries are off, so that every
     request is counted.
 
     Args:
